@@ -1,0 +1,58 @@
+"""TCL for Hugging Face: vision-language pre-training with triple contrastive learning (CVPR 2022).
+
+Importing this package registers TCL with transformers' Auto classes.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
+from .encoders import TCLPreTrainedModel, TCLTextModel, TCLVisionModel
+from .image_processing_tcl import TCLImageProcessor, TCLImageProcessorPil
+from .modeling_tcl import (
+    TCLForImageTextRetrieval,
+    TCLForMaskedLM,
+    TCLForPreTraining,
+    TCLModel,
+)
+from .processing_tcl import TCLProcessor
+from .tokenization_tcl import TCLTokenizer
+
+__version__ = "0.1.0"
+
+for _config, _model in ((TCLConfig, TCLModel), (TCLVisionConfig, TCLVisionModel), (TCLTextConfig, TCLTextModel)):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+AutoModelForPreTraining.register(TCLConfig, TCLForPreTraining)
+AutoModelForMaskedLM.register(TCLConfig, TCLForMaskedLM)
+AutoModelForZeroShotImageClassification.register(TCLConfig, TCLModel)
+AutoTokenizer.register(TCLConfig, fast_tokenizer_class=TCLTokenizer)
+AutoImageProcessor.register(
+    TCLConfig, image_processor_classes={"torchvision": TCLImageProcessor, "pil": TCLImageProcessorPil}
+)
+AutoProcessor.register(TCLConfig, TCLProcessor)
+
+__all__ = [
+    "TCLConfig",
+    "TCLForImageTextRetrieval",
+    "TCLForMaskedLM",
+    "TCLForPreTraining",
+    "TCLImageProcessor",
+    "TCLImageProcessorPil",
+    "TCLModel",
+    "TCLPreTrainedModel",
+    "TCLProcessor",
+    "TCLTextConfig",
+    "TCLTextModel",
+    "TCLTokenizer",
+    "TCLVisionConfig",
+    "TCLVisionModel",
+]

@@ -1,0 +1,153 @@
+"""Configurations of TCL: sizes from the paper, one weight for each pre-training objective."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class TCLVisionConfig(PreTrainedConfig):
+    """Sizes of the vision encoder; the defaults are ViT-B/16 at 256 pixels, as in the paper.
+
+    Raises:
+        ValueError: if the image does not divide into patches or the width into heads.
+    """
+
+    model_type = "tcl_vision_model"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 256
+    patch_size: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.patch_size < 1 or self.image_size < self.patch_size or self.image_size % self.patch_size:
+            raise ValueError(
+                f"vision_config.image_size={self.image_size} does not divide into patches of "
+                f"{self.patch_size} pixels: choose a multiple of vision_config.patch_size."
+            )
+        _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
+        super().__post_init__(**kwargs)
+
+
+@strict
+class TCLTextConfig(PreTrainedConfig):
+    """Sizes of the text model; the defaults are BERT-base, its last six layers fusing text with the image.
+
+    The first `fusion_layer` layers are the text encoder, the others the fusion encoder, whose
+    cross-attention reads image states of width `encoder_hidden_size` (set by [`TCLConfig`]).
+
+    Raises:
+        ValueError: if `fusion_layer` lies outside the stack or the width does not divide into heads.
+    """
+
+    model_type = "tcl_text_model"
+    base_config_key = "text_config"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    fusion_layer: int = 6
+    num_attention_heads: int = 12
+    encoder_hidden_size: int = 768
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if not 0 <= self.fusion_layer <= self.num_hidden_layers:
+            raise ValueError(
+                f"text_config.fusion_layer={self.fusion_layer} lies outside the "
+                f"{self.num_hidden_layers} layers of the text model: choose 0 to {self.num_hidden_layers}."
+            )
+        _check_heads("text_config", self.hidden_size, self.num_attention_heads)
+        super().__post_init__(**kwargs)
+
+
+@strict
+class TCLConfig(PreTrainedConfig):
+    """Configuration of TCL: two encoders, and how they are pre-trained.
+
+    The total loss is the sum of the five objectives times their weights. The defaults are TCL's; ALBEF is
+    `cma_weight=1, imc_weight=0, lmi_weight=0`, and CMA alone is CLIP with a momentum queue. An objective of
+    weight 0 is not computed.
+
+    Args:
+        vision_config, text_config: dictionaries or configs of the encoders.
+        projection_dim: width of the space in which images and texts are compared (paper: 256).
+        temperature_init_value: starting value of tau, which divides every similarity (paper: 0.07).
+        momentum: share of the teacher kept at each update (paper: 0.995).
+        queue_size: features of each modality kept as negatives (paper: 65,536); 0 for none.
+        alpha: share of the teacher's soft targets (paper: 0.4).
+        mlm_probability: share of the tokens masked (paper: 0.15).
+        local_grid: patch features are averaged to `local_grid` x `local_grid` regions for LMI (paper: 4).
+        use_momentum_teacher: `False` leaves teacher and queues out of the heads, for inference at half the memory.
+
+    Raises:
+        ValueError: for a weight, share or size outside its range.
+    """
+
+    model_type = "tcl"
+    sub_configs_defaults = {"vision_config": TCLVisionConfig, "text_config": TCLTextConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 256
+    temperature_init_value: float = 0.07
+    momentum: float | int = 0.995
+    queue_size: int = 65536
+    alpha: float | int = 0.4
+    mlm_probability: float | int = 0.15
+    local_grid: int = 4
+    cma_weight: float | int = 1 / 3
+    imc_weight: float | int = 1 / 3
+    lmi_weight: float | int = 1 / 3
+    itm_weight: float | int = 1.0
+    mlm_weight: float | int = 1.0
+    use_momentum_teacher: bool = True
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.text_config.encoder_hidden_size = self.vision_config.hidden_size
+        for name in ("momentum", "alpha", "mlm_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not a share: choose a number from 0 to 1.")
+        for name in ("cma_weight", "imc_weight", "lmi_weight", "itm_weight", "mlm_weight", "queue_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative: choose 0 to leave it out, or more.")
+        if self.projection_dim < 1 or self.local_grid < 1:
+            raise ValueError(
+                f"projection_dim={self.projection_dim} and local_grid={self.local_grid} must be 1 or more."
+            )
+        if not 0.001 <= self.temperature_init_value <= 0.5:
+            raise ValueError(
+                f"temperature_init_value={self.temperature_init_value} lies outside [0.001, 0.5], "
+                "the range in which training keeps the temperature."
+            )
+
+
+def _check_heads(where: str, hidden_size: int, num_attention_heads: int) -> None:
+    if num_attention_heads < 1 or hidden_size % num_attention_heads:
+        raise ValueError(
+            f"{where}.hidden_size={hidden_size} does not divide into {num_attention_heads} heads: "
+            f"choose a divisor as {where}.num_attention_heads."
+        )
+
+
+__all__ = ["TCLConfig", "TCLTextConfig", "TCLVisionConfig"]

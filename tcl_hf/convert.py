@@ -1,0 +1,320 @@
+"""Foreign weights: checkpoints of the original code, and encoders of transformers to start from.
+
+Foreign names appear in this module only. The original's are one table, `original_names`, read in both directions.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+
+from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
+from .encoders import resize_positions
+from .modeling_tcl import TCLForPreTraining
+
+
+# A row: the original's name, and ours. {n} is a layer, {p} weight or bias. Three names of ours are equal parts of
+# one tensor of the original's; two rows with one name of ours are copies in the original.
+_VISION = [
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.{p}", "embeddings.patch_embedding.{p}"),
+    ("blocks.{n}.norm1.{p}", "layers.{n}.layer_norm1.{p}"),
+    ("blocks.{n}.attn.qkv.{p}", *(f"layers.{{n}}.self_attn.{x}_proj.{{p}}" for x in "qkv")),
+    ("blocks.{n}.attn.proj.{p}", "layers.{n}.self_attn.out_proj.{p}"),
+    ("blocks.{n}.norm2.{p}", "layers.{n}.layer_norm2.{p}"),
+    ("blocks.{n}.mlp.fc1.{p}", "layers.{n}.fc1.{p}"),
+    ("blocks.{n}.mlp.fc2.{p}", "layers.{n}.fc2.{p}"),
+    ("norm.{p}", "layer_norm.{p}"),
+]
+_TEXT = [
+    ("embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight"),
+    ("embeddings.position_embeddings.weight", "embeddings.position_embeddings.weight"),
+    ("embeddings.token_type_embeddings.weight", "embeddings.token_type_embeddings.weight"),
+    ("embeddings.LayerNorm.{p}", "embeddings.layer_norm.{p}"),
+    ("encoder.layer.{n}.attention.self.query.{p}", "layers.{n}.self_attn.q_proj.{p}"),
+    ("encoder.layer.{n}.attention.self.key.{p}", "layers.{n}.self_attn.k_proj.{p}"),
+    ("encoder.layer.{n}.attention.self.value.{p}", "layers.{n}.self_attn.v_proj.{p}"),
+    ("encoder.layer.{n}.attention.output.dense.{p}", "layers.{n}.self_attn.out_proj.{p}"),
+    ("encoder.layer.{n}.attention.output.LayerNorm.{p}", "layers.{n}.self_attn_layer_norm.{p}"),
+    ("encoder.layer.{n}.intermediate.dense.{p}", "layers.{n}.fc1.{p}"),
+    ("encoder.layer.{n}.output.dense.{p}", "layers.{n}.fc2.{p}"),
+    ("encoder.layer.{n}.output.LayerNorm.{p}", "layers.{n}.final_layer_norm.{p}"),
+]
+_FUSION = [
+    ("encoder.layer.{n}.crossattention.self.query.{p}", "layers.{n}.cross_attn.q_proj.{p}"),
+    ("encoder.layer.{n}.crossattention.self.key.{p}", "layers.{n}.cross_attn.k_proj.{p}"),
+    ("encoder.layer.{n}.crossattention.self.value.{p}", "layers.{n}.cross_attn.v_proj.{p}"),
+    ("encoder.layer.{n}.crossattention.output.dense.{p}", "layers.{n}.cross_attn.out_proj.{p}"),
+    ("encoder.layer.{n}.crossattention.output.LayerNorm.{p}", "layers.{n}.cross_attn_layer_norm.{p}"),
+]
+_LM_HEAD = [
+    ("transform.dense.{p}", "dense.{p}"),
+    ("transform.LayerNorm.{p}", "layer_norm.{p}"),
+    ("decoder.weight", "decoder.weight"),
+    ("decoder.bias", "decoder.bias"),
+    ("bias", "decoder.bias"),
+]
+# The original computes these anew; no weight is in them.
+_RECOMPUTED = re.compile(r"text_encoder(_m)?\.(bert\.)?embeddings\.position_ids")
+
+
+@dataclass(frozen=True)
+class NameRow:
+    """One row of the table: a tensor of the original, the names of its equal parts with us, and its layout."""
+
+    original: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+    shape: tuple[int, ...] | None = None  # the original's, where it has another number of dimensions
+
+
+def original_names(config: TCLConfig, with_lm_head: bool) -> list[NameRow]:
+    """The table between the original's names and ours for a model with teacher and queues.
+
+    Args:
+        with_lm_head: pre-training checkpoints have the language-model head, and name the text model
+            `text_encoder.bert`; fine-tuned ones have neither.
+    """
+    rows = []
+    num_layers, fusion_layer = config.text_config.num_hidden_layers, config.text_config.fusion_layer
+    bert = "bert." if with_lm_head else ""
+    for suffix, ours in (("", ""), ("_m", "teacher.")):
+        parts = [
+            (f"visual_encoder{suffix}.", f"{ours}tcl.vision_model.", _VISION, range(config.vision_config.num_hidden_layers)),
+            (f"text_encoder{suffix}.{bert}", f"{ours}tcl.text_model.", _TEXT, range(num_layers)),
+            (f"text_encoder{suffix}.{bert}", f"{ours}tcl.text_model.", _FUSION, range(fusion_layer, num_layers)),
+            (f"vision_proj{suffix}.", f"{ours}tcl.visual_projection.", [("{p}", "{p}")], range(1)),
+            (f"text_proj{suffix}.", f"{ours}tcl.text_projection.", [("{p}", "{p}")], range(1)),
+        ]
+        if with_lm_head:
+            parts.append((f"text_encoder{suffix}.cls.predictions.", f"{ours}lm_head.", _LM_HEAD, range(1)))
+        for original_prefix, our_prefix, names, layers in parts:
+            for original, *targets in names:
+                for n in layers if "{n}" in original else range(1):
+                    for p in ("weight", "bias") if "{p}" in original else ("",):
+                        rows.append(
+                            NameRow(
+                                original_prefix + original.format(n=n, p=p),
+                                tuple(our_prefix + target.format(n=n, p=p) for target in targets),
+                            )
+                        )
+    rows += [
+        NameRow("temp", ("tcl.temperature",)),
+        NameRow("itm_head.weight", ("itm_head.weight",)),
+        NameRow("itm_head.bias", ("itm_head.bias",)),
+        NameRow("image_queue", ("queue.image",), transposed=True),
+        NameRow("text_queue", ("queue.text",), transposed=True),
+        NameRow("queue_ptr", ("queue.cursor",)),
+    ]
+    if not with_lm_head:
+        rows.append(NameRow("idx_queue", ("queue.image_ids",), shape=(1, -1)))
+    return rows
+
+
+def from_original(state_dict: dict[str, Tensor], config: TCLConfig) -> dict[str, Tensor]:
+    """Rename the tensors of an original pre-training or retrieval checkpoint to ours.
+
+    Args:
+        state_dict: the original's "model" entry.
+        config: configuration of our model, with the checkpoint's sizes.
+
+    Returns:
+        A state dict for `TCLForPreTraining` or, without the language-model head, `TCLForImageTextRetrieval`.
+
+    Raises:
+        KeyError: if the checkpoint has a tensor that the table does not know.
+    """
+    state_dict = {key: value for key, value in state_dict.items() if not _RECOMPUTED.fullmatch(key)}
+    with_lm_head = any(".cls.predictions." in key for key in state_dict)
+    rows = {row.original: row for row in original_names(config, with_lm_head)}
+    unknown = sorted(state_dict.keys() - rows.keys())
+    if unknown:
+        raise KeyError(
+            f"The checkpoint has {len(unknown)} tensors that TCL does not: {', '.join(unknown[:5])}. "
+            "Is it a TCL or ALBEF pre-training or retrieval checkpoint of this config's sizes?"
+        )
+    return {name: part for key, value in state_dict.items() for name, part in _to_ours(rows[key], value)}
+
+
+def _to_ours(row: NameRow, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if row.transposed:
+        value = value.T.contiguous()
+    if row.shape is not None:
+        value = value.flatten()
+    yield from zip(row.ours, value.chunk(len(row.ours)) if len(row.ours) > 1 else (value,), strict=True)
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Encoders to start from, in our names.
+
+    Args:
+        config: fields of our config for the part.
+        state_dict: its weights, in the names of `TCLVisionModel` or `TCLTextModel`.
+        image_mean, image_std: what the vision encoder's images were normalised with.
+    """
+
+    config: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    image_mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    image_std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+
+
+# How the images of each family were normalised.
+_NORMALISATION = {
+    "vit": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+    "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+}
+
+# transformers renames its layers between versions: both spellings are read.
+_VISION_RENAMES = [
+    (r"embeddings\.(cls_token|position_embeddings)", r"embeddings.\1"),
+    (r"embeddings\.patch_embeddings\.projection\.(\w+)", r"embeddings.patch_embedding.\1"),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.(?:norm1|layernorm_before)\.(\w+)", r"layers.\1.layer_norm1.\2"),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.(?:norm2|layernorm_after)\.(\w+)", r"layers.\1.layer_norm2.\2"),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.attention\.([qkv])_proj\.(\w+)", r"layers.\1.self_attn.\2_proj.\3"),
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.([qkv])\w+\.(\w+)", r"layers.\1.self_attn.\2_proj.\3"),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.attention\.(?:o_proj|output\.dense)\.(\w+)", r"layers.\1.self_attn.out_proj.\2"),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.(?:mlp\.fc1|intermediate\.dense)\.(\w+)", r"layers.\1.fc1.\2"),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.(?:mlp\.fc2|output\.dense)\.(\w+)", r"layers.\1.fc2.\2"),
+    (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"layers.\1.layer_scale\2"),
+    (r"layernorm\.(\w+)", r"layer_norm.\1"),
+]
+_VISION_DROPPED = re.compile(r"embeddings\.mask_token|pooler\..*")
+_TEXT_DROPPED = re.compile(r"pooler\..*|embeddings\.(position_ids|token_type_ids)")
+_LAYER_SCALED = {"1": "self_attn.out_proj", "2": "fc2"}  # the linear layer before each LayerScale
+
+
+def read_vision_encoder(name_or_path: str, image_size: int | None = None) -> StartingPoint:
+    """Read a ViT or DINOv2 of transformers as our vision encoder, for images of `image_size` pixels.
+
+    LayerScale folds into the linear layer before it; positions are resized bicubically. (Checkpoints of DeiT
+    without distillation token are ViTs to transformers.)
+
+    Raises:
+        ValueError: for an architecture whose states our encoder can not reproduce.
+    """
+    foreign = AutoConfig.from_pretrained(name_or_path)
+    if foreign.model_type not in _NORMALISATION:
+        raise ValueError(
+            f"{name_or_path} is a '{foreign.model_type}': the vision encoder starts from 'vit' or 'dinov2' "
+            "(a pre-norm ViT with one class token and learned positions)."
+        )
+    if getattr(foreign, "use_swiglu_ffn", False) or not getattr(foreign, "qkv_bias", True):
+        raise ValueError(
+            f"{name_or_path} has gated feed-forward layers or no query biases, which our vision encoder does not: "
+            "choose a model with use_swiglu_ffn=false and qkv_bias=true."
+        )
+    patch_size = foreign.patch_size
+    config = {
+        "hidden_size": foreign.hidden_size,
+        "intermediate_size": getattr(foreign, "intermediate_size", None) or foreign.hidden_size * int(foreign.mlp_ratio),
+        "num_hidden_layers": foreign.num_hidden_layers,
+        "num_attention_heads": foreign.num_attention_heads,
+        "patch_size": patch_size,
+        "image_size": image_size or foreign.image_size,
+        "hidden_act": foreign.hidden_act,
+        "layer_norm_eps": foreign.layer_norm_eps,
+    }
+    model = _load_foreign(name_or_path, foreign, add_pooling_layer=False)
+    state = _rename(model.state_dict(), _VISION_RENAMES, _VISION_DROPPED, name_or_path)
+    for key in [key for key in state if ".layer_scale" in key]:
+        layer, number = key.rsplit(".layer_scale", 1)
+        scale = state.pop(key)
+        state[f"{layer}.{_LAYER_SCALED[number]}.weight"] *= scale[:, None]
+        state[f"{layer}.{_LAYER_SCALED[number]}.bias"] *= scale
+    grid = TCLVisionConfig(**config).image_size // patch_size
+    positions = "embeddings.position_embeddings"
+    state[positions] = resize_positions(state[positions], grid)
+    mean, std = _NORMALISATION[foreign.model_type]
+    return StartingPoint(config, state, tuple(mean), tuple(std))
+
+
+def read_text_encoder(
+    name_or_path: str, fusion_layer: int | None = None, num_fusion_layers: int = 6
+) -> StartingPoint:
+    """Read a BERT of transformers as our text model.
+
+    Args:
+        fusion_layer: how many of its layers encode the text; all of them if None.
+        num_fusion_layers: layers that fuse. They take what BERT layers are left; the others, and all
+            cross-attention, start new.
+
+    Raises:
+        ValueError: if it is not a BERT, or one with other than absolute positions.
+    """
+    foreign = AutoConfig.from_pretrained(name_or_path)
+    if foreign.model_type != "bert" or getattr(foreign, "position_embedding_type", "absolute") != "absolute":
+        raise ValueError(
+            f"{name_or_path} is a '{foreign.model_type}': the text model starts from a 'bert' with absolute positions."
+        )
+    fusion_layer = foreign.num_hidden_layers if fusion_layer is None else fusion_layer
+    num_layers = fusion_layer + num_fusion_layers
+    same = (
+        "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings type_vocab_size "
+        "hidden_act hidden_dropout_prob attention_probs_dropout_prob layer_norm_eps pad_token_id"
+    ).split()
+    config = {name: getattr(foreign, name) for name in same}
+    config |= {"num_hidden_layers": num_layers, "fusion_layer": fusion_layer}
+    model = _load_foreign(name_or_path, foreign, add_pooling_layer=False)
+    renames = [
+        (re.escape(a).replace(r"\{n\}", r"(\d+)").replace(r"\{p\}", r"(\w+)"), _numbered(b)) for a, b in _TEXT
+    ]
+    state = _rename(model.state_dict(), renames, _TEXT_DROPPED, name_or_path)
+    beyond = tuple(f"layers.{n}." for n in range(num_layers, foreign.num_hidden_layers))
+    state = {key: value for key, value in state.items() if not beyond or not key.startswith(beyond)}
+    return StartingPoint(config, state)
+
+
+def start_from_encoders(
+    model: TCLForPreTraining, vision: StartingPoint | None = None, text: StartingPoint | None = None
+) -> TCLForPreTraining:
+    """Give a new model the weights of its starting points, student and teacher alike; the rest stays as drawn."""
+    for part, encoder in ((vision, model.tcl.vision_model), (text, model.tcl.text_model)):
+        if part is not None:
+            result = encoder.load_state_dict(part.state_dict, strict=False)
+            if result.unexpected_keys:
+                raise ValueError(f"The model has no place for {', '.join(result.unexpected_keys[:5])}.")
+    model.teacher.copy_from(model)
+    return model
+
+
+def _load_foreign(name_or_path: str, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
+    if config.model_type == "dinov2":
+        kwargs.pop("add_pooling_layer", None)
+    return AutoModel.from_pretrained(name_or_path, config=config, dtype=torch.float32, **kwargs)
+
+
+def _rename(
+    state_dict: dict[str, Tensor], renames: list[tuple[str, str]], dropped: re.Pattern, source: str
+) -> dict[str, Tensor]:
+    renamed = {}
+    for key, value in state_dict.items():
+        if dropped.fullmatch(key):
+            continue
+        for pattern, ours in renames:
+            if re.fullmatch(pattern, key):
+                renamed[re.sub(pattern, ours, key)] = value.clone()
+                break
+        else:
+            raise ValueError(f"{source} has a weight '{key}' that our encoders do not: it can not be a starting point.")
+    return renamed
+
+
+def _numbered(template: str) -> str:
+    """Turn {n} and {p} of a template into the groups of its pattern, in their order."""
+    groups = iter(range(1, 3))
+    return re.sub(r"\{[np]\}", lambda _: f"\\{next(groups)}", template)

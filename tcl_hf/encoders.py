@@ -1,0 +1,585 @@
+"""The encoders of TCL: images, texts, and the fusion of both, with the language-model head.
+
+A text model is one stack: its first layers encode the text alone, the others fuse it with images through
+cross-attention. Shapes: B images, N texts, P image states (class token and patches), L tokens, D width,
+H heads.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
+from transformers.utils import can_return_tuple
+
+from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
+
+KeyValue = tuple[Tensor, Tensor]
+_IMAGE_POSITIONS = re.compile(r"(^|vision_model\.)embeddings\.position_embeddings$")
+
+
+class TCLPreTrainedModel(PreTrainedModel):
+    """Loading, starting values and abilities that all TCL models share."""
+
+    config_class = TCLConfig
+    base_model_prefix = "tcl"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["TCLVisionLayer", "TCLTextLayer", "TCLVisionEmbeddings", "TCLTextEmbeddings"]
+    _keep_in_fp32_modules_strict = ["temperature", "queue"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """PyTorch's own starting values for everything that is not a part of an encoder."""
+        if isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.in_features)
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, TCLLMHead):
+            init.normal_(module.dense.weight, std=module.config.initializer_range)
+            init.zeros_(module.dense.bias)
+            init.normal_(module.decoder.weight, std=module.config.initializer_range)
+            init.zeros_(module.decoder.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: "TCLPreTrainedModel",
+        state_dict: dict[str, Tensor] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        expected_keys: list[str] | None = None,
+    ):
+        """Fit a checkpoint to the model before transformers loads it: see `fit_state_dict`."""
+        if state_dict is None and checkpoint_files:
+            state_dict = {}
+            for file in checkpoint_files:
+                if str(file).endswith(".safetensors"):
+                    reader = safe_open(file, framework="pt")
+                    state_dict.update({key: reader.get_slice(key) for key in reader.keys()})
+                else:
+                    state_dict.update(load_state_dict(file))
+        if state_dict is not None:
+            state_dict = fit_state_dict(state_dict, model)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+
+def fit_state_dict(state_dict: dict[str, Any], model: TCLPreTrainedModel) -> dict[str, Any]:
+    """Return the entries of a TCL checkpoint as `model` needs them.
+
+    An encoder alone takes its part of a whole model. Learned image positions are resized to the model's grid.
+    Queues of another size are left out, so that new ones start. Entries may be tensors or safetensors slices,
+    which stay unread.
+    """
+    part = {TCLVisionModel: "vision_model.", TCLTextModel: "text_model."}.get(type(model))
+    if part:
+        cut = {key: key.removeprefix("tcl.") for key in state_dict if not key.startswith("teacher.")}
+        whole = {key: name.removeprefix(part) for key, name in cut.items() if name.startswith(part)}
+        if whole:
+            state_dict = {name: state_dict[key] for key, name in whole.items()}
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."
+    fitted = {}
+    for key, value in state_dict.items():
+        shape = shapes.get(key, shapes.get(prefix + key, shapes.get(key.removeprefix(prefix))))
+        found = tuple(value.shape if isinstance(value, Tensor) else value.get_shape())
+        if shape is not None and shape != found:
+            if _IMAGE_POSITIONS.search(key) and shape[-1] == found[-1]:
+                value = resize_positions(value[:], math.isqrt(shape[1] - 1))
+            elif key.startswith("queue."):
+                return fit_state_dict({k: v for k, v in state_dict.items() if not k.startswith("queue.")}, model)
+        fitted[key] = value
+    return fitted
+
+
+def resize_positions(positions: Tensor, grid: int | tuple[int, int]) -> Tensor:
+    """Resize learned positions (1, 1 + P, D) of a square grid to another grid, bicubically; the class token's stays.
+
+    Raises:
+        ValueError: if the patches are not a square grid.
+    """
+    grid = (grid, grid) if isinstance(grid, int) else grid
+    old_grid = math.isqrt(positions.shape[1] - 1)
+    if old_grid * old_grid != positions.shape[1] - 1:
+        raise ValueError(
+            f"{positions.shape[1] - 1} patch positions are not a square grid: they can not be resized."
+        )
+    if grid == (old_grid, old_grid):
+        return positions
+    planes = positions[:, 1:].mT.unflatten(-1, (old_grid, old_grid))  # (1, D, old, old)
+    planes = F.interpolate(planes.float(), size=grid, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], planes.flatten(-2).mT.to(positions.dtype)], dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Textbook attention that also returns its weights (N, H, L, P)."""
+    scores = query @ key.mT * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    output = F.dropout(weights, dropout, module.training) @ value
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class TCLAttention(nn.Module):
+    """Multi-head attention of hidden states to themselves, or to keys and values made elsewhere."""
+
+    def __init__(self, config: TCLVisionConfig | TCLTextConfig, dropout: float, key_value_size: int | None = None):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = dropout
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(key_value_size or config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(key_value_size or config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def key_value(self, states: Tensor) -> KeyValue:
+        """Project states (B, P, D) to keys and values, each (B, H, P, D / H)."""
+        key, value = self.k_proj(states), self.v_proj(states)
+        return tuple(x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (key, value))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value: KeyValue | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from hidden states (N, L, D); return states of the same shape and, if asked for, the weights.
+
+        Keys and values of B rows serve N = r * B rows of queries, r neighbours each: they are laid out as one
+        longer row of queries, so that nothing is copied.
+        """
+        num_rows, length, _ = hidden_states.shape
+        key, value = key_value if key_value is not None else self.key_value(hidden_states)
+        query = self.q_proj(hidden_states).view(len(key), -1, key.shape[1], self.head_dim).transpose(1, 2)
+
+        implementation = self.config._attn_implementation
+        if output_attentions:
+            implementation = _implementation_with_weights(implementation)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,  # (B, H, r * L, D / H)
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=False,
+        )
+        output = self.out_proj(output.reshape(num_rows, length, -1))
+        if output_attentions:  # (B, H, r * L, P) -> (N, H, L, P)
+            weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+        return output, weights if output_attentions else None
+
+
+def _implementation_with_weights(implementation: str | None) -> str:
+    if implementation in (None, "eager", "sdpa"):
+        return "eager"
+    raise ValueError(
+        f"attn_implementation='{implementation}' has no attention weights to return: "
+        "load the model with attn_implementation='sdpa' or 'eager' for output_attentions=True."
+    )
+
+
+class TCLVisionEmbeddings(nn.Module):
+    """Patches of an image, preceded by a class token, each with a learned position."""
+
+    def __init__(self, config: TCLVisionConfig):
+        super().__init__()
+        self.config = config
+        grid = config.image_size // config.patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + grid * grid, config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """Embed images (B, 3, height, width): (B, 1 + P, D)."""
+        size, patch = self.config.image_size, self.config.patch_size
+        height, width = pixel_values.shape[-2:]
+        if interpolate_pos_encoding:
+            if height % patch or width % patch:
+                raise ValueError(
+                    f"pixel_values of {height} x {width} do not divide into patches of {patch} pixels: "
+                    "resize the images to multiples of the patch."
+                )
+        elif (height, width) != (size, size):
+            raise ValueError(
+                f"pixel_values of {height} x {width} do not fit the model's {size} x {size}: resize the images, "
+                f"load the model with image_size={height} or pass interpolate_pos_encoding=True."
+            )
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        patches = patches.flatten(2).mT  # (B, P, D)
+        positions = self.position_embeddings
+        if interpolate_pos_encoding:
+            positions = resize_positions(positions, (height // patch, width // patch))
+        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + positions
+
+
+class TCLVisionLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: TCLVisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = TCLAttention(config, config.attention_dropout)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.self_attn(self.layer_norm1(hidden_states), output_attentions=output_attentions)
+        hidden_states = hidden_states + attended
+        fed = self.fc2(self.activation(self.fc1(self.layer_norm2(hidden_states))))
+        return hidden_states + fed, weights
+
+
+class TCLVisionModel(TCLPreTrainedModel):
+    """Vision transformer that returns the states of the class token and of every patch."""
+
+    config_class = TCLVisionConfig
+    base_model_prefix = "vision_model"
+    input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [r"^(tcl\.)?(text_model|visual_projection|text_projection|temperature)"]
+
+    def __init__(self, config: TCLVisionConfig):
+        super().__init__(config)
+        self.embeddings = TCLVisionEmbeddings(config)
+        self.layers = nn.ModuleList(TCLVisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, TCLVisionEmbeddings):
+            init.trunc_normal_(module.cls_token, std=std)
+            init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, nn.Conv2d):  # PyTorch's own values
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: images (B, 3, height, width), as the image processor makes them.
+            interpolate_pos_encoding: resize the positions to images of another size.
+            output_attentions: return the attention weights of every layer (B, H, 1 + P, 1 + P).
+            output_hidden_states: return the states before the first and after every layer.
+
+        Returns:
+            `last_hidden_state` (B, 1 + P, D) and `pooler_output`, its class token (B, D).
+
+        Raises:
+            ValueError: if the images' size does not fit the model.
+        """
+        output_attentions, output_hidden_states = _what_to_output(self.config, output_attentions, output_hidden_states)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        collected = _Collected(hidden_states, output_attentions, output_hidden_states)
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, output_attentions)
+            collected.add(hidden_states, weights)
+        hidden_states = self.layer_norm(hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states[:, 0],
+            hidden_states=collected.hidden_states,
+            attentions=collected.attentions,
+        )
+
+
+class TCLTextEmbeddings(nn.Module):
+    """Word, position and token type, normalised."""
+
+    def __init__(self, config: TCLTextConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Embed token ids (N, L), or words already embedded (N, L, D); the token type is always 0."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("A text is given as input_ids or as inputs_embeds: pass exactly one of them.")
+        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        length, limit = words.shape[1], self.position_embeddings.num_embeddings
+        if length > limit:
+            raise ValueError(f"The text has {length} tokens and the model {limit} positions: truncate the text.")
+        words = words + self.position_embeddings.weight[:length] + self.token_type_embeddings.weight[0]
+        return self.dropout(self.layer_norm(words))
+
+
+class TCLTextLayer(GradientCheckpointingLayer):
+    """Post-norm transformer layer; a fusion layer attends to an image between self-attention and feed-forward."""
+
+    def __init__(self, config: TCLTextConfig, fusion: bool):
+        super().__init__()
+        dropout = config.attention_probs_dropout_prob
+        self.self_attn = TCLAttention(config, dropout)
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if fusion:
+            self.cross_attn = TCLAttention(config, dropout, key_value_size=config.encoder_hidden_size)
+            self.cross_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image: KeyValue | None = None,
+        image_index: Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the new states (N, L, D), the self-attention weights and the cross-attention weights."""
+        attended, weights = self.self_attn(hidden_states, attention_mask, output_attentions=output_attentions)
+        hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
+        cross_weights = None
+        if image is not None:
+            if image_index is not None:
+                image = (image[0].index_select(0, image_index), image[1].index_select(0, image_index))
+            attended, cross_weights = self.cross_attn(
+                hidden_states, key_value=image, output_attentions=output_attentions
+            )
+            hidden_states = self.cross_attn_layer_norm(hidden_states + self.dropout(attended))
+        fed = self.fc2(self.activation(self.fc1(hidden_states)))
+        return self.final_layer_norm(hidden_states + self.dropout(fed)), weights, cross_weights
+
+
+class TCLTextModel(TCLPreTrainedModel):
+    """Text encoder (`encode`, the first layers) and fusion encoder (`fuse`, the others) in one stack."""
+
+    config_class = TCLTextConfig
+    base_model_prefix = "text_model"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _keys_to_ignore_on_load_unexpected = [r"^(tcl\.)?(vision_model|visual_projection|text_projection|temperature)"]
+
+    def __init__(self, config: TCLTextConfig):
+        super().__init__(config)
+        self.embeddings = TCLTextEmbeddings(config)
+        self.layers = nn.ModuleList(
+            TCLTextLayer(config, fusion=index >= config.fusion_layer) for index in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear):
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    @property
+    def fusion_layers(self) -> nn.ModuleList:
+        return self.layers[self.config.fusion_layer :]
+
+    def encode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Run the first layers on token ids (N, L) with their mask (N, L): states of the text alone (N, L, D)."""
+        hidden_states = self.embeddings(input_ids, inputs_embeds)
+        attention_mask = self._mask(hidden_states, attention_mask)
+        collected = _Collected(hidden_states, output_attentions, output_hidden_states)
+        for layer in self.layers[: self.config.fusion_layer]:
+            hidden_states, weights, _ = layer(hidden_states, attention_mask, None, None, output_attentions)
+            collected.add(hidden_states, weights)
+        return _text_output(hidden_states, collected)
+
+    def project_images(self, images: Tensor | tuple[Tensor, ...]) -> list[KeyValue]:
+        """Project image states (B, P, D), once, to the keys and values of every fusion layer.
+
+        Of several images, fusion layer i reads `images[i % len(images)]`.
+        """
+        images = (images,) if isinstance(images, Tensor) else images
+        return [layer.cross_attn.key_value(images[i % len(images)]) for i, layer in enumerate(self.fusion_layers)]
+
+    def fuse(
+        self,
+        text_states: Tensor,
+        attention_mask: Tensor | None,
+        images: list[KeyValue],
+        image_index: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Run the fusion layers on states of texts (N, L, D), each attending to one of B images.
+
+        Args:
+            images: keys and values for each fusion layer, from `project_images`.
+            image_index: the image of each text (N,). Without it every image serves N / B neighbouring texts.
+        """
+        mask = self._mask(text_states, attention_mask)
+        collected = _Collected(text_states, output_attentions, output_hidden_states)
+        for layer, image in zip(self.fusion_layers, images, strict=True):
+            text_states, weights, cross_weights = layer(text_states, mask, image, image_index, output_attentions)
+            collected.add(text_states, weights, cross_weights)
+        return _text_output(text_states, collected)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | tuple[Tensor, ...] | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Encode texts and, if images are given, fuse them.
+
+        Args:
+            input_ids: token ids (N, L).
+            attention_mask: 1 for tokens, 0 for padding (N, L).
+            inputs_embeds: embedded words (N, L, D) in place of `input_ids`.
+            encoder_hidden_states: states of the images (B, P, D), N a multiple of B; several per text as a tuple.
+            output_attentions: return the weights of every layer that ran, (N, H, L, L) and (N, H, L, P).
+            output_hidden_states: return the states before the first and after every layer that ran.
+
+        Returns:
+            `last_hidden_state` (N, L, D) and `pooler_output`, its first token (N, D).
+        """
+        what = _what_to_output(self.config, output_attentions, output_hidden_states)
+        text = self.encode(input_ids, attention_mask, inputs_embeds, *what)
+        if encoder_hidden_states is None:
+            return text
+        images = self.project_images(encoder_hidden_states)
+        fused = self.fuse(text.last_hidden_state, attention_mask, images, None, *what)
+        if text.hidden_states is not None:
+            fused.hidden_states = text.hidden_states + fused.hidden_states[1:]
+        if text.attentions is not None:
+            fused.attentions = text.attentions + fused.attentions
+        return fused
+
+    def _mask(self, states: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        if attention_mask is None:
+            return None
+        # Skipping a mask of ones would mean reading it back from the device.
+        return create_bidirectional_mask(self.config, states, attention_mask, allow_is_bidirectional_skip=False)
+
+
+class TCLLMHead(nn.Module):
+    """From states (..., D) to logits over the vocabulary (..., V)."""
+
+    def __init__(self, config: TCLTextConfig):
+        super().__init__()
+        self.config = config
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.layer_norm(self.activation(self.dense(hidden_states))))
+
+
+class _Collected:
+    """What a stack of layers was asked to return besides its last states."""
+
+    def __init__(self, hidden_states: Tensor, output_attentions: bool, output_hidden_states: bool):
+        self.hidden_states: tuple[Tensor, ...] | None = (hidden_states,) if output_hidden_states else None
+        self.attentions: tuple[Tensor, ...] | None = () if output_attentions else None
+        self.cross_attentions: tuple[Tensor, ...] | None = () if output_attentions else None
+
+    def add(self, hidden_states: Tensor, weights: Tensor | None, cross_weights: Tensor | None = None) -> None:
+        if self.hidden_states is not None:
+            self.hidden_states += (hidden_states,)
+        if self.attentions is not None and weights is not None:
+            self.attentions += (weights,)
+        if self.cross_attentions is not None and cross_weights is not None:
+            self.cross_attentions += (cross_weights,)
+
+
+def _text_output(hidden_states: Tensor, collected: _Collected) -> BaseModelOutputWithPoolingAndCrossAttentions:
+    return BaseModelOutputWithPoolingAndCrossAttentions(
+        last_hidden_state=hidden_states,
+        pooler_output=hidden_states[:, 0],
+        hidden_states=collected.hidden_states,
+        attentions=collected.attentions,
+        cross_attentions=collected.cross_attentions or None,
+    )
+
+
+def _what_to_output(
+    config: Any, output_attentions: bool | None, output_hidden_states: bool | None
+) -> tuple[bool, bool]:
+    """What the caller asked for, or else the config."""
+    attentions = getattr(config, "output_attentions", False) if output_attentions is None else output_attentions
+    hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    return bool(attentions), bool(hidden)

@@ -1,0 +1,761 @@
+"""TCL and its heads for pre-training, retrieval and masked language modelling.
+
+Reading order: `TCLModel` holds the two encoders and five verbs (encode image, encode text, fuse, image
+features, text features). A head holds `self.tcl` and a layer or two. Retrieval adds matching, the momentum
+teacher and the queues; pre-training is retrieval plus masked language modelling.
+
+Shapes: B images, N texts, P patches, L tokens, D feature dimensions, V words.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.utils import ModelOutput, can_return_tuple, logging
+
+from .configuration_tcl import TCLConfig
+from .encoders import KeyValue, TCLLMHead, TCLPreTrainedModel, TCLTextModel, TCLVisionModel
+from .losses import (
+    NO_IMAGE_ID,
+    cma_loss,
+    imc_loss,
+    itm_loss,
+    lmi_loss,
+    mlm_loss,
+    pool_locals,
+    positive_targets,
+    sample_hard_negatives,
+    similarity,
+)
+from .momentum import FeatureQueue, MomentumTeacher
+
+logger = logging.get_logger(__name__)
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # the paper's code keeps tau in this range
+MATCHES = 1  # index of "matches" among the two matching logits
+
+
+@dataclass
+class TCLOutput(ModelOutput):
+    """Output of [`TCLModel`].
+
+    Args:
+        logits_per_image: cosine similarities divided by the temperature (B, N); with images and texts.
+        logits_per_text: the same, transposed (N, B).
+        image_embeds: L2-normalised image features (B, D).
+        text_embeds: L2-normalised text features (N, D).
+        vision_model_output: output of the vision encoder.
+        text_model_output: output of the text encoder.
+    """
+
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPoolingAndCrossAttentions | None = None
+
+
+@dataclass
+class TCLLossOutput(ModelOutput):
+    """Output of [`TCLForImageTextRetrieval`] and [`TCLForPreTraining`].
+
+    The losses are scalars and None where the objective has weight 0 or no loss was asked for. `loss` is their
+    sum, weighted by the config.
+
+    Args:
+        loss: the total.
+        loss_cma, loss_imc, loss_lmi: mean of the two directions or modalities that follow.
+        loss_itm, loss_mlm: matching and masked language modelling.
+        loss_i2t, loss_t2i: CMA from image to text, and back.
+        loss_i2i, loss_t2t: IMC of images, and of texts.
+        loss_lmi_image, loss_lmi_text: LMI of images with their patches, and of texts with their tokens.
+        logits_per_image: cosine similarities of images and texts divided by the temperature (B, N).
+        logits_per_text: the same, transposed (N, B).
+        itm_logits: matching logits (N, 2) of the pairs (text n, image n); index 1 is "matches". Inference only.
+        image_embeds, text_embeds: L2-normalised features (B, D) and (N, D).
+        cross_attentions: weights of each fusion layer for the pairs (N, heads, L, 1 + P), if asked for.
+    """
+
+    loss: Tensor | None = None
+    loss_cma: Tensor | None = None
+    loss_imc: Tensor | None = None
+    loss_lmi: Tensor | None = None
+    loss_itm: Tensor | None = None
+    loss_mlm: Tensor | None = None
+    loss_i2t: Tensor | None = None
+    loss_t2i: Tensor | None = None
+    loss_i2i: Tensor | None = None
+    loss_t2t: Tensor | None = None
+    loss_lmi_image: Tensor | None = None
+    loss_lmi_text: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    itm_logits: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class TCLMaskedLMOutput(ModelOutput):
+    """Output of [`TCLForMaskedLM`].
+
+    Args:
+        loss: mean cross-entropy over the masked tokens, if labels were given.
+        logits: scores over the vocabulary (N, L, V).
+        hidden_states, attentions, cross_attentions: of every layer, if asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
+
+
+class TCLModel(TCLPreTrainedModel):
+    """The two encoders of TCL, projected to one space: features of images and texts, and their fusion."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^(teacher|queue|itm_head|lm_head)\."]
+
+    def __init__(self, config: TCLConfig):
+        super().__init__(config)
+        self.vision_model = TCLVisionModel._from_config(config.vision_config)
+        self.text_model = TCLTextModel._from_config(config.text_config)
+        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
+        self.temperature = nn.Parameter(torch.tensor(float(config.temperature_init_value)))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TCLModel) and module.temperature is not None:
+            init.constant_(module.temperature, self.config.temperature_init_value)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def encode_image(self, pixel_values: Tensor, **kwargs) -> Tensor:
+        """States of the class token and the patches (B, 1 + P, width) of images (B, 3, height, width)."""
+        return self.vision_model(pixel_values, **kwargs).last_hidden_state
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """States (N, L, width) of token ids (N, L), before any image."""
+        return self.text_model.encode(input_ids, attention_mask).last_hidden_state
+
+    def fuse(
+        self,
+        text_states: Tensor,
+        attention_mask: Tensor | None,
+        images: Tensor | list[KeyValue],
+        image_index: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Fuse states of texts (N, L, width) with images.
+
+        Args:
+            images: states (B, 1 + P, width), or what `text_model.project_images` made of them, which is cheaper
+                where an image is used again.
+            image_index: the image of each text (N,). Without it every image serves N / B neighbouring texts.
+        """
+        if isinstance(images, Tensor):
+            images = self.text_model.project_images(images)
+        return self.text_model.fuse(text_states, attention_mask, images, image_index, **kwargs)
+
+    def image_features(self, states: Tensor) -> Tensor:
+        """Project image states (..., width) to L2-normalised float32 features (..., D)."""
+        return F.normalize(self.visual_projection(states).float(), dim=-1)
+
+    def text_features(self, states: Tensor) -> Tensor:
+        """Project text states (..., width) to L2-normalised float32 features (..., D)."""
+        return F.normalize(self.text_projection(states).float(), dim=-1)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Encode images (B, 3, height, width); `pooler_output` holds their L2-normalised features (B, D)."""
+        output = self.vision_model(pixel_values, **kwargs)
+        output.pooler_output = self.image_features(output.pooler_output)
+        return output
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Encode token ids (N, L); `pooler_output` holds their L2-normalised features (N, D)."""
+        output = self.text_model(input_ids, attention_mask, **kwargs)
+        output.pooler_output = self.text_features(output.pooler_output)
+        return output
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> TCLOutput:
+        """Encode images, texts, or both.
+
+        Args:
+            input_ids: token ids (N, L), starting with [CLS] and without [SEP], as [`TCLTokenizer`] makes them.
+            pixel_values: images (B, 3, height, width).
+            attention_mask: 1 for tokens, 0 for padding (N, L).
+            interpolate_pos_encoding: resize the image positions to images of another size.
+            output_attentions: return the attention weights of both encoders.
+            output_hidden_states: return the states of every layer of both encoders.
+
+        Raises:
+            ValueError: if neither images nor texts are given.
+        """
+        if input_ids is None and pixel_values is None:
+            raise ValueError("TCLModel got neither pixel_values nor input_ids: pass images, texts or both.")
+        what = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        output = TCLOutput()
+        if pixel_values is not None:
+            vision = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **what)
+            output.vision_model_output = vision
+            output.image_embeds = self.image_features(vision.pooler_output)
+        if input_ids is not None:
+            output.text_model_output = self.text_model(input_ids, attention_mask, **what)
+            output.text_embeds = self.text_features(output.text_model_output.pooler_output)
+        if pixel_values is not None and input_ids is not None:
+            output.logits_per_image = similarity(output.image_embeds, output.text_embeds, self.temperature)
+            output.logits_per_text = output.logits_per_image.mT
+        return output
+
+
+@dataclass
+class MaskedTokens:
+    """A text with masked tokens: what the model reads, what it shall predict, and where.
+
+    Args:
+        input_ids: token ids with masks (N, L).
+        labels: the masked tokens' own ids, -100 elsewhere (N, L).
+        positions: positions of the masked tokens, padded with -1 (N, M); None to predict at every position.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    positions: Tensor | None
+
+    def select(self, states: Tensor) -> Tensor:
+        """The states (N * M, width) at the masked positions, of states (N, L, width)."""
+        if self.positions is None:
+            return states.flatten(0, 1)
+        index = self.positions.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
+        return states.gather(1, index).flatten(0, 1)
+
+    def selected_labels(self) -> Tensor:
+        """The labels (N * M) at the masked positions, -100 for padding."""
+        if self.positions is None:
+            return self.labels.flatten()
+        labels = self.labels.gather(1, self.positions.clamp(min=0))
+        return labels.masked_fill(self.positions < 0, -100).flatten()
+
+
+@dataclass
+class _View:
+    """One encoder's view of a batch; texts as they are and with masks are None where no objective needs them."""
+
+    image_states: Tensor  # (N, 1 + P, width)
+    image: Tensor  # (N, D)
+    text_states: Tensor | None = None  # (N, L, width)
+    text: Tensor | None = None  # (N, D)
+    masked_states: Tensor | None = None  # (N, L, width)
+
+
+class TCLForImageTextRetrieval(TCLPreTrainedModel):
+    """TCL with a matching head: similarity finds candidates, matching ranks them.
+
+    For training it holds a momentum teacher and queues of its features. The teacher moves when
+    `update_teacher` is called: once for each optimizer step, before its first forward.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^(teacher\.)?lm_head\."]
+    accepts_loss_kwargs = False  # every loss is a mean over its own batch
+
+    def __init__(self, config: TCLConfig, **taught_heads: nn.Module):
+        """Build the model; `taught_heads` are heads of a subclass that the teacher copies besides the encoders."""
+        super().__init__(config)
+        text_config = config.text_config
+        if (config.itm_weight or config.mlm_weight) and text_config.fusion_layer == text_config.num_hidden_layers:
+            raise ValueError(
+                f"text_config.fusion_layer={text_config.fusion_layer} leaves no fusion layer, which matching and "
+                "masked language modelling need: choose a smaller one, or itm_weight=0 and mlm_weight=0."
+            )
+        self.tcl = TCLModel(config)
+        self.itm_head = nn.Linear(text_config.hidden_size, 2)
+        for name, head in taught_heads.items():
+            self.add_module(name, head)
+        self.teacher = self.queue = None
+        if config.use_momentum_teacher:
+            self.teacher = MomentumTeacher(tcl=self.tcl, **taught_heads)
+            self.teacher.tcl.temperature = None  # the student's serves both
+            self.queue = FeatureQueue(config.queue_size, config.projection_dim)
+            tied = self._tied_weights_keys or {}
+            self._tied_weights_keys = tied | {f"teacher.{a}": f"teacher.{b}" for a, b in tied.items()}
+        else:
+            self._keys_to_ignore_on_load_unexpected = [
+                *(self._keys_to_ignore_on_load_unexpected or []),
+                r"^(teacher|queue)\.",
+            ]
+        self.alpha = float(config.alpha)
+        self._teacher_has_moved = False
+        self._training_forwards = 0
+        self.post_init()
+        if self.teacher is not None:  # post_init drew the weights of both
+            self.teacher.copy_from(self)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FeatureQueue):
+            module.reset()
+        else:
+            super()._init_weights(module)
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """Tie the weights; of a checkpoint without (all of) the teacher, fill the teacher with the student."""
+        super().tie_weights(missing_keys, recompute_mapping)
+        if self.teacher is None:
+            return
+        missing_from_teacher = sorted(key for key in missing_keys or () if key.startswith("teacher."))
+        for key in missing_from_teacher:
+            student = self.get_parameter(key.removeprefix("teacher."))
+            self.get_parameter(key).data.copy_(student.data)
+            missing_keys.discard(key)
+        if missing_from_teacher:
+            logger.info("The teacher starts as a copy of the student: the checkpoint has none.")
+        self.teacher.requires_grad_(False)
+
+    @torch.no_grad()
+    def update_teacher(self) -> None:
+        """Move the teacher a step towards the student, in place, and keep the temperature in its range.
+
+        Call it once for each optimizer step, before the step's first forward; `TCLMomentumCallback` does so in
+        transformers' `Trainer`.
+        """
+        self.tcl.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
+        if self.teacher is not None:
+            self.teacher.update(self, self.config.momentum)
+        self._teacher_has_moved = True
+
+    def match(
+        self,
+        text_states: Tensor,
+        attention_mask: Tensor | None,
+        images: Tensor | list[KeyValue],
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """Matching logits (N, 2) of encoded texts (N, L, width), each with one image; arguments as in `TCLModel.fuse`.
+
+        Index 1 is "matches": its logit alone ranks candidates.
+        """
+        return self.itm_head(self.tcl.fuse(text_states, attention_mask, images, image_index).pooler_output)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values_augmented: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        alpha: float | Tensor | None = None,
+        return_loss: bool = True,
+        use_itm_head: bool = True,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> TCLLossOutput:
+        """Compare images and texts; in training, compute the losses.
+
+        Losses are computed in train mode, and in eval mode when `pixel_values_augmented` or `image_ids` are
+        given; only train mode pushes features to the queues.
+
+        Args:
+            input_ids: token ids (N, L).
+            pixel_values: images (B, 3, height, width); for the losses and for matching, image n belongs to text n.
+            attention_mask: 1 for tokens, 0 for padding (N, L).
+            pixel_values_augmented: another view of the images, for the teacher; the same view if None.
+            image_ids: (N,) equal where two rows show the same image, which are then positives of each other.
+            alpha: share of the teacher's targets; `self.alpha` if None, which starts as the config's.
+            return_loss: `False` to compute no losses.
+            use_itm_head: `False` to skip matching outside training.
+            interpolate_pos_encoding: resize the image positions to images of another size.
+            output_attentions: return the cross-attention weights of the pairs, outside training.
+
+        Raises:
+            ValueError: if a side is missing that is needed, or the two sides of a training batch differ in number.
+        """
+        given = pixel_values_augmented is not None or image_ids is not None
+        if return_loss and (self.training or given):
+            return self._losses(
+                input_ids,
+                pixel_values,
+                attention_mask,
+                pixel_values_augmented,
+                image_ids,
+                alpha,
+                None,
+                interpolate_pos_encoding,
+            )
+        return self._compare(
+            input_ids, pixel_values, attention_mask, use_itm_head, interpolate_pos_encoding, output_attentions
+        )
+
+    def _compare(
+        self,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor | None,
+        use_itm_head: bool,
+        interpolate_pos_encoding: bool,
+        output_attentions: bool | None,
+    ) -> TCLLossOutput:
+        compared = self.tcl(
+            input_ids, pixel_values, attention_mask, interpolate_pos_encoding=interpolate_pos_encoding
+        )
+        output = TCLLossOutput(
+            logits_per_image=compared.logits_per_image,
+            logits_per_text=compared.logits_per_text,
+            image_embeds=compared.image_embeds,
+            text_embeds=compared.text_embeds,
+        )
+        if use_itm_head and compared.logits_per_image is not None and len(input_ids) == len(pixel_values):
+            fused = self.tcl.fuse(
+                compared.text_model_output.last_hidden_state,
+                attention_mask,
+                compared.vision_model_output.last_hidden_state,
+                output_attentions=bool(output_attentions),
+            )
+            output.itm_logits = self.itm_head(fused.pooler_output)
+            output.cross_attentions = fused.cross_attentions
+        return output
+
+    def _losses(
+        self,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor | None,
+        pixel_values_augmented: Tensor | None,
+        image_ids: Tensor | None,
+        alpha: float | Tensor | None,
+        masked: MaskedTokens | None,
+        interpolate_pos_encoding: bool,
+    ) -> TCLLossOutput:
+        """One training step's losses, in the paper's order: two views, contrast, queues, matching, masked words."""
+        self._check_training_batch(input_ids, pixel_values)
+        config, temperature = self.config, self.tcl.temperature
+        alpha = self.alpha if alpha is None else alpha
+        if pixel_values_augmented is None:
+            pixel_values_augmented = pixel_values
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        num_pairs = len(input_ids)
+        rows = torch.arange(num_pairs, device=input_ids.device)  # (N,)
+        contrasts = bool(config.cma_weight or config.imc_weight or config.lmi_weight)
+        compares = contrasts or bool(config.itm_weight)
+        distils_words = masked is not None and not (isinstance(alpha, int | float) and alpha == 0)
+        texts = input_ids if compares else None
+
+        student = _view(self.tcl, pixel_values, texts, masked, attention_mask, interpolate_pos_encoding)
+        teacher = None
+        if compares or distils_words:
+            with torch.no_grad():
+                teacher = _view(
+                    self.teacher.tcl,
+                    pixel_values_augmented,
+                    texts,
+                    masked if distils_words else None,
+                    attention_mask,
+                    interpolate_pos_encoding,
+                )
+        output = TCLLossOutput(image_embeds=student.image, text_embeds=student.text)
+        if compares:
+            output.logits_per_image = similarity(student.image, student.text, temperature).detach()
+            output.logits_per_text = output.logits_per_image.mT
+
+        # Contrast: across modalities (CMA), within them (IMC), of wholes with parts (LMI).
+        if config.cma_weight or config.imc_weight:
+            image_keys = torch.cat([teacher.image, self.queue.image])  # (K, D)
+            text_keys = torch.cat([teacher.text, self.queue.text])  # (K, D)
+            if image_ids is None:
+                ids, queue_ids = rows, torch.full_like(self.queue.image_ids, NO_IMAGE_ID)
+            else:
+                ids, queue_ids = image_ids, self.queue.image_ids
+            targets = positive_targets(ids, torch.cat([ids, queue_ids]))  # (N, K)
+            if config.cma_weight:
+                output.loss_i2t, output.loss_t2i = cma_loss(
+                    student.image,
+                    student.text,
+                    teacher.image,
+                    teacher.text,
+                    image_keys,
+                    text_keys,
+                    targets,
+                    temperature,
+                    alpha,
+                )
+                output.loss_cma = (output.loss_i2t + output.loss_t2i) / 2
+            if config.imc_weight:
+                output.loss_i2i, output.loss_t2t = imc_loss(
+                    student.image, student.text, image_keys, text_keys, targets, temperature
+                )
+                output.loss_imc = (output.loss_i2i + output.loss_t2t) / 2
+            if self.training:
+                self.queue.push(teacher.image, teacher.text, image_ids)
+        if config.lmi_weight:
+            with torch.no_grad():
+                patch = config.vision_config.patch_size
+                grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
+                patches = self.teacher.tcl.image_features(teacher.image_states[:, 1:])  # (N, P, D)
+                regions = pool_locals(patches, grid, config.local_grid)  # (N, local_grid ** 2, D)
+                tokens = self.teacher.tcl.text_features(teacher.text_states[:, 1:])  # (N, L - 1, D)
+            output.loss_lmi_image = lmi_loss(student.image, regions, temperature)
+            output.loss_lmi_text = lmi_loss(student.text, tokens, temperature, attention_mask[:, 1:])
+            output.loss_lmi = (output.loss_lmi_image + output.loss_lmi_text) / 2
+
+        # Fusion: true pairs, texts with a hard negative image, hard negative texts, and masked texts in one pass.
+        fused_texts, fused_masks, fused_images = [], [], []
+        if config.itm_weight:
+            with torch.no_grad():
+                own = torch.eye(num_pairs, dtype=torch.bool, device=rows.device)
+                same = own if image_ids is None else own | (image_ids[:, None] == image_ids)
+                negative_image, has_image = sample_hard_negatives(
+                    similarity(student.text, teacher.image, temperature), same
+                )
+                negative_text, has_text = sample_hard_negatives(
+                    similarity(student.image, teacher.text, temperature), same
+                )
+            fused_texts += [student.text_states, student.text_states, student.text_states[negative_text]]
+            fused_masks += [attention_mask, attention_mask, attention_mask[negative_text]]
+            fused_images += [rows, negative_image, rows]
+        if masked is not None:
+            fused_texts.append(student.masked_states)
+            fused_masks.append(attention_mask)
+            fused_images.append(rows)
+        if fused_texts:
+            fused = self.tcl.fuse(
+                torch.cat(fused_texts), torch.cat(fused_masks), student.image_states, torch.cat(fused_images)
+            ).last_hidden_state
+        if config.itm_weight:
+            labels = torch.zeros(3 * num_pairs, dtype=torch.long, device=rows.device)
+            labels[:num_pairs] = MATCHES
+            exists = torch.cat([torch.ones_like(has_image), has_image, has_text])
+            output.loss_itm = itm_loss(self.itm_head(fused[: 3 * num_pairs, 0]), labels, exists)
+        if masked is not None:
+            teacher_logits = None
+            if distils_words:
+                with torch.no_grad():
+                    taught = self.teacher.tcl.fuse(teacher.masked_states, attention_mask, teacher.image_states)
+                    teacher_logits = self.teacher.lm_head(masked.select(taught.last_hidden_state))
+            logits = self.lm_head(masked.select(fused[-num_pairs:]))  # (N * M, V)
+            output.loss_mlm = mlm_loss(logits, masked.selected_labels(), teacher_logits, alpha)
+
+        for name in ("cma", "imc", "lmi", "itm", "mlm"):
+            loss = getattr(output, f"loss_{name}")
+            if loss is not None:
+                weighted = getattr(config, f"{name}_weight") * loss
+                output.loss = weighted if output.loss is None else output.loss + weighted
+        return output
+
+    def _check_training_batch(self, input_ids: Tensor | None, pixel_values: Tensor | None) -> None:
+        if input_ids is None or pixel_values is None or len(input_ids) != len(pixel_values):
+            texts = 0 if input_ids is None else len(input_ids)
+            images = 0 if pixel_values is None else len(pixel_values)
+            raise ValueError(
+                f"The losses need pairs, but got {images} images and {texts} texts: pass as many pixel_values as "
+                "input_ids, or return_loss=False."
+            )
+        if self.teacher is None:
+            raise ValueError(
+                "The losses need the momentum teacher, which use_momentum_teacher=False left out: load the model "
+                "with use_momentum_teacher=True."
+            )
+        if self.training and torch.is_grad_enabled():
+            self._training_forwards += 1
+            if self._training_forwards == 2 and not self._teacher_has_moved:
+                logger.warning(
+                    "The momentum teacher stands still: call update_teacher() before each optimizer step, or give "
+                    "the Trainer a TCLMomentumCallback."
+                )
+
+
+def _view(
+    tcl: TCLModel,
+    pixel_values: Tensor,
+    input_ids: Tensor | None,
+    masked: MaskedTokens | None,
+    attention_mask: Tensor,
+    interpolate_pos_encoding: bool,
+) -> _View:
+    """Encode a batch; texts and masked texts run as one."""
+    image_states = tcl.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+    view = _View(image_states, tcl.image_features(image_states[:, 0]))
+    texts = [ids for ids in (input_ids, masked and masked.input_ids) if ids is not None]
+    if texts:
+        states = tcl.encode_text(torch.cat(texts), attention_mask.repeat(len(texts), 1)).chunk(len(texts))
+        if input_ids is not None:
+            view.text_states, view.text = states[0], tcl.text_features(states[0][:, 0])
+        if masked is not None:
+            view.masked_states = states[-1]
+    return view
+
+
+class TCLForPreTraining(TCLForImageTextRetrieval):
+    """TCL as it is pre-trained: retrieval plus masked language modelling."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "tcl.text_model.embeddings.word_embeddings.weight"}
+    _keys_to_ignore_on_load_unexpected = None
+
+    def __init__(self, config: TCLConfig):
+        super().__init__(config, lm_head=TCLLMHead(config.text_config))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values_augmented: Tensor | None = None,
+        mlm_input_ids: Tensor | None = None,
+        mlm_labels: Tensor | None = None,
+        mlm_positions: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        alpha: float | Tensor | None = None,
+        return_loss: bool = True,
+        use_itm_head: bool = True,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> TCLLossOutput:
+        """Compute the losses of a batch of pairs; without training inputs, compare images and texts.
+
+        Losses are computed in train mode, and in eval mode when any of `pixel_values_augmented`, `mlm_labels` or
+        `image_ids` is given. [`TCLPreTrainingCollator`] makes all inputs.
+
+        Args:
+            mlm_input_ids: the texts with masked tokens (N, L).
+            mlm_labels: the masked tokens' own ids, -100 elsewhere (N, L).
+            mlm_positions: positions of the masked tokens, padded with -1 (N, M): only these are predicted. None
+                predicts every position, for the same loss.
+
+        The other arguments are those of [`TCLForImageTextRetrieval`].
+
+        Raises:
+            ValueError: as there, and if masked texts are missing while `mlm_weight` is above 0.
+        """
+        given = any(x is not None for x in (pixel_values_augmented, mlm_labels, image_ids))
+        if not (return_loss and (self.training or given)):
+            return self._compare(
+                input_ids, pixel_values, attention_mask, use_itm_head, interpolate_pos_encoding, output_attentions
+            )
+        masked = None
+        if self.config.mlm_weight:
+            if mlm_input_ids is None or mlm_labels is None:
+                raise ValueError(
+                    "Masked language modelling needs mlm_input_ids and mlm_labels: use the TCLPreTrainingCollator, "
+                    "or a config with mlm_weight=0."
+                )
+            masked = MaskedTokens(mlm_input_ids, mlm_labels, mlm_positions)
+        return self._losses(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            pixel_values_augmented,
+            image_ids,
+            alpha,
+            masked,
+            interpolate_pos_encoding,
+        )
+
+
+class TCLForMaskedLM(TCLPreTrainedModel):
+    """TCL with its language-model head: fill in the masked words of a text about an image."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "tcl.text_model.embeddings.word_embeddings.weight"}
+    _keys_to_ignore_on_load_unexpected = [r"^(teacher|queue|itm_head)\."]
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TCLConfig):
+        super().__init__(config)
+        self.tcl = TCLModel(config)
+        self.lm_head = TCLLMHead(config.text_config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> TCLMaskedLMOutput:
+        """Predict the words of texts about images.
+
+        Args:
+            input_ids: token ids with masks (N, L).
+            pixel_values: images (B, 3, height, width); each serves N / B neighbouring texts.
+            attention_mask: 1 for tokens, 0 for padding (N, L).
+            labels: ids to predict, -100 where nothing is to be predicted (N, L).
+            interpolate_pos_encoding: resize the image positions to images of another size.
+            output_attentions, output_hidden_states: return those of the text and fusion layers.
+
+        Raises:
+            ValueError: if texts or images are missing.
+        """
+        if input_ids is None or pixel_values is None:
+            raise ValueError("TCLForMaskedLM reads texts about images: pass both input_ids and pixel_values.")
+        image_states = self.tcl.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        output = self.tcl.text_model(
+            input_ids,
+            attention_mask,
+            encoder_hidden_states=image_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.lm_head(output.last_hidden_state)
+        loss = None if labels is None else mlm_loss(logits.flatten(0, 1), labels.flatten())
+        return TCLMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            cross_attentions=output.cross_attentions,
+        )
+
+
+__all__ = [
+    "TCLForImageTextRetrieval",
+    "TCLForMaskedLM",
+    "TCLForPreTraining",
+    "TCLLossOutput",
+    "TCLMaskedLMOutput",
+    "TCLModel",
+    "TCLOutput",
+]

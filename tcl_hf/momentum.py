@@ -1,0 +1,104 @@
+"""The two memories of contrastive pre-training: a slowly moving teacher, and queues of its features."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .losses import NO_IMAGE_ID
+
+
+class MomentumTeacher(nn.Module):
+    """Frozen copies of student modules that follow them as an exponential moving average.
+
+    The copies carry the students' names: `MomentumTeacher(encoder=student.encoder).encoder`. They stay in train
+    mode with the student, so that their dropout masks differ from the student's: for texts this is the second
+    view of IMC.
+    """
+
+    def __init__(self, **students: nn.Module):
+        super().__init__()
+        for name, student in students.items():
+            self.add_module(name, copy.deepcopy(student))
+        self.requires_grad_(False)
+
+    def _pairs(self, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """Own parameters, and the student's of the same names; a parameter we do not hold is not followed."""
+        students = dict(student.named_parameters(remove_duplicate=False))
+        own = dict(self.named_parameters())
+        return list(own.values()), [students[name] for name in own]
+
+    @torch.no_grad()
+    def copy_from(self, student: nn.Module) -> None:
+        """Make every parameter equal to that of the same name in `student`."""
+        torch._foreach_copy_(*self._pairs(student))
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float) -> None:
+        """Move every parameter in place: `momentum * teacher + (1 - momentum) * student`."""
+        teacher, students = self._pairs(student)
+        torch._foreach_lerp_(teacher, students, 1 - momentum)
+
+
+class FeatureQueue(nn.Module):
+    """The teacher's most recent features of both modalities: a ring that accepts any batch size.
+
+    Rows start as random unit vectors, without image ids. `cursor` is the row that the next push overwrites.
+
+    Args:
+        size: rows kept (Q); 0 for a queue that keeps nothing.
+        dim: feature dimensions (D).
+    """
+
+    def __init__(self, size: int, dim: int):
+        super().__init__()
+        self.register_buffer("image", torch.empty(size, dim))  # (Q, D)
+        self.register_buffer("text", torch.empty(size, dim))  # (Q, D)
+        self.register_buffer("image_ids", torch.empty(size, dtype=torch.long))  # (Q,)
+        self.register_buffer("cursor", torch.empty(1, dtype=torch.long))
+        self.reset()
+
+    def reset(self) -> None:
+        """Fill the queue anew, except for buffers that were read from a checkpoint."""
+        for features in (self.image, self.text):
+            if not getattr(features, "_is_hf_initialized", False):
+                init.copy_(features, F.normalize(torch.randn_like(features), dim=-1))
+        init.constant_(self.image_ids, NO_IMAGE_ID)
+        init.zeros_(self.cursor)
+
+    @torch.no_grad()
+    def push(self, image: Tensor, text: Tensor, image_ids: Tensor | None = None) -> None:
+        """Overwrite the oldest rows with features (N, D) of both modalities, and their image ids (N,).
+
+        The features of all processes are pushed, in the order of ranks, so that every process holds the same
+        queue; each must bring the same number. Of a batch larger than the queue the last rows stay. A row with
+        a non-finite feature is skipped: the old one remains in its place.
+        """
+        size = len(self.image)
+        if size == 0:
+            return
+        if image_ids is None:
+            image_ids = torch.full((len(image),), NO_IMAGE_ID, device=image.device)
+        image, text, image_ids = gather(image), gather(text), gather(image_ids)
+        num_pushed = len(image)
+        image, text, image_ids = image[-size:], text[-size:], image_ids[-size:]
+        first = self.cursor + num_pushed - len(image)
+        rows = (first + torch.arange(len(image), device=image.device)) % size
+        finite = (image.isfinite() & text.isfinite()).all(-1)
+        self.image.index_copy_(0, rows, torch.where(finite[:, None], image.to(self.image.dtype), self.image[rows]))
+        self.text.index_copy_(0, rows, torch.where(finite[:, None], text.to(self.text.dtype), self.text[rows]))
+        self.image_ids.index_copy_(0, rows, torch.where(finite, image_ids, self.image_ids[rows]))
+        self.cursor.add_(num_pushed).remainder_(size)
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenate a tensor (N, ...) of all processes in the order of ranks, without gradient; alone, return it."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    tensor = tensor.contiguous()
+    gathered = tensor.new_empty(dist.get_world_size() * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor)
+    return gathered

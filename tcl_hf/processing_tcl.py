@@ -1,0 +1,45 @@
+"""The processor of TCL: images to pixels, texts to tokens, with the original's text clean-up."""
+
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import BatchEncoding
+
+from .tokenization_tcl import clean_caption
+
+MAX_WORDS = 30  # of a caption, as in the original
+MAX_TOKENS = 30  # [CLS] included, as in the original's retrieval evaluation
+
+
+class TCLProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": True, "truncation": True, "max_length": MAX_TOKENS}}
+
+
+class TCLProcessor(ProcessorMixin):
+    """Image processor and tokenizer in one, with the text clean-up the model was trained with.
+
+    Args:
+        image_processor: a [`TCLImageProcessor`] or [`TCLImageProcessorPil`].
+        tokenizer: a [`TCLTokenizer`].
+        clean_text: clean texts as the original does (lower case, no punctuation, 30 words); on by default.
+    """
+
+    valid_processor_kwargs = TCLProcessorKwargs
+
+    def __init__(self, image_processor=None, tokenizer=None, clean_text: bool = True, **kwargs):
+        self.clean_text = clean_text
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    def __call__(self, images=None, text=None, **kwargs: Unpack[TCLProcessorKwargs]) -> BatchEncoding:
+        """Make `pixel_values` of images and `input_ids`, `attention_mask` of texts.
+
+        Args:
+            images: one image or several: PIL, array, tensor, path or URL.
+            text: one text or several.
+            kwargs: `return_tensors="pt"`, and what tokenizer and image processor take; by default texts are
+                padded and cut to 30 tokens.
+        """
+        if text is not None and self.clean_text:
+            text = clean_caption(text, MAX_WORDS) if isinstance(text, str) else [clean_caption(t, MAX_WORDS) for t in text]
+        return super().__call__(images=images, text=text, **kwargs)
+
+
+__all__ = ["TCLProcessor"]

@@ -1,0 +1,58 @@
+"""The tokenizer of TCL: BERT's WordPiece with [CLS] in front and no [SEP], and the original's text clean-up."""
+
+import re
+
+from tokenizers import processors
+from transformers import BertTokenizer
+
+_DELETED = re.compile(r"[,.'!?\"()*#:;~]")
+_WHITE_SPACE_RUN = re.compile(r"\s{2,}")
+
+
+def clean_caption(caption: str, max_words: int = 30) -> str:
+    """Clean a caption as the original does: lower case, no punctuation, at most `max_words` words.
+
+    `-` and `/` become a space, `<person>` becomes `person`, runs of white space become one space.
+    """
+    caption = _split_compounds(caption).replace("<person>", "person")
+    caption = _WHITE_SPACE_RUN.sub(" ", caption)
+    return _first_words(caption.rstrip("\n").strip(" "), max_words)
+
+
+def clean_question(question: str, max_words: int = 50) -> str:
+    """Clean a question as the original does: like a caption, but inner and leading spaces stay."""
+    return _first_words(_split_compounds(question).rstrip(" "), max_words)
+
+
+def _split_compounds(text: str) -> str:
+    return _DELETED.sub("", text.lower()).replace("-", " ").replace("/", " ")
+
+
+def _first_words(text: str, max_words: int) -> str:
+    words = text.split(" ")
+    return " ".join(words[:max_words]) if len(words) > max_words else text
+
+
+class TCLTokenizer(BertTokenizer):
+    """BERT's tokenizer without [SEP]: the input of TCL is `[CLS] tokens`.
+
+    Args:
+        add_sep_token: end texts with [SEP] after all, as VQA answers do.
+
+    The other arguments are those of `BertTokenizer`.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, vocab: str | dict[str, int] | None = None, *args, add_sep_token: bool = False, **kwargs):
+        super().__init__(vocab, *args, add_sep_token=add_sep_token, **kwargs)
+        self.add_sep_token = add_sep_token
+        sep = f" {self.sep_token}" if add_sep_token else ""
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{self.cls_token} $A{sep}",
+            pair=f"{self.cls_token} $A{sep} $B{sep}",
+            special_tokens=[(self.cls_token, self.cls_token_id), (self.sep_token, self.sep_token_id)],
+        )
+
+
+__all__ = ["TCLTokenizer", "clean_caption", "clean_question"]

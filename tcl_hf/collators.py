@@ -1,0 +1,308 @@
+"""From records to batches: augmented views, the choice of a caption, and token masking, as TCL pre-trains.
+
+Every random choice of a sample is drawn under its own seed where the record carries a `Visit`, so that batches do
+not depend on which worker makes them; other records draw from PyTorch's global generator.
+"""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
+from torchvision.transforms.v2 import functional as F
+
+from .data import SkippedSamples, Visit
+from .processing_tcl import MAX_WORDS, TCLProcessor
+from .tokenization_tcl import TCLTokenizer, clean_caption
+
+MAX_TOKENS = 25  # [CLS] included, as in the original's pre-training
+_BAD_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def open_image(image: object) -> Image.Image:
+    """Open the image of a record: its bytes, a path, a dictionary of both, or an image already open.
+
+    Raises:
+        ValueError: if there is none.
+        OSError: if it can not be read.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if not image:
+        raise ValueError("no image")
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    elif not isinstance(image, str | os.PathLike):
+        raise ValueError(f"an image of type {type(image).__name__}")
+    return Image.open(image)
+
+
+class RandomOperations(torch.nn.Module):
+    """Draw `num_operations` of ten image operations, with replacement; apply each with probability 0.5.
+
+    The operations and their strengths are those of the paper's code at magnitude 7 of 10.
+    """
+
+    NAMES = (
+        *("identity", "autocontrast", "equalize", "brightness", "sharpness"),
+        *("shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
+    )
+    ENHANCEMENT = 0.7 * 1.8 + 0.1  # 1.36
+    SHEAR = 0.7 * 0.3  # as tangent
+    TRANSLATION = 0.7 * 10  # pixels
+    ROTATION = 0.7 * 30  # degrees
+    FILL = [128, 128, 128]
+
+    def __init__(self, num_operations: int = 2):
+        super().__init__()
+        self.num_operations = num_operations
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        for number in torch.randint(len(self.NAMES), (self.num_operations,)).tolist():
+            applied, positive = (torch.rand(2) < 0.5).tolist()
+            if applied:
+                image = self.apply(image, self.NAMES[number], 1 if positive else -1)
+        return image
+
+    def apply(self, image: Image.Image, name: str, sign: int) -> Image.Image:
+        """Apply one operation; `sign` is the direction of those that have one."""
+        if name == "autocontrast":
+            return F.autocontrast(image)
+        if name == "equalize":
+            return F.equalize(image)
+        if name == "brightness":
+            return F.adjust_brightness(image, self.ENHANCEMENT)
+        if name == "sharpness":
+            return F.adjust_sharpness(image, self.ENHANCEMENT)
+        shift, width, height = sign * self.TRANSLATION, *image.size
+        shear, angle = sign * self.SHEAR, sign * self.ROTATION
+        # Coefficients map a pixel of the result to one of the image: x' = a x + b y + c, y' = d x + e y + f.
+        matrix = {
+            "shear_x": (1, -shear, 0, 0, 1, 0),
+            "shear_y": (1, 0, 0, -shear, 1, 0),
+            "translate_x": (1, 0, shift, 0, 1, 0),
+            "translate_y": (1, 0, 0, 0, 1, shift),
+        }
+        if name in matrix:
+            return image.transform(
+                (width, height), Image.Transform.AFFINE, matrix[name], Image.Resampling.BILINEAR, fillcolor=(128,) * 3
+            )
+        if name == "rotate":
+            return F.rotate(image, angle, InterpolationMode.BILINEAR, fill=self.FILL)
+        return image  # identity
+
+
+class TCLAugmentation:
+    """Random views of an image, as the paper's pre-training draws them.
+
+    Args:
+        image_size: pixels of a side of the view.
+        image_mean, image_std: normalisation, that of the image processor.
+        crop_scale: range of the cropped share of the image's area (paper: 0.2 to 1; fine-tuning: 0.5 to 1).
+        color_jitter: jitter of brightness, contrast, saturation (0.4) and hue (0.1), grey, and blur, which ALBEF
+            does without.
+        num_operations: further operations drawn, see `RandomOperations`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        color_jitter: bool = True,
+        num_operations: int = 2,
+    ):
+        self.image_size, self.crop_scale = image_size, crop_scale
+        steps: list[torch.nn.Module] = []
+        if color_jitter:
+            steps += [
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                v2.RandomGrayscale(p=0.2),
+                v2.RandomApply([RandomBlur(0.1, 2.0)], p=0.5),
+            ]
+        steps += [v2.RandomHorizontalFlip(p=0.5), RandomOperations(num_operations)]
+        steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+        self.augment = v2.Compose([*steps, v2.Normalize(list(image_mean), list(image_std), inplace=True)])
+
+    def __call__(self, image: Image.Image, num_views: int = 1) -> list[Tensor]:
+        """Draw views (3, image_size, image_size) of an image.
+
+        The crops are drawn first: a JPEG larger than all of them need is decoded at reduced scale.
+        """
+        width, height = image.size
+        boxes = [
+            RandomResizedCrop.get_params(image, scale=list(self.crop_scale), ratio=[3 / 4, 4 / 3])
+            for _ in range(num_views)
+        ]
+        smallest = min(min(box_height, box_width) for _, _, box_height, box_width in boxes)
+        reduction = max(smallest / self.image_size, 1.0)
+        image.draft("RGB", (int(width / reduction), int(height / reduction)))
+        image = image.convert("RGB")
+        scale_x, scale_y = image.width / width, image.height / height
+        views = []
+        for top, left, box_height, box_width in boxes:
+            box = (
+                round(left * scale_x),
+                round(top * scale_y),
+                round((left + box_width) * scale_x),
+                round((top + box_height) * scale_y),
+            )
+            view = image.crop(box).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+            views.append(self.augment(view))
+        return views
+
+
+class RandomBlur(torch.nn.Module):
+    """Gaussian blur of a PIL image with a standard deviation drawn uniformly, in pixels."""
+
+    def __init__(self, low: float, high: float):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        sigma = torch.empty(()).uniform_(self.low, self.high).item()
+        return image.filter(ImageFilter.GaussianBlur(sigma))
+
+
+def mask_tokens(
+    input_ids: Tensor,
+    maskable: Tensor,
+    probability: float,
+    mask_token_id: int,
+    uniform: Tensor,
+    random_ids: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Mask tokens by BERT's rule: of those chosen 80 % become [MASK], 10 % a random id, 10 % stay.
+
+    Args:
+        input_ids: token ids (N, L).
+        maskable: tokens that may be chosen (N, L): not [CLS], not padding.
+        probability: share of them that is chosen.
+        uniform: two random numbers from [0, 1) for each token (N, L, 2): is it chosen, and what becomes of it.
+        random_ids: a random id for each token (N, L).
+
+    Returns:
+        The masked ids (N, L) and the labels (N, L): the chosen tokens' own ids, -100 elsewhere.
+    """
+    chosen = maskable & (uniform[..., 0] < probability)
+    fate = uniform[..., 1]
+    masked_ids = torch.where(chosen & (fate < 0.8), mask_token_id, input_ids)
+    masked_ids = torch.where(chosen & (0.8 <= fate) & (fate < 0.9), random_ids, masked_ids)
+    return masked_ids, input_ids.masked_fill(~chosen, -100)
+
+
+def masked_positions(labels: Tensor, multiple_of: int = 4) -> Tensor:
+    """Positions (N, M) of the labels (N, L) that count, padded with -1; M is the largest number, rounded up."""
+    chosen = labels != -100
+    most = max(int(chosen.sum(1).max()), 1)
+    width = min(-(-most // multiple_of) * multiple_of, labels.shape[1])
+    order = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    return order.masked_fill(~chosen.gather(1, order), -1)
+
+
+@dataclass
+class TCLPreTrainingCollator:
+    """Make batches for [`TCLForPreTraining`] of records with `image` and `captions`.
+
+    A sample whose image can not be read, or whose captions are all empty, is left out, counted and listed in
+    `skipped`; a batch of which nothing is left is an empty dictionary.
+
+    Args:
+        processor: gives tokenizer, clean-up, image size and normalisation.
+        augmentation: makes the views; None for the paper's, at the processor's size.
+        two_views: a second view for the teacher; ALBEF has one for both.
+        mlm_probability: share of the tokens masked; 0 leaves masked texts out.
+        max_tokens: longest text, [CLS] included (paper: 25).
+        skipped: where bad samples are noted.
+    """
+
+    processor: TCLProcessor
+    augmentation: TCLAugmentation | None = None
+    two_views: bool = True
+    mlm_probability: float = 0.15
+    max_tokens: int = MAX_TOKENS
+    skipped: SkippedSamples | None = None
+
+    def __post_init__(self):
+        if self.skipped is None:
+            self.skipped = SkippedSamples()
+        if self.augmentation is None:
+            pixels = self.processor.image_processor
+            self.augmentation = TCLAugmentation(pixels.size["height"], pixels.image_mean, pixels.image_std)
+
+    def __call__(self, records: list[dict]) -> dict[str, Tensor]:
+        """Return `pixel_values`, `pixel_values_augmented`, `input_ids`, `attention_mask` and, with masking,
+        `mlm_input_ids`, `mlm_labels`, `mlm_positions`."""
+        samples = [sample for sample in map(self._sample, records) if sample is not None]
+        self.skipped.saw(len(records))
+        if not samples:
+            return {}
+        tokenizer: TCLTokenizer = self.processor.tokenizer
+        views, captions, uniform, random_ids = zip(*samples, strict=True)
+        batch = dict(
+            tokenizer(
+                list(captions),
+                padding="longest",
+                truncation=True,
+                max_length=self.max_tokens,
+                return_tensors="pt",
+                return_token_type_ids=False,
+            )
+        )
+        batch["pixel_values"] = torch.stack([view[0] for view in views])
+        if self.two_views:
+            batch["pixel_values_augmented"] = torch.stack([view[1] for view in views])
+        if self.mlm_probability:
+            input_ids = batch["input_ids"]
+            length = input_ids.shape[1]
+            maskable = batch["attention_mask"].bool() & (input_ids != tokenizer.cls_token_id)
+            batch["mlm_input_ids"], batch["mlm_labels"] = mask_tokens(
+                input_ids,
+                maskable,
+                self.mlm_probability,
+                tokenizer.mask_token_id,
+                torch.stack(uniform)[:, :length],
+                torch.stack(random_ids)[:, :length],
+            )
+            batch["mlm_positions"] = masked_positions(batch["mlm_labels"])
+        return batch
+
+    def _sample(self, record: dict) -> tuple[list[Tensor], str, Tensor, Tensor] | None:
+        """Views, caption, and random numbers for masking of one record; None if it can not be used."""
+        with _choices_of(record.get("visit")):
+            try:
+                captions = [clean_caption(text, MAX_WORDS) for text in record["captions"] or ()]
+                captions = [text for text in captions if text]
+                if not captions:
+                    raise ValueError("no caption")
+                caption = captions[int(torch.randint(len(captions), ()))]
+                with open_image(record["image"]) as image:
+                    views = self.augmentation(image, 1 + self.two_views)
+            except _BAD_IMAGE as error:
+                self.skipped.add(record.get("image_id", "?"), f"{type(error).__name__}: {error}")
+                return None
+            uniform = torch.rand(self.max_tokens, 2)
+            random_ids = torch.randint(len(self.processor.tokenizer), (self.max_tokens,))
+        return views, caption, uniform, random_ids
+
+
+@contextmanager
+def _choices_of(visit: Visit | None) -> Iterator[None]:
+    """Draw from the visit's own random numbers, and leave the global ones as they were."""
+    if visit is None:
+        yield
+        return
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(visit.entropy())
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

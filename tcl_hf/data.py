@@ -1,0 +1,337 @@
+"""Where image-text pairs come from: one entry, `load_pairs`, and one record for every source.
+
+A record has `image` (undecoded: bytes, a path, or both), `captions` (a list) and `image_id`. Sources go through
+`datasets`, map-style or streaming.
+"""
+
+import glob
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing import Value
+from pathlib import Path
+
+import datasets
+import torch
+from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch.utils.data import Sampler
+
+from .openmoji import load_openmoji
+from .tokenization_tcl import TCLTokenizer, clean_caption
+
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "pixel_values")
+CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "sentence", "json")
+ID_COLUMNS = ("image_id", "__key__", "id", "key", "cocoid", "imgid", "filename")
+RECORD = ("image", "captions", "image_id")
+
+
+class DataError(ValueError):
+    """The data can not be used as it is; the message says what, where, and the remedy."""
+
+
+def load_pairs(
+    source: str | list[str],
+    split: str = "train",
+    *,
+    streaming: bool = False,
+    image_root: str | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+) -> Dataset | IterableDataset:
+    """Load image-text pairs as records `image`, `captions`, `image_id`.
+
+    Args:
+        source: what to load, or a list of such:
+            "openmoji", the embedded default; an ALBEF-style JSON list of `{"image": path, "caption": text or
+            texts}`; WebDataset tars (a file, a pattern or a folder of `.tar`); parquet (likewise); a folder of
+            images with `metadata.csv` or `.jsonl`, or one saved by `datasets`; or a data set on the Hub.
+        split: the split of it; for files in a folder, those whose names begin with it, if any do.
+        streaming: read while training instead of before.
+        image_root: folder to which the paths of a JSON list are relative; its own folder if None.
+        image_column, caption_column: the columns to use, where their names are not the usual ones.
+
+    Raises:
+        DataError: if there is nothing at the source, no data in it, or no image or caption column.
+    """
+    if isinstance(source, list):
+        if not source:
+            raise DataError("No data was named: give a source, for example openmoji.")
+        parts = [
+            load_pairs(
+                one,
+                split,
+                streaming=streaming,
+                image_root=image_root,
+                image_column=image_column,
+                caption_column=caption_column,
+            )
+            for one in source
+        ]
+        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets([part.select_columns(RECORD) for part in parts])
+    pairs = _open(source, split, streaming, image_root)
+    if isinstance(pairs, Dataset) and len(pairs) == 0:
+        raise DataError(f"{source} holds no pairs in its split '{split}'.")
+    return _as_records(pairs, source, image_column, caption_column)
+
+
+def _open(source: str, split: str, streaming: bool, image_root: str | None) -> Dataset | IterableDataset:
+    if source == "openmoji":
+        pairs = load_openmoji(split)
+        return pairs.to_iterable_dataset() if streaming else pairs
+    files = _files(source, split)
+    kinds = {Path(file).suffix for file in files}
+    if kinds == {".json"}:
+        pairs = _read_json_lists(files, image_root)
+        return pairs.to_iterable_dataset() if streaming else pairs
+    if os.path.isdir(source) and os.path.exists(os.path.join(source, "dataset_dict.json")):
+        return datasets.load_from_disk(source)[split]
+    if os.path.isdir(source) and os.path.exists(os.path.join(source, "state.json")):
+        return datasets.load_from_disk(source)
+    if kinds == {".tar"}:
+        return datasets.load_dataset("webdataset", data_files={split: files}, split=split, streaming=streaming)
+    if kinds == {".parquet"}:
+        return datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
+    if os.path.isdir(source):
+        return datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
+    if os.path.exists(source) or glob.has_magic(source) or source.startswith((".", "/", "~")):
+        raise DataError(
+            f"{source} is no data that can be read here: give a JSON list, tar or parquet files, a folder of them, "
+            "or the name of a data set on the Hub."
+        )
+    return datasets.load_dataset(source, split=split, streaming=streaming)
+
+
+def _files(source: str, split: str) -> list[str]:
+    """The files a source names: itself, those of its pattern, or the tars or parquets of its folder."""
+    if os.path.isfile(source):
+        return [source]
+    if glob.has_magic(source):
+        return sorted(glob.glob(source))
+    for pattern in ("*.tar", "*.parquet"):
+        found = sorted(glob.glob(os.path.join(glob.escape(source), pattern)))
+        if found:
+            return [file for file in found if Path(file).name.startswith(split)] or found
+    return []
+
+
+def _read_json_lists(files: list[str], image_root: str | None) -> Dataset:
+    """Read ALBEF-style lists; a row without image or caption stays, to be skipped and listed when its turn comes."""
+    columns: dict[str, list] = {"image": [], "captions": [], "image_id": []}
+    for file in files:
+        try:
+            rows = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} is not a JSON list: {error}.") from error
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise DataError(f"{file} is not a list of objects with 'image' and 'caption'.")
+        root = Path(image_root) if image_root is not None else Path(file).parent
+        for number, row in enumerate(rows):
+            path = row.get("image")
+            caption = row.get("caption")
+            captions = caption if isinstance(caption, list) else [caption]
+            columns["image"].append({"bytes": None, "path": str(root / path) if path else None})
+            columns["captions"].append([text for text in captions if isinstance(text, str)])
+            columns["image_id"].append(str(row.get("image_id", path or f"{file}:{number}")))
+    features = datasets.Features(
+        {
+            "image": datasets.Image(decode=False),
+            "captions": datasets.List(datasets.Value("string")),
+            "image_id": datasets.Value("string"),
+        }
+    )
+    return Dataset.from_dict(columns, features=features)
+
+
+def _as_records(
+    pairs: Dataset | IterableDataset, source: str, image_column: str | None, caption_column: str | None
+) -> Dataset | IterableDataset:
+    """Rename the columns to those of a record, leave images undecoded, and make captions lists."""
+    columns = pairs.column_names
+    if columns is None:  # a stream that has not been looked at
+        columns = list(next(iter(pairs)))
+    image = _find_column(columns, image_column, IMAGE_COLUMNS, "image", source)
+    caption = _find_column(columns, caption_column, CAPTION_COLUMNS, "caption", source)
+    image_id = next((name for name in ID_COLUMNS if name in columns), None)
+
+    if (pairs.features or {}).get(image) is None or isinstance(pairs.features[image], datasets.Image):
+        pairs = pairs.cast_column(image, datasets.Image(decode=False))
+    if image != "image":
+        pairs = pairs.rename_column(image, "image")
+    if caption != "captions":
+        pairs = pairs.rename_column(caption, "captions")
+    if image_id not in (None, "image_id"):
+        pairs = pairs.rename_column(image_id, "image_id")
+
+    captions = (pairs.features or {}).get("captions")
+    if image_id is None or not isinstance(captions, datasets.List | datasets.Sequence | list):
+        pairs = pairs.map(_complete, with_indices=True, desc="Reading captions") if isinstance(
+            pairs, Dataset
+        ) else pairs.map(_complete, with_indices=True)
+    return pairs
+
+
+def _find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], what: str, source: str) -> str:
+    candidates = (asked,) if asked is not None else usual
+    for name in candidates:
+        if name in columns:
+            return name
+    raise DataError(
+        f"{source} has no {what} column among {', '.join(columns)} (looked for {', '.join(candidates)}): "
+        f"name it with {what}_column."
+    )
+
+
+def _complete(record: dict, index: int) -> dict:
+    """Captions as a list, and an image id."""
+    captions = record["captions"]
+    if isinstance(captions, dict):  # img2dataset's .json, or Karpathy's {"raw": text}
+        captions = captions.get("caption", captions.get("raw"))
+    if not isinstance(captions, list | tuple):
+        captions = [captions]
+    image_id = record.get("image_id")
+    return {
+        "captions": [text for text in captions if isinstance(text, str)],
+        "image_id": index if image_id is None else image_id,
+    }
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> TCLTokenizer:
+    """Train a WordPiece tokenizer on cleaned captions.
+
+    Args:
+        captions: texts, cleaned here.
+        vocab_size: at most so many tokens, the special ones included.
+
+    Raises:
+        DataError: if there are no captions.
+    """
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator((clean_caption(caption) for caption in captions), trainer)
+    if tokenizer.get_vocab_size() <= len(special):
+        raise DataError("There are no captions to train a tokenizer on: name one, or check the caption column.")
+    # The order of equally frequent pieces differs between runs of the trainer; that of the vocabulary must not.
+    pieces = sorted(set(tokenizer.get_vocab()) - set(special))
+    return TCLTokenizer({piece: number for number, piece in enumerate([*special, *pieces])})
+
+
+@dataclass
+class SkippedSamples:
+    """Counts the samples that could not be used and lists them, one JSON line each, also from worker processes.
+
+    Args:
+        path: the list's file; None keeps none.
+        max_share: the run stops when a larger share of the samples seen is bad.
+    """
+
+    path: str | os.PathLike | None = None
+    max_share: float = 0.1
+    min_seen: int = 100
+    _seen: "Value" = field(default_factory=lambda: Value("q", 0), repr=False)  # type: ignore[valid-type]
+    _skipped: "Value" = field(default_factory=lambda: Value("q", 0), repr=False)  # type: ignore[valid-type]
+
+    @property
+    def count(self) -> int:
+        return self._skipped.value
+
+    def saw(self, number: int) -> None:
+        with self._seen.get_lock():
+            self._seen.value += number
+
+    def add(self, image_id: object, reason: str) -> None:
+        """Note one bad sample and why it is bad."""
+        with self._skipped.get_lock():
+            self._skipped.value += 1
+            if self.path is not None:
+                line = json.dumps({"image_id": str(image_id), "reason": reason}, ensure_ascii=False)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+
+    def check(self) -> None:
+        """Stop the run if too much of the data is bad.
+
+        Raises:
+            DataError: with the share, and where the samples are listed.
+        """
+        seen, skipped = self._seen.value, self._skipped.value
+        if seen >= self.min_seen and skipped > self.max_share * seen:
+            raise DataError(
+                f"{skipped} of {seen} samples could not be used, more than the share of {self.max_share:g} that "
+                f"max_bad_share allows; they are listed in {self.path}."
+            )
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One visit of a sample: all its random choices follow from these numbers, whichever process makes them."""
+
+    seed: int
+    epoch: int
+    index: int
+
+    def entropy(self) -> int:
+        """A seed for the choices of this visit."""
+        mixed = 0
+        for number in (self.seed, self.epoch, self.index):  # splitmix64's finaliser on each
+            mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+            mixed ^= mixed >> 31
+        return mixed
+
+
+class VisitSampler(Sampler[Visit]):
+    """The visits of one epoch, shuffled by seed and epoch; `start` skips those of a run that goes on."""
+
+    def __init__(self, num_samples: int, seed: int):
+        self.num_samples, self.seed = num_samples, seed
+        self.epoch, self.start = 0, 0
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch of the next iteration, and how many of its visits are done."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[Visit]:
+        generator = torch.Generator().manual_seed(Visit(self.seed, self.epoch, -1).entropy() >> 1)
+        order = torch.randperm(self.num_samples, generator=generator).tolist()
+        for index in order[self.start :]:
+            yield Visit(self.seed, self.epoch, index)
+
+
+class VisitedPairs(torch.utils.data.Dataset):
+    """Records of a map-style data set, looked up by visit."""
+
+    def __init__(self, pairs: Dataset):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, visit: Visit) -> dict:
+        return {**self.pairs[visit.index], "visit": visit}
+
+
+class StreamedPairs(torch.utils.data.IterableDataset):
+    """Records of a stream with their visits; shards are split over workers by `datasets`."""
+
+    def __init__(self, pairs: IterableDataset, seed: int):
+        self.pairs, self.seed, self.epoch = pairs, seed, 0
+
+    def begin(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch of the next iteration; `start` is not used: a stream is read again up to there."""
+        self.epoch = epoch
+        self.pairs.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number, record in enumerate(self.pairs):
+            yield {**record, "visit": Visit(self.seed, self.epoch, first + number * step)}

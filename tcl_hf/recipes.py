@@ -1,0 +1,221 @@
+"""Recipes: YAML files of arguments with command-line overrides, and the parts that they describe."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from .collators import TCLAugmentation, TCLPreTrainingCollator
+from .configuration_tcl import TCLConfig
+from .convert import read_text_encoder, read_vision_encoder, start_from_encoders
+from .data import SkippedSamples, train_tokenizer
+from .image_processing_tcl import TCLImageProcessorPil
+from .modeling_tcl import TCLForPreTraining
+from .processing_tcl import TCLProcessor
+from .tokenization_tcl import TCLTokenizer
+
+
+class RecipeError(ValueError):
+    """A recipe or command line that can not be used; the message says what, where, and the remedy."""
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    data: list[str] = field(
+        default_factory=lambda: ["openmoji"],
+        metadata={"help": "Sources of pairs: openmoji, JSON lists, tars, parquet, folders, or names on the Hub."},
+    )
+    validation_data: list[str] = field(
+        default_factory=list, metadata={"help": "Sources to evaluate on; those of --data if none are named."}
+    )
+    split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Split to evaluate on; empty for none."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of the images of JSON lists."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if unusual."})
+    caption_column: str | None = field(default=None, metadata={"help": "Column of the captions, if unusual."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training."})
+    max_tokens: int = field(default=25, metadata={"help": "Longest text, [CLS] included."})
+    two_views: bool = field(default=True, metadata={"help": "A second view of the image for the teacher (ALBEF: no)."})
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.2, 1.0], metadata={"help": "Smallest and largest cropped share of an image."}
+    )
+    color_jitter: bool = field(default=True, metadata={"help": "Jitter, grey and blur (ALBEF: no)."})
+    eval_images: int = field(default=1000, metadata={"help": "Evaluate on at most so many images."})
+    eval_k: int = field(default=32, metadata={"help": "Candidates re-ranked by matching."})
+
+
+@dataclass
+class ModelArguments:
+    """What to train."""
+
+    model: str | None = field(default=None, metadata={"help": "TCL checkpoint to go on from: folder or Hub name."})
+    vision_model: str | None = field(default=None, metadata={"help": "ViT or DINOv2 of transformers to start from."})
+    text_model: str | None = field(default=None, metadata={"help": "BERT of transformers to start from."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer or vocab.txt; else the text model's, else one trained on the captions."}
+    )
+    vocab_size: int = field(default=30522, metadata={"help": "Largest vocabulary of a trained tokenizer."})
+    image_size: int = field(default=256, metadata={"help": "Pixels of a side of the images."})
+    fusion_layer: int | None = field(default=None, metadata={"help": "Layers of --text_model that encode the text."})
+    num_fusion_layers: int = field(default=6, metadata={"help": "Layers that fuse, on top of these."})
+    config: str = field(
+        default="{}", metadata={"help": "Fields of TCLConfig, vision_config and text_config among them, as JSON."}
+    )
+    config_fields: dict = field(init=False)
+
+
+    def __post_init__(self):
+        try:
+            self.config_fields = json.loads(self.config)
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"--config is not JSON: {error}.") from error
+        if not isinstance(self.config_fields, dict):
+            raise RecipeError("--config is no object: give fields of TCLConfig by name.")
+
+
+def parse_recipe(types: Sequence[type], recipe: str | os.PathLike, argv: Sequence[str] | None = None) -> tuple:
+    """Parse a recipe and the command line over it: `--recipe FILE --name value ...`.
+
+    Args:
+        types: dataclasses of arguments.
+        recipe: the recipe used where the command line names none.
+        argv: the command line; that of the process if None.
+
+    Returns:
+        One object of each type.
+
+    Raises:
+        RecipeError: for a file that is not there, a key or option that does not exist, or a value of a wrong type.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(types)
+    parser.add_argument("--recipe", default=str(recipe), help="YAML file of arguments (default: %(default)s)")
+    known = {f.name for t in types for f in dataclasses.fields(t)}
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--recipe", default=str(recipe))
+    path = chosen.parse_known_args(argv)[0].recipe
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(
+        [*_recipe_as_argv(Path(path), known), *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise RecipeError(f"There is no option {unknown[0]}{_did_you_mean(unknown[0].lstrip('-'), known)}.")
+    return tuple(parsed)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise RecipeError(f"{message[0].upper()}{message[1:]} (--help lists the options).")
+
+
+def _recipe_as_argv(path: Path, known: set[str]) -> list[str]:
+    """The entries of a recipe as options, so that both are checked alike."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as error:
+        raise RecipeError(f"There is no recipe {path}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} is not a list of `name: value`.")
+    argv = []
+    for key, value in values.items():
+        if key not in known:
+            raise RecipeError(f"{path}: there is no argument '{key}'{_did_you_mean(str(key), known)}.")
+        if value is None or value == []:
+            continue
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        argv += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return argv
+
+
+def _did_you_mean(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPreTraining, TCLProcessor]:
+    """Make the model to pre-train and its processor.
+
+    The model goes on from a TCL checkpoint, starts from encoders of transformers, or is new; `config` has the last
+    word on its fields, `image_size` on the size. The normalisation of images follows the vision encoder.
+
+    Args:
+        captions: texts to train a tokenizer on, where none is given; read only then.
+
+    Raises:
+        RecipeError: if the arguments contradict each other or the parts do not fit.
+    """
+    try:
+        if args.model is not None:
+            if args.vision_model or args.text_model or args.tokenizer:
+                raise RecipeError("--model brings its encoders and tokenizer: leave out the others.")
+            processor = TCLProcessor.from_pretrained(args.model)
+            processor.image_processor.size = {"height": args.image_size, "width": args.image_size}
+            config = TCLConfig.from_pretrained(args.model, **args.config_fields)
+            config.vision_config.image_size = args.image_size
+            return TCLForPreTraining.from_pretrained(args.model, config=config), processor
+
+        vision = read_vision_encoder(args.vision_model, args.image_size) if args.vision_model else None
+        text = None
+        if args.text_model:
+            text = read_text_encoder(args.text_model, args.fusion_layer, args.num_fusion_layers)
+        tokenizer = _tokenizer(args, captions)
+        fields = dict(args.config_fields)
+        vision_fields = (vision.config if vision else {"image_size": args.image_size}) | fields.pop("vision_config", {})
+        text_fields = (text.config if text else {}) | fields.pop("text_config", {})
+        text_fields |= {"vocab_size": max(len(tokenizer), text_fields.get("vocab_size", 0) if text else 0)}
+        text_fields |= {"pad_token_id": tokenizer.pad_token_id}
+        config = TCLConfig(vision_config=vision_fields, text_config=text_fields, **fields)
+        model = start_from_encoders(TCLForPreTraining(config), vision, text)
+    except RecipeError:
+        raise
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise RecipeError(str(error)) from error
+    size = config.vision_config.image_size
+    image_processor = TCLImageProcessorPil(size={"height": size, "width": size})
+    if vision is not None:
+        image_processor.image_mean, image_processor.image_std = vision.image_mean, vision.image_std
+    return model, TCLProcessor(image_processor, tokenizer)
+
+
+def build_collator(
+    data: DataArguments, config: TCLConfig, processor: TCLProcessor, skipped: SkippedSamples | None = None
+) -> TCLPreTrainingCollator:
+    """Make the collator of a pre-training run."""
+    pixels = processor.image_processor
+    augmentation = TCLAugmentation(
+        config.vision_config.image_size,
+        pixels.image_mean,
+        pixels.image_std,
+        crop_scale=tuple(data.crop_scale),
+        color_jitter=data.color_jitter,
+    )
+    return TCLPreTrainingCollator(
+        processor,
+        augmentation,
+        two_views=data.two_views,
+        mlm_probability=config.mlm_probability if config.mlm_weight else 0.0,
+        max_tokens=data.max_tokens,
+        skipped=skipped,
+    )
+
+
+def _tokenizer(args: ModelArguments, captions: Iterable[str]) -> TCLTokenizer:
+    """The tokenizer that was named, that of the text model, or a new one."""
+    source = args.tokenizer or args.text_model
+    if source is None:
+        return train_tokenizer(captions, args.vocab_size)
+    if os.path.isfile(source):
+        return TCLTokenizer(source)
+    return TCLTokenizer.from_pretrained(source)

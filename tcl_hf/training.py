@@ -1,0 +1,459 @@
+"""One training loop on Accelerate, for pre-training and every task, and the callback for transformers' Trainer."""
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from .data import SkippedSamples, StreamedPairs, VisitedPairs, VisitSampler
+from .processing_tcl import TCLProcessor
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+_LOSSES = ("loss", "loss_cma", "loss_imc", "loss_lmi", "loss_itm", "loss_mlm")
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient was not finite; the weights are those before that step."""
+
+
+@dataclass
+class TrainingArguments:
+    """How to train."""
+
+    output_dir: str = field(default="runs/tcl", metadata={"help": "Folder of the model, metrics and checkpoints."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, order, augmentation and masking."})
+    epochs: int = field(default=30, metadata={"help": "Passes over the data."})
+    max_steps: int = field(default=0, metadata={"help": "Stop after so many optimizer steps; 0 for all epochs."})
+    batch_size: int = field(default=64, metadata={"help": "Pairs in a forward of one process."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forwards in an optimizer step."})
+    schedule: str = field(
+        default="cosine",
+        metadata={
+            "help": "cosine: linear warm-up, then cosine, per step; paper: warm-up in stairs, then cosine by epoch.",
+            "choices": ["cosine", "paper"],
+        },
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Highest learning rate."})
+    min_learning_rate: float = field(default=1e-5, metadata={"help": "Last learning rate."})
+    warmup_learning_rate: float = field(default=1e-5, metadata={"help": "First learning rate."})
+    warmup_steps: int = field(default=2000, metadata={"help": "Optimizer steps of warm-up."})
+    weight_decay: float = field(default=0.02, metadata={"help": "Decay of AdamW."})
+    decay_rule: str = field(
+        default="matrices",
+        metadata={
+            "help": "matrices: weights of linear layers, convolutions and embeddings decay; "
+            "original: also the temperature, class token and image positions.",
+            "choices": ["matrices", "original"],
+        },
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient to this norm; 0 for no clipping."})
+    mixed_precision: str = field(
+        default="no", metadata={"help": "Precision of the forward.", "choices": ["no", "bf16", "fp16"]}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the forward."})
+    num_workers: int = field(default=4, metadata={"help": "Processes that prepare batches."})
+    logging_steps: int = field(default=50, metadata={"help": "Write the mean losses each so many steps."})
+    eval_steps: int = field(default=0, metadata={"help": "Evaluate each so many steps; 0 for the end only."})
+    save_steps: int = field(default=0, metadata={"help": "Write a checkpoint each so many steps; 0 for none."})
+    save_total_limit: int = field(default=2, metadata={"help": "Keep so many checkpoints."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in output_dir."})
+    report_to: list[str] = field(
+        default_factory=list, metadata={"help": "Trackers: tensorboard, wandb, trackio, or others of Accelerate."}
+    )
+    max_bad_share: float = field(default=0.1, metadata={"help": "Stop when a larger share of the samples is bad."})
+
+
+@dataclass
+class Progress:
+    """Where a run stands; part of every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0
+    batch: int = 0  # batches of this epoch done, per process
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        vars(self).update(state)
+
+
+def train(
+    model: nn.Module,
+    pairs,
+    collator: Callable,
+    processor: TCLProcessor,
+    args: TrainingArguments,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+) -> dict[str, float]:
+    """Train a head with a momentum teacher; save it with its processor, metrics and checkpoints in `output_dir`.
+
+    Args:
+        model: a model with `update_teacher()`, whose output has `loss` and losses by name.
+        pairs: records, map-style or a stream.
+        collator: makes batches of records; its `skipped`, if any, notes bad samples.
+        evaluate: called with the model each `eval_steps` and at the end; returns metrics by name.
+
+    Returns:
+        The last line of `metrics.jsonl`.
+
+    Raises:
+        NonFiniteError: if a loss or gradient was not finite; the update was masked.
+        ValueError: if arguments contradict each other, or there is nothing to resume from.
+        DataError: if too much of the data is bad.
+    """
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.report_to or None,
+        project_dir=str(output_dir),
+        step_scheduler_with_optimizer=False,
+    )
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    skipped = getattr(collator, "skipped", None) or SkippedSamples()
+    skipped.path, skipped.max_share = output_dir / "skipped.jsonl", args.max_bad_share
+
+    # Parts: data, optimizer, and everything as Accelerate wants it.
+    set_seed(args.seed, device_specific=True)  # each process its own dropout masks and negatives
+    loader, order = _loader(pairs, collator, args)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay, args.decay_rule),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        fused=True,  # reads found_inf on the device, see _Guard
+    )
+    bare_model = model
+    if args.torch_compile:
+        model.forward = torch.compile(model.forward)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    if args.report_to:
+        accelerator.init_trackers("tcl_hf", config={k: str(v) for k, v in vars(args).items()})
+
+    steps_per_epoch = _steps_per_epoch(loader, args)
+    num_steps = args.max_steps or args.epochs * steps_per_epoch
+    if args.resume:
+        checkpoint = newest_checkpoint(output_dir)
+        if checkpoint is None:
+            raise ValueError(f"There is no checkpoint to resume from in {output_dir / CHECKPOINTS}: leave out --resume.")
+        accelerator.load_state(str(checkpoint))
+        logger.info("Resumed from %s at step %d.", checkpoint, progress.step)
+    log = MetricsLog(output_dir / METRICS, progress.step if args.resume else 0, accelerator)
+    guard = _Guard(accelerator.device)
+    meter = _Meter(accelerator.device)
+    bar = tqdm(total=num_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
+
+    # The loop.
+    line: dict[str, float] = {}
+    model.train()
+    is_first_forward = True
+    while progress.step < num_steps:
+        order.begin(progress.epoch, progress.batch * args.batch_size * accelerator.num_processes)
+        batches_before = progress.batch
+        for batch in _resumed(loader, order, progress, accelerator):
+            progress.batch += 1
+            if not batch:
+                continue
+            if is_first_forward:  # of this optimizer step
+                bare_model.update_teacher()
+                lr = learning_rate(args, progress.step, progress.epoch, num_steps, steps_per_epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                alpha = bare_model.config.alpha * min(1.0, progress.step / steps_per_epoch)
+                # A compiled forward takes a tensor: each new number would compile it again.
+                share = torch.full((), alpha, device=accelerator.device) if args.torch_compile else alpha
+            with accelerator.accumulate(model):
+                output = model(**batch, alpha=share)
+                accelerator.backward(output.loss)
+                norm = None
+                if accelerator.sync_gradients:
+                    norm = _gradient_norm(accelerator, model, args.max_grad_norm)
+                guard.watch(optimizer, progress.step, output.loss, norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            meter.add(output, len(batch["input_ids"]) * accelerator.num_processes, norm)
+            is_first_forward = accelerator.sync_gradients
+            if not accelerator.sync_gradients:
+                continue
+
+            progress.step += 1
+            bar.update()
+            last = progress.step == num_steps
+            if last or progress.step % args.logging_steps == 0:
+                line = {"step": progress.step, "epoch": progress.epoch, "learning_rate": lr, "alpha": alpha}
+                line |= {"temperature": bare_model.tcl.temperature.item(), **meter.read(accelerator)}
+                line["skipped_samples"] = skipped.count
+                guard.check(newest_checkpoint(output_dir))
+                skipped.check()
+                log.write(line)
+                bar.set_postfix({k: f"{line[k]:.3g}" for k in ("loss", "pairs_per_second") if k in line})
+            if evaluate and (last or (args.eval_steps and progress.step % args.eval_steps == 0)):
+                metrics = evaluate(accelerator.unwrap_model(model)) if accelerator.is_main_process else {}
+                accelerator.wait_for_everyone()
+                line = {"step": progress.step, "epoch": progress.epoch, **metrics}
+                log.write(line)
+                model.train()
+                meter.restart_clock()
+            if args.save_steps and progress.step % args.save_steps == 0 and not last:
+                guard.check(newest_checkpoint(output_dir))
+                save_checkpoint(accelerator, output_dir, progress, args.save_total_limit)
+                meter.restart_clock()
+            if last:
+                break
+        else:
+            if progress.batch == batches_before:
+                raise ValueError("The data gave no batch: it holds no pairs, or fewer than the processes need.")
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+    bar.close()
+    guard.check(newest_checkpoint(output_dir))
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+    accelerator.end_training()
+    return line
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, rule: str = "matrices") -> list[dict]:
+    """AdamW's groups of trainable parameters: those that decay, and those that do not.
+
+    Args:
+        rule: "matrices" decays weights with two or four dimensions (linear, embedding, convolution); "original"
+            all but biases and one-dimensional ones, so also the temperature, class token and image positions.
+    """
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        if rule == "original":
+            return parameter.ndim != 1 and not name.endswith(".bias")
+        return parameter.ndim in (2, 4)
+
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for name, p in trained if decays(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0},
+    ]
+
+
+def learning_rate(args: TrainingArguments, step: int, epoch: int, num_steps: int, steps_per_epoch: int) -> float:
+    """The learning rate of an optimizer step, counted from 0.
+
+    "cosine" warms up linearly and then follows a cosine to the last step. "paper" warms up in stairs of 100 steps
+    within the first epoch, and then takes one value per epoch from the cosine over all epochs.
+    """
+    low, high = args.min_learning_rate, args.learning_rate
+    if args.schedule == "paper":
+        if epoch == 0:
+            stair = 100
+            share = min(1.0, step // stair * stair / max(args.warmup_steps, 1))
+            return args.warmup_learning_rate + share * (high - args.warmup_learning_rate)
+        return low + 0.5 * (high - low) * (1 + math.cos(math.pi * epoch / args.epochs))
+    if step < args.warmup_steps:
+        return args.warmup_learning_rate + step / args.warmup_steps * (high - args.warmup_learning_rate)
+    share = (step - args.warmup_steps) / max(num_steps - args.warmup_steps, 1)
+    return low + 0.5 * (high - low) * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+class MetricsLog:
+    """`metrics.jsonl`, and the trackers: one line at a time; a resumed run first drops the lines beyond its step."""
+
+    def __init__(self, path: Path, step: int, accelerator: Accelerator | None = None):
+        self.path, self.accelerator = path, accelerator
+        if accelerator is None or accelerator.is_main_process:
+            kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, line: dict[str, float]) -> None:
+        if self.accelerator is None or self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.accelerator is not None:
+            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`; none if it is not there."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progress, limit: int) -> Path:
+    """Write a checkpoint under a temporary name, rename it when it is whole, and remove the oldest beyond `limit`."""
+    final = output_dir / CHECKPOINTS / f"step-{progress.step:08d}"
+    unfinished = final.with_suffix(".tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        for old in sorted(final.parent.glob("step-????????"))[: -max(limit, 1)]:
+            shutil.rmtree(old)
+    return final
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    return max((output_dir / CHECKPOINTS).glob("step-????????"), default=None)
+
+
+class TCLMomentumCallback(TrainerCallback):
+    """Moves the momentum teacher in transformers' `Trainer`: once before each optimizer step.
+
+    Also ramps alpha, the share of the teacher's targets, over the first epoch, as the paper does.
+    """
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model = getattr(model, "module", model)
+        steps_per_epoch = state.max_steps / max(args.num_train_epochs, 1)
+        model.alpha = model.config.alpha * min(1.0, state.global_step / max(steps_per_epoch, 1))
+        model.update_teacher()
+
+
+class _Guard:
+    """Masks updates with a non-finite loss or gradient, on the device, and remembers the first."""
+
+    def __init__(self, device: torch.device):
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # all forwards of this optimizer step
+        self.first = torch.full((2,), -1.0, dtype=torch.float64, device=device)  # its step and its loss
+
+    def watch(self, optimizer, step: int, loss: Tensor, norm: Tensor | None) -> None:
+        """Note a forward; `norm` is the gradient's, of the last forward before an update."""
+        loss = loss.detach()
+        self.finite = self.finite & loss.isfinite()
+        if norm is not None:
+            self.finite = self.finite & norm.isfinite()
+        bad = torch.stack([torch.full_like(loss, step, dtype=torch.float64), loss.double()])
+        self.first = torch.where((self.first[0] < 0) & ~self.finite, bad, self.first)
+        if norm is not None:
+            inner = getattr(optimizer, "optimizer", optimizer)
+            if getattr(optimizer, "scaler", None) is None:  # fp16's scaler masks by itself
+                inner.found_inf = (~self.finite).float()
+            self.finite = torch.ones_like(self.finite)
+
+    def check(self, checkpoint: Path | None) -> None:
+        """Read the flag.
+
+        Raises:
+            NonFiniteError: if an update was masked.
+        """
+        step, loss = self.first.tolist()
+        if step >= 0:
+            raise NonFiniteError(
+                f"Step {int(step) + 1}: the loss was {loss:g} or its gradient was not finite. No such update reached "
+                f"the weights. Last good checkpoint: {checkpoint or 'none was saved (see save_steps)'}. "
+                "Lower the learning rate, clip the gradient (max_grad_norm) or look at the data of that step."
+            )
+
+
+class _Meter:
+    """Sums losses on the device between two lines of the log."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.forwards = self.pairs = 0
+        self.seconds = 0.0
+        self.norms: list[Tensor] = []
+        self.clock = time.perf_counter()
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last forward."""
+        self.clock = time.perf_counter()
+
+    def add(self, output, num_pairs: int, norm: Tensor | None) -> None:
+        for name in _LOSSES:
+            loss = getattr(output, name, None)
+            if loss is not None:
+                self.sums[name] = self.sums.get(name, 0) + loss.detach()
+        if norm is not None:
+            self.norms.append(norm.detach())
+        self.forwards += 1
+        self.pairs += num_pairs
+        now = time.perf_counter()
+        self.seconds += now - self.clock
+        self.clock = now
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over the forwards since the last reading, over all processes, and pairs per second."""
+        sums = torch.stack([*self.sums.values()]) / self.forwards
+        means = accelerator.reduce(sums, "mean").tolist()
+        line = dict(zip(self.sums, means, strict=True))
+        if self.norms:
+            line["gradient_norm"] = torch.stack(self.norms).mean().item()
+        line["pairs_per_second"] = self.pairs / max(self.seconds, 1e-9)
+        self.restart()
+        return line
+
+
+def _loader(pairs, collator: Callable, args: TrainingArguments) -> tuple[DataLoader, VisitSampler | StreamedPairs]:
+    """A loader whose order and whose samples' random choices follow from the seed alone."""
+    options = {
+        "batch_size": args.batch_size,
+        "collate_fn": collator,
+        "num_workers": args.num_workers,
+        "generator": torch.Generator().manual_seed(args.seed),
+        "pin_memory": torch.cuda.is_available(),
+    }
+    if isinstance(pairs, torch.utils.data.IterableDataset):
+        if not args.max_steps:
+            raise ValueError("A stream has no known length: say how long to train with max_steps.")
+        stream = StreamedPairs(pairs, args.seed)
+        return DataLoader(stream, **options), stream
+    if len(pairs) == 0:
+        raise ValueError("There is nothing to train on: the data holds no pairs.")
+    order = VisitSampler(len(pairs), args.seed)
+    drop_last = len(pairs) >= args.batch_size
+    return DataLoader(VisitedPairs(pairs), sampler=order, drop_last=drop_last, **options), order
+
+
+def _steps_per_epoch(loader: DataLoader, args: TrainingArguments) -> int:
+    """Optimizer steps in an epoch; of a stream, all."""
+    if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+        return args.max_steps
+    return max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
+
+
+def _resumed(loader, order, progress: Progress, accelerator: Accelerator) -> Iterator[dict]:
+    """The epoch's batches that are still to come; a stream is read again up to there."""
+    if isinstance(order, StreamedPairs) and progress.batch:
+        loader = accelerator.skip_first_batches(loader, progress.batch)
+    yield from loader
+
+
+def _gradient_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
+    """Norm of the whole gradient, before clipping where it is clipped."""
+    if max_norm > 0:
+        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    accelerator.unscale_gradients()
+    return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)

@@ -1,25 +1,28 @@
 """Pre-train TCL: `accelerate launch scripts/pretrain.py [--recipe FILE] [--name value ...]`."""
 
+import logging
 import sys
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import set_seed
 
+from tcl_hf.baselines import ridge_baseline
 from tcl_hf.data import DataError, load_pairs
 from tcl_hf.evaluation import evaluate_retrieval
 from tcl_hf.recipes import DataArguments, ModelArguments, RecipeError, build_collator, build_model, parse_recipe
+from tcl_hf.report import RunFacts, write_report
 from tcl_hf.training import NonFiniteError, TrainingArguments, train
 
-RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "openmoji.yaml"
 
 
 def main() -> None:
-    data, parts, args = parse_recipe((DataArguments, ModelArguments, TrainingArguments), RECIPES / "openmoji.yaml")
+    data, parts, args = parse_recipe((DataArguments, ModelArguments, TrainingArguments), DEFAULT_RECIPE)
     set_seed(args.seed)
     columns = {"image_root": data.image_root, "image_column": data.image_column, "caption_column": data.caption_column}
     pairs = load_pairs(data.data, data.split, streaming=data.streaming, **columns)
-    model, processor = build_model(parts, (text for record in pairs for text in record["captions"]))
-    evaluate = None
+    records, evaluate = [], None
     if data.validation_split:
         held_out = load_pairs(data.validation_data or data.data, data.validation_split, **columns)
         records = list(held_out.take(data.eval_images))
@@ -27,10 +30,27 @@ def main() -> None:
         def evaluate(model):
             return evaluate_retrieval(model, processor, records, k=data.eval_k, captions_per_image=1)
 
-    train(model, pairs, build_collator(data, model.config, processor), processor, args, evaluate)
+    model, processor = build_model(parts, (text for record in pairs for text in record["captions"]))
+    collator = build_collator(data, model.config, processor)
+    metrics = train(model, pairs, collator, processor, args, evaluate)
+
+    if records and PartialState().is_main_process:
+        facts = RunFacts(
+            data=data.data,
+            split=data.validation_split,
+            num_train=None if data.streaming else len(pairs),
+            k=data.eval_k,
+            base_models=[name for name in (parts.model, parts.vision_model, parts.text_model) if name],
+            command=" ".join(["accelerate launch", *sys.argv]),
+        )
+        baseline = ridge_baseline(list(pairs), records) if data.baseline else None
+        print(write_report(model, processor, records, metrics, facts, Path(args.output_dir), baseline))
+    print(f"Model, processor, metrics and card are in {args.output_dir}")
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         main()
     except (DataError, RecipeError, NonFiniteError) as error:

@@ -120,7 +120,7 @@ def original_names(config: TCLConfig, with_lm_head: bool) -> list[NameRow]:
         NameRow("queue_ptr", ("queue.cursor",)),
     ]
     if not with_lm_head:
-        rows.append(NameRow("idx_queue", ("queue.image_ids",), shape=(1, -1)))
+        rows.append(NameRow("idx_queue", ("queue.ids",), shape=(1, -1)))
     return rows
 
 

@@ -131,7 +131,7 @@ def _read_json_lists(files: list[str], image_root: str | None) -> Dataset:
             path = row.get("image")
             caption = row.get("caption")
             captions = caption if isinstance(caption, list) else [caption]
-            columns["image"].append({"bytes": None, "path": str(root / path) if path else None})
+            columns["image"].append({"bytes": None, "path": str(root / path)} if path else None)
             columns["captions"].append([text for text in captions if isinstance(text, str)])
             columns["image_id"].append(str(row.get("image_id", path or f"{file}:{number}")))
     features = datasets.Features(
@@ -211,11 +211,18 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> TCLToke
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator((clean_caption(caption) for caption in captions), trainer)
-    if tokenizer.get_vocab_size() <= len(special):
+    texts = [clean_caption(caption) for caption in captions]
+    # The trainer numbers inner characters in an order that differs between runs, and breaks ties by number: naming
+    # them first makes the vocabulary the same each time.
+    characters = sorted({character for text in texts for character in tokenizer.normalizer.normalize_str(text)} - {" "})
+    if not characters:
         raise DataError("There are no captions to train a tokenizer on: name one, or check the caption column.")
-    # The order of equally frequent pieces differs between runs of the trainer; that of the vocabulary must not.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*special, *(f"##{character}" for character in characters)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     pieces = sorted(set(tokenizer.get_vocab()) - set(special))
     return TCLTokenizer({piece: number for number, piece in enumerate([*special, *pieces])})
 

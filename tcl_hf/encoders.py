@@ -45,7 +45,7 @@ class TCLPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["TCLVisionLayer", "TCLTextLayer", "TCLVisionEmbeddings", "TCLTextEmbeddings"]
-    _keep_in_fp32_modules_strict = ["temperature", "queue"]
+    _keep_in_fp32_modules_strict = ["temperature", "queue.image", "queue.text"]
 
     def _init_weights(self, module: nn.Module) -> None:
         """PyTorch's own starting values for everything that is not a part of an encoder."""
@@ -54,11 +54,6 @@ class TCLPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, TCLLMHead):
-            init.normal_(module.dense.weight, std=module.config.initializer_range)
-            init.zeros_(module.dense.bias)
-            init.normal_(module.decoder.weight, std=module.config.initializer_range)
-            init.zeros_(module.decoder.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -204,7 +199,7 @@ class TCLAttention(nn.Module):
             is_causal=False,
         )
         output = self.out_proj(output.reshape(num_rows, length, -1))
-        if output_attentions:  # (B, H, r * L, P) -> (N, H, L, P)
+        if output_attentions and len(key) != num_rows:  # (B, H, r * L, P) -> (N, H, L, P)
             weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
         return output, weights if output_attentions else None
 
@@ -389,30 +384,49 @@ class TCLTextLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        image: KeyValue | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
         image_index: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the new states (N, L, D), the self-attention weights and the cross-attention weights."""
+        """Return the new states (N, L, D), the self-attention weights and the cross-attention weights.
+
+        `key` and `value` are those of images. They are two arguments and not a pair because re-entrant
+        gradient checkpointing sees tensors only.
+        """
         attended, weights = self.self_attn(hidden_states, attention_mask, output_attentions=output_attentions)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
         cross_weights = None
-        if image is not None:
+        if key is not None:
             if image_index is not None:
-                image = (image[0].index_select(0, image_index), image[1].index_select(0, image_index))
+                key, value = key.index_select(0, image_index), value.index_select(0, image_index)
             attended, cross_weights = self.cross_attn(
-                hidden_states, key_value=image, output_attentions=output_attentions
+                hidden_states, key_value=(key, value), output_attentions=output_attentions
             )
             hidden_states = self.cross_attn_layer_norm(hidden_states + self.dropout(attended))
         fed = self.fc2(self.activation(self.fc1(hidden_states)))
         return self.final_layer_norm(hidden_states + self.dropout(fed)), weights, cross_weights
 
 
-class TCLTextModel(TCLPreTrainedModel):
-    """Text encoder (`encode`, the first layers) and fusion encoder (`fuse`, the others) in one stack."""
+class TCLTextPreTrainedModel(TCLPreTrainedModel):
+    """Starting values of everything that belongs to the text: the text model and the language-model head."""
 
     config_class = TCLTextConfig
     base_model_prefix = "text_model"
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear):
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class TCLTextModel(TCLTextPreTrainedModel):
+    """Text encoder (`encode`, the first layers) and fusion encoder (`fuse`, the others) in one stack."""
+
     main_input_name = "input_ids"
     input_modalities = ("text",)
     _keys_to_ignore_on_load_unexpected = [r"^(tcl\.)?(vision_model|visual_projection|text_projection|temperature)"]
@@ -424,15 +438,6 @@ class TCLTextModel(TCLPreTrainedModel):
             TCLTextLayer(config, fusion=index >= config.fusion_layer) for index in range(config.num_hidden_layers)
         )
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, std=self.config.initializer_range)
-            if isinstance(module, nn.Linear):
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
@@ -457,7 +462,9 @@ class TCLTextModel(TCLPreTrainedModel):
         attention_mask = self._mask(hidden_states, attention_mask)
         collected = _Collected(hidden_states, output_attentions, output_hidden_states)
         for layer in self.layers[: self.config.fusion_layer]:
-            hidden_states, weights, _ = layer(hidden_states, attention_mask, None, None, output_attentions)
+            hidden_states, weights, _ = layer(
+                hidden_states, attention_mask, None, None, None, output_attentions
+            )
             collected.add(hidden_states, weights)
         return _text_output(hidden_states, collected)
 
@@ -486,8 +493,10 @@ class TCLTextModel(TCLPreTrainedModel):
         """
         mask = self._mask(text_states, attention_mask)
         collected = _Collected(text_states, output_attentions, output_hidden_states)
-        for layer, image in zip(self.fusion_layers, images, strict=True):
-            text_states, weights, cross_weights = layer(text_states, mask, image, image_index, output_attentions)
+        for layer, (key, value) in zip(self.fusion_layers, images, strict=True):
+            text_states, weights, cross_weights = layer(
+                text_states, mask, key, value, image_index, output_attentions
+            )
             collected.add(text_states, weights, cross_weights)
         return _text_output(text_states, collected)
 
@@ -534,16 +543,16 @@ class TCLTextModel(TCLPreTrainedModel):
         return create_bidirectional_mask(self.config, states, attention_mask, allow_is_bidirectional_skip=False)
 
 
-class TCLLMHead(nn.Module):
+class TCLLMHead(TCLTextPreTrainedModel):
     """From states (..., D) to logits over the vocabulary (..., V)."""
 
     def __init__(self, config: TCLTextConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.decoder(self.layer_norm(self.activation(self.dense(hidden_states))))

@@ -348,6 +348,14 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
             self.teacher.update(self, self.config.momentum)
         self._teacher_has_moved = True
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resize the vocabulary, the teacher's too: it keeps its own words and takes new ones from the student."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.teacher is not None:
+            self.teacher.resize_to(self)
+            self.tie_weights()
+        return embeddings
+
     def match(
         self,
         text_states: Tensor,
@@ -489,9 +497,9 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
             image_keys = torch.cat([teacher.image, self.queue.image])  # (K, D)
             text_keys = torch.cat([teacher.text, self.queue.text])  # (K, D)
             if image_ids is None:
-                ids, queue_ids = rows, torch.full_like(self.queue.image_ids, NO_IMAGE_ID)
+                ids, queue_ids = rows, torch.full_like(self.queue.ids, NO_IMAGE_ID)
             else:
-                ids, queue_ids = image_ids, self.queue.image_ids
+                ids, queue_ids = image_ids, self.queue.ids
             targets = positive_targets(ids, torch.cat([ids, queue_ids]))  # (N, K)
             if config.cma_weight:
                 output.loss_i2t, output.loss_t2i = cma_loss(

@@ -37,6 +37,22 @@ class MomentumTeacher(nn.Module):
         torch._foreach_copy_(*self._pairs(student))
 
     @torch.no_grad()
+    def resize_to(self, student: nn.Module) -> None:
+        """Follow a student whose parameters have more or fewer rows: keep the own ones, take new from the student."""
+        for module_name, module in self.named_modules():
+            for name, own in list(module.named_parameters(recurse=False)):
+                path = f"{module_name}.{name}"
+                target = student.get_parameter(path)
+                if own.shape != target.shape:
+                    resized = target.detach().clone()
+                    rows = min(len(own), len(target))
+                    resized[:rows] = own[:rows]
+                    setattr(module, name, nn.Parameter(resized, requires_grad=False))
+            for size in ("num_embeddings", "out_features"):
+                if hasattr(module, size):
+                    setattr(module, size, len(module.weight))
+
+    @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
         """Move every parameter in place: `momentum * teacher + (1 - momentum) * student`."""
         teacher, students = self._pairs(student)
@@ -57,7 +73,7 @@ class FeatureQueue(nn.Module):
         super().__init__()
         self.register_buffer("image", torch.empty(size, dim))  # (Q, D)
         self.register_buffer("text", torch.empty(size, dim))  # (Q, D)
-        self.register_buffer("image_ids", torch.empty(size, dtype=torch.long))  # (Q,)
+        self.register_buffer("ids", torch.empty(size, dtype=torch.long))  # (Q,)
         self.register_buffer("cursor", torch.empty(1, dtype=torch.long))
         self.reset()
 
@@ -66,7 +82,7 @@ class FeatureQueue(nn.Module):
         for features in (self.image, self.text):
             if not getattr(features, "_is_hf_initialized", False):
                 init.copy_(features, F.normalize(torch.randn_like(features), dim=-1))
-        init.constant_(self.image_ids, NO_IMAGE_ID)
+        init.constant_(self.ids, NO_IMAGE_ID)
         init.zeros_(self.cursor)
 
     @torch.no_grad()
@@ -90,7 +106,7 @@ class FeatureQueue(nn.Module):
         finite = (image.isfinite() & text.isfinite()).all(-1)
         self.image.index_copy_(0, rows, torch.where(finite[:, None], image.to(self.image.dtype), self.image[rows]))
         self.text.index_copy_(0, rows, torch.where(finite[:, None], text.to(self.text.dtype), self.text[rows]))
-        self.image_ids.index_copy_(0, rows, torch.where(finite, image_ids, self.image_ids[rows]))
+        self.ids.index_copy_(0, rows, torch.where(finite, image_ids, self.ids[rows]))
         self.cursor.add_(num_pushed).remainder_(size)
 
 

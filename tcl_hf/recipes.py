@@ -52,6 +52,7 @@ class DataArguments:
     color_jitter: bool = field(default=True, metadata={"help": "Jitter, grey and blur (ALBEF: no)."})
     eval_images: int = field(default=1000, metadata={"help": "Evaluate on at most so many images."})
     eval_k: int = field(default=32, metadata={"help": "Candidates re-ranked by matching."})
+    baseline: bool = field(default=False, metadata={"help": "Fit the linear baseline too; for small data."})
 
 
 @dataclass

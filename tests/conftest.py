@@ -51,7 +51,7 @@ def tiny_config(**fields) -> TCLConfig:
 
 def small_patches(**fields) -> TCLConfig:
     """A tiny config with few patches, for tests that run many steps."""
-    return tiny_config(vision_config={"patch_size": 8}, **fields)
+    return tiny_config(vision_config={"patch_size": 8} | fields.pop("vision_config", {}), **fields)
 
 
 class Golden:
@@ -69,7 +69,7 @@ class Golden:
         result = model.load_state_dict(from_original(self["state"], model.config), strict=False)
         assert not result.unexpected_keys
         # A pre-training checkpoint of the original keeps no image ids.
-        assert set(result.missing_keys) <= {"queue.image_ids"}
+        assert set(result.missing_keys) <= {"queue.ids"}
         return model
 
 
@@ -121,7 +121,7 @@ WORDS = "a red green blue dog cat house car runs sits near big small tree photo 
 
 
 def tiny_processor(size: int = 32) -> TCLProcessor:
-    tokenizer = train_tokenizer([" ".join(WORDS)], vocab_size=80)
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 2, vocab_size=80)
     return TCLProcessor(TCLImageProcessorPil(size={"height": size, "width": size}), tokenizer)
 
 

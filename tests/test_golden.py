@@ -76,7 +76,7 @@ def test_training_step_equals_the_original(golden, fixed_negatives, name, model_
 
     state = model.state_dict()
     after = from_original(file["after"], model.config)
-    assert {key for key in state if key.startswith(("teacher.", "queue."))} - after.keys() <= {"queue.image_ids"}
+    assert {key for key in state if key.startswith(("teacher.", "queue."))} - after.keys() <= {"queue.ids"}
     for key, value in after.items():
         torch.testing.assert_close(state[key], value, rtol=0, atol=1e-6, msg=lambda m, n=key: f"{n}: {m}")
 

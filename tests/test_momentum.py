@@ -58,7 +58,7 @@ def test_queue_starts_as_unit_vectors_without_ids():
     for features in (queue.image, queue.text):
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(50))
     assert not torch.equal(queue.image, queue.text)
-    assert (queue.image_ids == NO_IMAGE_ID).all()
+    assert (queue.ids == NO_IMAGE_ID).all()
     assert queue.cursor.item() == 0
 
 
@@ -84,7 +84,7 @@ def test_queue_overwrites_oldest_first_for_any_batch_size(size, batches):
         if value is not None:
             assert queue.image[row].tolist() == [value] * 2
             assert queue.text[row].tolist() == [-value] * 2
-            assert queue.image_ids[row].item() == value
+            assert queue.ids[row].item() == value
 
 
 def test_queue_of_size_zero_keeps_nothing():
@@ -97,7 +97,7 @@ def test_push_without_ids_marks_the_rows_as_unknown():
     queue = FeatureQueue(4, 2)
     pushed(queue, 0, 4)
     queue.push(torch.ones(2, 2), torch.ones(2, 2))
-    assert queue.image_ids.tolist() == [NO_IMAGE_ID, NO_IMAGE_ID, 2, 3]
+    assert queue.ids.tolist() == [NO_IMAGE_ID, NO_IMAGE_ID, 2, 3]
 
 
 def test_a_non_finite_row_does_not_enter_the_queue():
@@ -106,6 +106,6 @@ def test_a_non_finite_row_does_not_enter_the_queue():
     image = torch.tensor([[9.0, 9.0], [9.0, float("nan")]])
     queue.push(image, torch.ones(2, 2), torch.tensor([8, 9]))
     assert queue.image.isfinite().all()
-    assert queue.image_ids.tolist() == [8, 1, 2, 3]
+    assert queue.ids.tolist() == [8, 1, 2, 3]
     assert queue.text[1].tolist() == [-1.0, -1.0]
     assert queue.cursor.item() == 2

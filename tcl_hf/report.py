@@ -1,0 +1,273 @@
+"""What a run leaves besides weights: a table of results, curves, a sheet of retrieved pictures, a model card."""
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .collators import open_image
+from .evaluation import chance_recall, encode_pairs, matching_scores
+from .modeling_tcl import TCLForImageTextRetrieval
+from .openmoji import ATTRIBUTION
+from .processing_tcl import TCLProcessor
+from .training import METRICS, read_metrics
+
+CURVES = "training.png"
+SHEET = "retrieved.png"
+
+CITATION = """\
+@inproceedings{yang2022vision,
+  title={Vision-Language Pre-Training with Triple Contrastive Learning},
+  author={Yang, Jinyu and Duan, Jiali and Tran, Son and Xu, Yi and Chanda, Sampath and Chen, Liqun and
+          Zeng, Belinda and Chilimbi, Trishul and Huang, Junzhou},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2022}
+}"""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a card says about a run besides its results.
+
+    Args:
+        data: the sources trained on.
+        split: the split evaluated on.
+        num_train: pairs trained on; None if they were a stream.
+        k: candidates re-ranked.
+        base_models: what the encoders started from.
+        command: how the run was started.
+    """
+
+    data: list[str]
+    split: str
+    num_train: int | None
+    k: int
+    base_models: list[str]
+    command: str
+
+
+def results_table(
+    metrics: dict[str, float], num_images: int, k: int, baseline: dict[str, float] | None = None
+) -> str:
+    """A Markdown table of recall in percent, beside chance and, if given, the linear baseline.
+
+    Args:
+        metrics: those of `evaluate_retrieval`.
+        num_images: images retrieved from.
+        k: candidates re-ranked.
+        baseline: metrics of `ridge_baseline`.
+    """
+    columns = [f"{way}_recall@{at}" for way in ("i2t", "t2i") for at in (1, 5, 10)] + ["recall@1"]
+    chance = {name: chance_recall(num_images, int(name.split("@")[1])) for name in columns}
+    rows = [
+        ("by similarity", metrics),
+        (f"re-ranked by matching (k = {k})", {n.removeprefix("reranked_"): v for n, v in metrics.items() if "reranked_" in n}),
+        ("chance", chance),
+    ]
+    if baseline is not None:
+        rows.append(("linear baseline (ridge)", baseline))
+    lines = [
+        f"| recall in % of {num_images} | image to text @1 | @5 | @10 | text to image @1 | @5 | @10 | mean @1 |",
+        "|---|" + "---|" * len(columns),
+    ]
+    lines += [
+        f"| {name} | " + " | ".join(f"{values[column]:.2f}" for column in columns) + " |"
+        for name, values in rows
+        if values
+    ]
+    return "\n".join(lines)
+
+
+def plot_training(lines: list[dict[str, float]], path: Path) -> None:
+    """Plot the losses and the recall of the lines of a `metrics.jsonl` as a PNG."""
+    plt = _pyplot()
+    figure, (losses, recall) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    trained = [line for line in lines if "loss" in line]
+    for name in ("cma", "imc", "lmi", "itm", "mlm"):
+        points = [(line["step"], line[f"loss_{name}"]) for line in trained if f"loss_{name}" in line]
+        if points:
+            losses.plot(*zip(*points, strict=True), label=name.upper())
+    losses.set(xlabel="step", ylabel="loss", title="Losses")
+    losses.legend()
+    evaluated = [line for line in lines if "recall@1" in line]
+    for name, label in (("recall@1", "similarity"), ("reranked_recall@1", "re-ranked")):
+        points = [(line["step"], line[name]) for line in evaluated if name in line]
+        if points:
+            recall.plot(*zip(*points, strict=True), marker="o", label=label)
+    recall.set(xlabel="step", ylabel="recall@1 in %", title="Held-out recall, mean of both directions")
+    recall.set_ylim(bottom=0)
+    if evaluated:
+        recall.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def picture_sheet(
+    model: TCLForImageTextRetrieval,
+    processor: TCLProcessor,
+    records: list[dict],
+    path: Path,
+    k: int = 32,
+    num_texts: int = 8,
+    num_images: int = 6,
+) -> None:
+    """Draw the images retrieved for some captions, best first, the right one framed, as a PNG.
+
+    The captions are spread evenly over the records: none is chosen for its result.
+
+    Args:
+        k: candidates by similarity, re-ranked by matching.
+        num_texts: rows; as many captions.
+        num_images: columns; as many images of each.
+    """
+    plt = _pyplot()
+    model.eval()
+    pairs = encode_pairs(model, processor, records, captions_per_image=1)
+    similarity = pairs.image_embeds @ pairs.text_embeds.mT  # (I, T)
+    scores = matching_scores(model, pairs, k)
+    num_texts, num_images = min(num_texts, len(records)), min(num_images, len(records))
+    figure, axes = plt.subplots(
+        num_texts, num_images, figsize=(1.3 * num_images + 2, 1.3 * num_texts), squeeze=False, constrained_layout=True
+    )
+    for row in range(num_texts):
+        text = row * len(records) // num_texts
+        among = similarity[:, text].topk(min(k, len(records))).indices
+        best = among[scores[among, text].argsort(descending=True)][:num_images]
+        axes[row, 0].set_ylabel(
+            textwrap.fill(pairs.texts[text], 18), rotation=0, ha="right", va="center", fontsize=9
+        )
+        for column, image in enumerate(best.tolist()):
+            axis = axes[row, column]
+            axis.imshow(open_image(records[image]["image"]).convert("RGB"))
+            axis.set(xticks=[], yticks=[])
+            right = image == pairs.image_of_text[text]
+            for spine in axis.spines.values():
+                spine.set(color="tab:green" if right else "lightgrey", linewidth=3 if right else 1)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_report(
+    model: TCLForImageTextRetrieval,
+    processor: TCLProcessor,
+    records: list[dict],
+    metrics: dict[str, float],
+    facts: RunFacts,
+    output_dir: Path,
+    baseline: dict[str, float] | None = None,
+) -> str:
+    """Write curves, picture sheet and model card into a run's folder; return its table of results.
+
+    Args:
+        records: the held-out images, with captions.
+        metrics: those of `evaluate_retrieval` on them.
+        baseline: metrics of `ridge_baseline` on them.
+    """
+    table = results_table(metrics, len(records), facts.k, baseline)
+    plot_training(read_metrics(output_dir / METRICS), output_dir / CURVES)
+    picture_sheet(model, processor, records, output_dir / SHEET, facts.k)
+    write_card(output_dir, table, metrics, len(records), facts)
+    return table
+
+
+def write_card(
+    output_dir: Path, table: str, metrics: dict[str, float], num_validation: int, facts: RunFacts
+) -> ModelCard:
+    """Write the model card of a run, `README.md` with its metadata, from measured results.
+
+    Args:
+        table: the results, from `results_table`.
+        metrics: the same as numbers, for the card's metadata.
+        num_validation: images evaluated on.
+    """
+    data, split, k = facts.data, facts.split, facts.k
+    num_train, base_models, command = facts.num_train, facts.base_models, facts.command
+    embedded = data == ["openmoji"]
+    results = [
+        EvalResult(
+            task_type="image-text-retrieval",
+            dataset_type=",".join(data),
+            dataset_name=f"{', '.join(data)} ({num_validation} held-out images)",
+            dataset_split=split,
+            metric_type="recall",
+            metric_name=name,
+            metric_value=round(value, 2),
+            metric_args={"k": k} if name.startswith("reranked") else None,
+        )
+        for name, value in metrics.items()
+        if name in ("recall@1", "recall@5", "recall@10", "reranked_recall@1", "reranked_recall@5", "reranked_recall@10")
+    ]
+    card_data = ModelCardData(
+        license="cc-by-sa-4.0" if embedded else None,
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["tcl", "vision-language", "image-text-retrieval"],
+        base_model=base_models or None,
+        model_name=output_dir.resolve().name,
+        eval_results=results,
+    )
+    started = f"Its encoders started from {', '.join(base_models)}." if base_models else "It was trained from scratch."
+    trained_on = f"{num_train} pairs" if num_train is not None else "a stream of pairs"
+    content = f"""---
+{card_data.to_yaml()}
+---
+
+# {output_dir.resolve().name}
+
+A TCL model (vision-language pre-training with triple contrastive learning, CVPR 2022), pre-trained by `tcl_hf` on
+{trained_on} of {", ".join(data)}. {started}
+
+```python
+import tcl_hf  # registers TCL with transformers
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{output_dir}")
+processor = AutoProcessor.from_pretrained("{output_dir}")
+```
+
+## Results
+
+Held-out split `{split}`, one caption per image, measured at the end of this run. Protocol: the model never saw these
+images; similarity is the cosine of both encoders' features; re-ranking scores the {k} most similar candidates of each
+query by the matching head alone.
+
+{table}
+
+![losses and recall]({CURVES})
+
+The captions of this sheet are spread evenly over the split; the right picture is framed.
+
+![retrieved pictures]({SHEET})
+
+## Training
+
+`{command}`; losses and recall of every step are in `metrics.jsonl`.
+
+## Intended use and limits
+
+For research and for trying the package. It knows what its training data shows and no more; with little data it
+recognises colours and coarse shapes. It has learned whatever bias is in its captions. It was not tested for any
+decision about people.
+
+{f"## Pictures{chr(10)}{chr(10)}{ATTRIBUTION}{chr(10)}" if embedded else ""}
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
+    card = ModelCard(content)
+    card.save(output_dir / "README.md")
+    return card
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("Curves and picture sheets need matplotlib: pip install 'tcl_hf[demo]'.") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot

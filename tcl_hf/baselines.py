@@ -11,7 +11,9 @@ from .evaluation import retrieval_metrics
 from .tokenization_tcl import clean_caption
 
 
-def ridge_baseline(train: list[dict], validation: list[dict], grid: int = 12, strength: float = 300.0) -> dict[str, float]:
+def ridge_baseline(
+    train: list[dict], validation: list[dict], grid: int = 12, strength: float = 300.0
+) -> dict[str, float]:
     """Recall in percent of ridge regression from coarse pixels and colours to words.
 
     An image is its pixels at `grid` x `grid` and its colour histogram; a text the words of its first caption,

@@ -116,7 +116,7 @@ class TCLAugmentation:
         image_size: int,
         image_mean: Sequence[float],
         image_std: Sequence[float],
-        crop_scale: tuple[float, float] = (0.2, 1.0),
+        crop_scale: Sequence[float] = (0.2, 1.0),
         color_jitter: bool = True,
         num_operations: int = 2,
     ):
@@ -195,7 +195,7 @@ def mask_tokens(
     chosen = maskable & (uniform[..., 0] < probability)
     fate = uniform[..., 1]
     masked_ids = torch.where(chosen & (fate < 0.8), mask_token_id, input_ids)
-    masked_ids = torch.where(chosen & (0.8 <= fate) & (fate < 0.9), random_ids, masked_ids)
+    masked_ids = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), random_ids, masked_ids)
     return masked_ids, input_ids.masked_fill(~chosen, -100)
 
 
@@ -225,11 +225,11 @@ class TCLPreTrainingCollator:
     """
 
     processor: TCLProcessor
-    augmentation: TCLAugmentation | None = None
+    augmentation: TCLAugmentation = None  # type: ignore[assignment]  # made in __post_init__
     two_views: bool = True
     mlm_probability: float = 0.15
     max_tokens: int = MAX_TOKENS
-    skipped: SkippedSamples | None = None
+    skipped: SkippedSamples = None  # type: ignore[assignment]  # likewise
 
     def __post_init__(self):
         if self.skipped is None:

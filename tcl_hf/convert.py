@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -20,10 +21,9 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
+from .configuration_tcl import TCLConfig, TCLVisionConfig
 from .encoders import resize_positions
 from .modeling_tcl import TCLForPreTraining
-
 
 # A row: the original's name, and ours. {n} is a layer, {p} weight or bias. Three names of ours are equal parts of
 # one tensor of the original's; two rows with one name of ours are copies in the original.
@@ -92,8 +92,13 @@ def original_names(config: TCLConfig, with_lm_head: bool) -> list[NameRow]:
     num_layers, fusion_layer = config.text_config.num_hidden_layers, config.text_config.fusion_layer
     bert = "bert." if with_lm_head else ""
     for suffix, ours in (("", ""), ("_m", "teacher.")):
-        parts = [
-            (f"visual_encoder{suffix}.", f"{ours}tcl.vision_model.", _VISION, range(config.vision_config.num_hidden_layers)),
+        parts: list[tuple] = [
+            (
+                f"visual_encoder{suffix}.",
+                f"{ours}tcl.vision_model.",
+                _VISION,
+                range(config.vision_config.num_hidden_layers),
+            ),
             (f"text_encoder{suffix}.{bert}", f"{ours}tcl.text_model.", _TEXT, range(num_layers)),
             (f"text_encoder{suffix}.{bert}", f"{ours}tcl.text_model.", _FUSION, range(fusion_layer, num_layers)),
             (f"vision_proj{suffix}.", f"{ours}tcl.visual_projection.", [("{p}", "{p}")], range(1)),
@@ -187,7 +192,10 @@ _VISION_RENAMES = [
     (r"(?:encoder\.layer|layers)\.(\d+)\.(?:norm2|layernorm_after)\.(\w+)", r"layers.\1.layer_norm2.\2"),
     (r"(?:encoder\.layer|layers)\.(\d+)\.attention\.([qkv])_proj\.(\w+)", r"layers.\1.self_attn.\2_proj.\3"),
     (r"encoder\.layer\.(\d+)\.attention\.attention\.([qkv])\w+\.(\w+)", r"layers.\1.self_attn.\2_proj.\3"),
-    (r"(?:encoder\.layer|layers)\.(\d+)\.attention\.(?:o_proj|output\.dense)\.(\w+)", r"layers.\1.self_attn.out_proj.\2"),
+    (
+        r"(?:encoder\.layer|layers)\.(\d+)\.attention\.(?:o_proj|output\.dense)\.(\w+)",
+        r"layers.\1.self_attn.out_proj.\2",
+    ),
     (r"(?:encoder\.layer|layers)\.(\d+)\.(?:mlp\.fc1|intermediate\.dense)\.(\w+)", r"layers.\1.fc1.\2"),
     (r"(?:encoder\.layer|layers)\.(\d+)\.(?:mlp\.fc2|output\.dense)\.(\w+)", r"layers.\1.fc2.\2"),
     (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"layers.\1.layer_scale\2"),
@@ -221,7 +229,8 @@ def read_vision_encoder(name_or_path: str, image_size: int | None = None) -> Sta
     patch_size = foreign.patch_size
     config = {
         "hidden_size": foreign.hidden_size,
-        "intermediate_size": getattr(foreign, "intermediate_size", None) or foreign.hidden_size * int(foreign.mlp_ratio),
+        "intermediate_size": getattr(foreign, "intermediate_size", None)
+        or foreign.hidden_size * int(foreign.mlp_ratio),
         "num_hidden_layers": foreign.num_hidden_layers,
         "num_attention_heads": foreign.num_attention_heads,
         "patch_size": patch_size,
@@ -239,13 +248,10 @@ def read_vision_encoder(name_or_path: str, image_size: int | None = None) -> Sta
     grid = TCLVisionConfig(**config).image_size // patch_size
     positions = "embeddings.position_embeddings"
     state[positions] = resize_positions(state[positions], grid)
-    mean, std = _NORMALISATION[foreign.model_type]
-    return StartingPoint(config, state, tuple(mean), tuple(std))
+    return StartingPoint(config, state, *_normalisation(name_or_path, foreign.model_type))
 
 
-def read_text_encoder(
-    name_or_path: str, fusion_layer: int | None = None, num_fusion_layers: int = 6
-) -> StartingPoint:
+def read_text_encoder(name_or_path: str, fusion_layer: int | None = None, num_fusion_layers: int = 6) -> StartingPoint:
     """Read a BERT of transformers as our text model.
 
     Args:
@@ -263,16 +269,23 @@ def read_text_encoder(
         )
     fusion_layer = foreign.num_hidden_layers if fusion_layer is None else fusion_layer
     num_layers = fusion_layer + num_fusion_layers
-    same = (
-        "vocab_size hidden_size intermediate_size num_attention_heads max_position_embeddings type_vocab_size "
-        "hidden_act hidden_dropout_prob attention_probs_dropout_prob layer_norm_eps pad_token_id"
-    ).split()
+    same = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "type_vocab_size",
+        "hidden_act",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "layer_norm_eps",
+        "pad_token_id",
+    ]
     config = {name: getattr(foreign, name) for name in same}
     config |= {"num_hidden_layers": num_layers, "fusion_layer": fusion_layer}
     model = _load_foreign(name_or_path, foreign, add_pooling_layer=False)
-    renames = [
-        (re.escape(a).replace(r"\{n\}", r"(\d+)").replace(r"\{p\}", r"(\w+)"), _numbered(b)) for a, b in _TEXT
-    ]
+    renames = [(re.escape(a).replace(r"\{n\}", r"(\d+)").replace(r"\{p\}", r"(\w+)"), _numbered(b)) for a, b in _TEXT]
     state = _rename(model.state_dict(), renames, _TEXT_DROPPED, name_or_path)
     beyond = tuple(f"layers.{n}." for n in range(num_layers, foreign.num_hidden_layers))
     state = {key: value for key, value in state.items() if not beyond or not key.startswith(beyond)}
@@ -290,6 +303,16 @@ def start_from_encoders(
                 raise ValueError(f"The model has no place for {', '.join(result.unexpected_keys[:5])}.")
     model.teacher.copy_from(model)
     return model
+
+
+def _normalisation(name_or_path: str, model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that the encoder's images had: what stands beside it, or its family's."""
+    mean, std = _NORMALISATION[model_type]
+    try:
+        beside, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+    except OSError:
+        beside = {}
+    return tuple(beside.get("image_mean", mean)), tuple(beside.get("image_std", std))
 
 
 def _load_foreign(name_or_path: str, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:

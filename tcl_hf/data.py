@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Value
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -69,7 +70,11 @@ def load_pairs(
             )
             for one in source
         ]
-        return parts[0] if len(parts) == 1 else datasets.concatenate_datasets([part.select_columns(RECORD) for part in parts])
+        return (
+            parts[0]
+            if len(parts) == 1
+            else datasets.concatenate_datasets([part.select_columns(RECORD) for part in parts])
+        )
     pairs = _open(source, split, streaming, image_root)
     if isinstance(pairs, Dataset) and len(pairs) == 0:
         raise DataError(f"{source} holds no pairs in its split '{split}'.")
@@ -166,9 +171,11 @@ def _as_records(
 
     captions = (pairs.features or {}).get("captions")
     if image_id is None or not isinstance(captions, datasets.List | datasets.Sequence | list):
-        pairs = pairs.map(_complete, with_indices=True, desc="Reading captions") if isinstance(
-            pairs, Dataset
-        ) else pairs.map(_complete, with_indices=True)
+        pairs = (
+            pairs.map(_complete, with_indices=True, desc="Reading captions")
+            if isinstance(pairs, Dataset)
+            else pairs.map(_complete, with_indices=True)
+        )
     return pairs
 
 
@@ -239,8 +246,8 @@ class SkippedSamples:
     path: str | os.PathLike | None = None
     max_share: float = 0.1
     min_seen: int = 100
-    _seen: "Value" = field(default_factory=lambda: Value("q", 0), repr=False)  # type: ignore[valid-type]
-    _skipped: "Value" = field(default_factory=lambda: Value("q", 0), repr=False)  # type: ignore[valid-type]
+    _seen: Any = field(default_factory=lambda: Value("q", 0), repr=False)
+    _skipped: Any = field(default_factory=lambda: Value("q", 0), repr=False)
 
     @property
     def count(self) -> int:

@@ -38,7 +38,7 @@ class TCLPreTrainedModel(PreTrainedModel):
     config_class = TCLConfig
     base_model_prefix = "tcl"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -72,7 +72,8 @@ class TCLPreTrainedModel(PreTrainedModel):
             for file in checkpoint_files:
                 if str(file).endswith(".safetensors"):
                     reader = safe_open(file, framework="pt")
-                    state_dict.update({key: reader.get_slice(key) for key in reader.keys()})
+                    names = reader.keys()
+                    state_dict.update({name: reader.get_slice(name) for name in names})
                 else:
                     state_dict.update(load_state_dict(file))
         if state_dict is not None:
@@ -87,7 +88,9 @@ def fit_state_dict(state_dict: dict[str, Any], model: TCLPreTrainedModel) -> dic
     Queues of another size are left out, so that new ones start. Entries may be tensors or safetensors slices,
     which stay unread.
     """
-    part = {TCLVisionModel: "vision_model.", TCLTextModel: "text_model."}.get(type(model))
+    part = None
+    if isinstance(model, TCLVisionModel | TCLTextModel):
+        part = f"{model.base_model_prefix}."
     if part:
         cut = {key: key.removeprefix("tcl.") for key in state_dict if not key.startswith("teacher.")}
         whole = {key: name.removeprefix(part) for key, name in cut.items() if name.startswith(part)}
@@ -117,9 +120,7 @@ def resize_positions(positions: Tensor, grid: int | tuple[int, int]) -> Tensor:
     grid = (grid, grid) if isinstance(grid, int) else grid
     old_grid = math.isqrt(positions.shape[1] - 1)
     if old_grid * old_grid != positions.shape[1] - 1:
-        raise ValueError(
-            f"{positions.shape[1] - 1} patch positions are not a square grid: they can not be resized."
-        )
+        raise ValueError(f"{positions.shape[1] - 1} patch positions are not a square grid: they can not be resized.")
     if grid == (old_grid, old_grid):
         return positions
     planes = positions[:, 1:].mT.unflatten(-1, (old_grid, old_grid))  # (1, D, old, old)
@@ -462,9 +463,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
         attention_mask = self._mask(hidden_states, attention_mask)
         collected = _Collected(hidden_states, output_attentions, output_hidden_states)
         for layer in self.layers[: self.config.fusion_layer]:
-            hidden_states, weights, _ = layer(
-                hidden_states, attention_mask, None, None, None, output_attentions
-            )
+            hidden_states, weights, _ = layer(hidden_states, attention_mask, None, None, None, output_attentions)
             collected.add(hidden_states, weights)
         return _text_output(hidden_states, collected)
 
@@ -494,9 +493,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
         mask = self._mask(text_states, attention_mask)
         collected = _Collected(text_states, output_attentions, output_hidden_states)
         for layer, (key, value) in zip(self.fusion_layers, images, strict=True):
-            text_states, weights, cross_weights = layer(
-                text_states, mask, key, value, image_index, output_attentions
-            )
+            text_states, weights, cross_weights = layer(text_states, mask, key, value, image_index, output_attentions)
             collected.add(text_states, weights, cross_weights)
         return _text_output(text_states, collected)
 

@@ -43,7 +43,7 @@ def retrieval_metrics(image_scores: Tensor, text_scores: Tensor, image_of_text: 
     Arguments as in `retrieval_ranks`.
     """
     image_ranks, text_ranks = retrieval_ranks(image_scores, text_scores, image_of_text)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for k in (1, 5, 10):
         i2t = 100 * (image_ranks < k).double().mean().item()
         t2i = 100 * (text_ranks < k).double().mean().item()

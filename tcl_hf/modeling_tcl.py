@@ -264,14 +264,27 @@ class MaskedTokens:
 
 
 @dataclass
+class _Pairs:
+    """A batch to train on: image n belongs to text n."""
+
+    pixel_values: Tensor  # (N, 3, height, width): view a, the student's
+    pixel_values_augmented: Tensor  # view b, the teacher's
+    input_ids: Tensor  # (N, L)
+    attention_mask: Tensor  # (N, L)
+    image_ids: Tensor | None  # (N,)
+    masked: MaskedTokens | None
+    interpolate_pos_encoding: bool
+
+
+@dataclass
 class _View:
     """One encoder's view of a batch; texts as they are and with masks are None where no objective needs them."""
 
     image_states: Tensor  # (N, 1 + P, width)
     image: Tensor  # (N, D)
-    text_states: Tensor | None = None  # (N, L, width)
-    text: Tensor | None = None  # (N, D)
-    masked_states: Tensor | None = None  # (N, L, width)
+    text_states: Tensor = None  # (N, L, width)
+    text: Tensor = None  # (N, D)
+    masked_states: Tensor = None  # (N, L, width)
 
 
 class TCLForImageTextRetrieval(TCLPreTrainedModel):
@@ -281,7 +294,7 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
     `update_teacher` is called: once for each optimizer step, before its first forward.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^(teacher\.)?lm_head\."]
+    _keys_to_ignore_on_load_unexpected: list[str] = [r"^(teacher\.)?lm_head\."]
     accepts_loss_kwargs = False  # every loss is a mean over its own batch
 
     def __init__(self, config: TCLConfig, **taught_heads: nn.Module):
@@ -306,7 +319,7 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
             self._tied_weights_keys = tied | {f"teacher.{a}": f"teacher.{b}" for a, b in tied.items()}
         else:
             self._keys_to_ignore_on_load_unexpected = [
-                *(self._keys_to_ignore_on_load_unexpected or []),
+                *self._keys_to_ignore_on_load_unexpected,
                 r"^(teacher|queue)\.",
             ]
         self.alpha = float(config.alpha)
@@ -406,16 +419,16 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
         """
         given = pixel_values_augmented is not None or image_ids is not None
         if return_loss and (self.training or given):
-            return self._losses(
+            pairs = self._pairs(
                 input_ids,
                 pixel_values,
                 attention_mask,
                 pixel_values_augmented,
                 image_ids,
-                alpha,
                 None,
                 interpolate_pos_encoding,
             )
+            return self._losses(pairs, self.alpha if alpha is None else alpha)
         return self._compare(
             input_ids, pixel_values, attention_mask, use_itm_head, interpolate_pos_encoding, output_attentions
         )
@@ -429,16 +442,15 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
         interpolate_pos_encoding: bool,
         output_attentions: bool | None,
     ) -> TCLLossOutput:
-        compared = self.tcl(
-            input_ids, pixel_values, attention_mask, interpolate_pos_encoding=interpolate_pos_encoding
-        )
+        compared = self.tcl(input_ids, pixel_values, attention_mask, interpolate_pos_encoding=interpolate_pos_encoding)
         output = TCLLossOutput(
             logits_per_image=compared.logits_per_image,
             logits_per_text=compared.logits_per_text,
             image_embeds=compared.image_embeds,
             text_embeds=compared.text_embeds,
         )
-        if use_itm_head and compared.logits_per_image is not None and len(input_ids) == len(pixel_values):
+        logits = compared.logits_per_image
+        if use_itm_head and logits is not None and logits.shape[0] == logits.shape[1]:
             fused = self.tcl.fuse(
                 compared.text_model_output.last_hidden_state,
                 attention_mask,
@@ -449,57 +461,87 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
             output.cross_attentions = fused.cross_attentions
         return output
 
-    def _losses(
+    def _pairs(
         self,
         input_ids: Tensor | None,
         pixel_values: Tensor | None,
         attention_mask: Tensor | None,
         pixel_values_augmented: Tensor | None,
         image_ids: Tensor | None,
-        alpha: float | Tensor | None,
         masked: MaskedTokens | None,
         interpolate_pos_encoding: bool,
-    ) -> TCLLossOutput:
-        """One training step's losses, in the paper's order: two views, contrast, queues, matching, masked words."""
-        self._check_training_batch(input_ids, pixel_values)
-        config, temperature = self.config, self.tcl.temperature
-        alpha = self.alpha if alpha is None else alpha
-        if pixel_values_augmented is None:
-            pixel_values_augmented = pixel_values
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        num_pairs = len(input_ids)
-        rows = torch.arange(num_pairs, device=input_ids.device)  # (N,)
-        contrasts = bool(config.cma_weight or config.imc_weight or config.lmi_weight)
-        compares = contrasts or bool(config.itm_weight)
-        distils_words = masked is not None and not (isinstance(alpha, int | float) and alpha == 0)
-        texts = input_ids if compares else None
+    ) -> _Pairs:
+        """Check what training needs, and fill in what may be left out."""
+        if input_ids is None or pixel_values is None or len(input_ids) != len(pixel_values):
+            texts = 0 if input_ids is None else len(input_ids)
+            images = 0 if pixel_values is None else len(pixel_values)
+            raise ValueError(
+                f"The losses need pairs, but got {images} images and {texts} texts: pass as many pixel_values as "
+                "input_ids, or return_loss=False."
+            )
+        if self.teacher is None:
+            raise ValueError(
+                "The losses need the momentum teacher, which use_momentum_teacher=False left out: load the model "
+                "with use_momentum_teacher=True."
+            )
+        if self.training and torch.is_grad_enabled():
+            self._training_forwards += 1
+            if self._training_forwards == 2 and not self._teacher_has_moved:
+                logger.warning(
+                    "The momentum teacher stands still: call update_teacher() before each optimizer step, or give "
+                    "the Trainer a TCLMomentumCallback."
+                )
+        return _Pairs(
+            pixel_values,
+            pixel_values if pixel_values_augmented is None else pixel_values_augmented,
+            input_ids,
+            torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            image_ids,
+            masked,
+            interpolate_pos_encoding,
+        )
 
-        student = _view(self.tcl, pixel_values, texts, masked, attention_mask, interpolate_pos_encoding)
+    def _losses(self, pairs: _Pairs, alpha: float | Tensor) -> TCLLossOutput:
+        """One step's losses, in the paper's order: two views, contrast, queues, matching and masked words."""
+        config, masked = self.config, pairs.masked
+        compares = bool(config.cma_weight or config.imc_weight or config.lmi_weight or config.itm_weight)
+        distils_words = masked is not None and not (isinstance(alpha, int | float) and alpha == 0)
+        texts = pairs.input_ids if compares else None
+
+        student = _view(self.tcl, pairs, pairs.pixel_values, texts, masked)
         teacher = None
         if compares or distils_words:
             with torch.no_grad():
                 teacher = _view(
-                    self.teacher.tcl,
-                    pixel_values_augmented,
-                    texts,
-                    masked if distils_words else None,
-                    attention_mask,
-                    interpolate_pos_encoding,
+                    self.teacher.tcl, pairs, pairs.pixel_values_augmented, texts, masked if distils_words else None
                 )
         output = TCLLossOutput(image_embeds=student.image, text_embeds=student.text)
         if compares:
-            output.logits_per_image = similarity(student.image, student.text, temperature).detach()
+            output.logits_per_image = similarity(student.image, student.text, self.tcl.temperature).detach()
             output.logits_per_text = output.logits_per_image.mT
+            self._contrast(output, pairs, student, teacher, alpha)
+        self._match_and_predict(output, pairs, student, teacher, alpha, distils_words)
 
-        # Contrast: across modalities (CMA), within them (IMC), of wholes with parts (LMI).
+        for name in ("cma", "imc", "lmi", "itm", "mlm"):
+            loss = getattr(output, f"loss_{name}")
+            if loss is not None:
+                weighted = getattr(config, f"{name}_weight") * loss
+                output.loss = weighted if output.loss is None else output.loss + weighted
+        return output
+
+    def _contrast(
+        self, output: TCLLossOutput, pairs: _Pairs, student: _View, teacher: _View | None, alpha: float | Tensor
+    ) -> None:
+        """Add the losses across modalities (CMA), within them (IMC), and of wholes with parts (LMI)."""
+        config, temperature = self.config, self.tcl.temperature
         if config.cma_weight or config.imc_weight:
             image_keys = torch.cat([teacher.image, self.queue.image])  # (K, D)
             text_keys = torch.cat([teacher.text, self.queue.text])  # (K, D)
-            if image_ids is None:
-                ids, queue_ids = rows, torch.full_like(self.queue.ids, NO_IMAGE_ID)
+            if pairs.image_ids is None:
+                ids = torch.arange(len(pairs.input_ids), device=pairs.input_ids.device)
+                queue_ids = torch.full_like(self.queue.ids, NO_IMAGE_ID)
             else:
-                ids, queue_ids = image_ids, self.queue.ids
+                ids, queue_ids = pairs.image_ids, self.queue.ids
             targets = positive_targets(ids, torch.cat([ids, queue_ids]))  # (N, K)
             if config.cma_weight:
                 output.loss_i2t, output.loss_t2i = cma_loss(
@@ -520,43 +562,49 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
                 )
                 output.loss_imc = (output.loss_i2i + output.loss_t2t) / 2
             if self.training:
-                self.queue.push(teacher.image, teacher.text, image_ids)
+                self.queue.push(teacher.image, teacher.text, pairs.image_ids)
         if config.lmi_weight:
             with torch.no_grad():
                 patch = config.vision_config.patch_size
-                grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
+                height, width = pairs.pixel_values_augmented.shape[-2:]
                 patches = self.teacher.tcl.image_features(teacher.image_states[:, 1:])  # (N, P, D)
-                regions = pool_locals(patches, grid, config.local_grid)  # (N, local_grid ** 2, D)
+                regions = pool_locals(patches, (height // patch, width // patch), config.local_grid)
                 tokens = self.teacher.tcl.text_features(teacher.text_states[:, 1:])  # (N, L - 1, D)
             output.loss_lmi_image = lmi_loss(student.image, regions, temperature)
-            output.loss_lmi_text = lmi_loss(student.text, tokens, temperature, attention_mask[:, 1:])
+            output.loss_lmi_text = lmi_loss(student.text, tokens, temperature, pairs.attention_mask[:, 1:])
             output.loss_lmi = (output.loss_lmi_image + output.loss_lmi_text) / 2
 
-        # Fusion: true pairs, texts with a hard negative image, hard negative texts, and masked texts in one pass.
-        fused_texts, fused_masks, fused_images = [], [], []
-        if config.itm_weight:
-            with torch.no_grad():
-                own = torch.eye(num_pairs, dtype=torch.bool, device=rows.device)
-                same = own if image_ids is None else own | (image_ids[:, None] == image_ids)
-                negative_image, has_image = sample_hard_negatives(
-                    similarity(student.text, teacher.image, temperature), same
-                )
-                negative_text, has_text = sample_hard_negatives(
-                    similarity(student.image, teacher.text, temperature), same
-                )
-            fused_texts += [student.text_states, student.text_states, student.text_states[negative_text]]
-            fused_masks += [attention_mask, attention_mask, attention_mask[negative_text]]
-            fused_images += [rows, negative_image, rows]
+    def _match_and_predict(
+        self,
+        output: TCLLossOutput,
+        pairs: _Pairs,
+        student: _View,
+        teacher: _View | None,
+        alpha: float | Tensor,
+        distils_words: bool,
+    ) -> None:
+        """Add the losses of the fusion encoder, matching (ITM) and masked words (MLM), from one pass of all pairs."""
+        mask, masked = pairs.attention_mask, pairs.masked
+        num_pairs = len(mask)
+        rows = torch.arange(num_pairs, device=mask.device)  # (N,)
+        texts, masks, images = [], [], []  # of the fusion encoder: states, padding, and which image each text sees
+        if self.config.itm_weight:
+            negative_image, has_image, negative_text, has_text = self._hard_negatives(pairs, student, teacher)
+            # True pairs, texts with a negative image, negative texts with an image.
+            texts += [student.text_states, student.text_states, student.text_states[negative_text]]
+            masks += [mask, mask, mask[negative_text]]
+            images += [rows, negative_image, rows]
         if masked is not None:
-            fused_texts.append(student.masked_states)
-            fused_masks.append(attention_mask)
-            fused_images.append(rows)
-        if fused_texts:
-            fused = self.tcl.fuse(
-                torch.cat(fused_texts), torch.cat(fused_masks), student.image_states, torch.cat(fused_images)
-            ).last_hidden_state
-        if config.itm_weight:
-            labels = torch.zeros(3 * num_pairs, dtype=torch.long, device=rows.device)
+            texts.append(student.masked_states)
+            masks.append(mask)
+            images.append(rows)
+        if not texts:
+            return
+        fused = self.tcl.fuse(torch.cat(texts), torch.cat(masks), student.image_states, torch.cat(images))
+        fused = fused.last_hidden_state  # (4 N, L, width) with both objectives
+
+        if self.config.itm_weight:
+            labels = torch.zeros(3 * num_pairs, dtype=torch.long, device=mask.device)
             labels[:num_pairs] = MATCHES
             exists = torch.cat([torch.ones_like(has_image), has_image, has_text])
             output.loss_itm = itm_loss(self.itm_head(fused[: 3 * num_pairs, 0]), labels, exists)
@@ -564,54 +612,36 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
             teacher_logits = None
             if distils_words:
                 with torch.no_grad():
-                    taught = self.teacher.tcl.fuse(teacher.masked_states, attention_mask, teacher.image_states)
+                    taught = self.teacher.tcl.fuse(teacher.masked_states, mask, teacher.image_states)
                     teacher_logits = self.teacher.lm_head(masked.select(taught.last_hidden_state))
             logits = self.lm_head(masked.select(fused[-num_pairs:]))  # (N * M, V)
             output.loss_mlm = mlm_loss(logits, masked.selected_labels(), teacher_logits, alpha)
 
-        for name in ("cma", "imc", "lmi", "itm", "mlm"):
-            loss = getattr(output, f"loss_{name}")
-            if loss is not None:
-                weighted = getattr(config, f"{name}_weight") * loss
-                output.loss = weighted if output.loss is None else output.loss + weighted
-        return output
-
-    def _check_training_batch(self, input_ids: Tensor | None, pixel_values: Tensor | None) -> None:
-        if input_ids is None or pixel_values is None or len(input_ids) != len(pixel_values):
-            texts = 0 if input_ids is None else len(input_ids)
-            images = 0 if pixel_values is None else len(pixel_values)
-            raise ValueError(
-                f"The losses need pairs, but got {images} images and {texts} texts: pass as many pixel_values as "
-                "input_ids, or return_loss=False."
-            )
-        if self.teacher is None:
-            raise ValueError(
-                "The losses need the momentum teacher, which use_momentum_teacher=False left out: load the model "
-                "with use_momentum_teacher=True."
-            )
-        if self.training and torch.is_grad_enabled():
-            self._training_forwards += 1
-            if self._training_forwards == 2 and not self._teacher_has_moved:
-                logger.warning(
-                    "The momentum teacher stands still: call update_teacher() before each optimizer step, or give "
-                    "the Trainer a TCLMomentumCallback."
-                )
+    @torch.no_grad()
+    def _hard_negatives(
+        self, pairs: _Pairs, student: _View, teacher: _View | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For each text an image and for each image a text that do not belong to it, and whether there is one."""
+        excluded = torch.eye(len(student.text), dtype=torch.bool, device=student.text.device)
+        if pairs.image_ids is not None:
+            excluded = excluded | (pairs.image_ids[:, None] == pairs.image_ids)
+        temperature = self.tcl.temperature
+        image, has_image = sample_hard_negatives(similarity(student.text, teacher.image, temperature), excluded)
+        text, has_text = sample_hard_negatives(similarity(student.image, teacher.text, temperature), excluded)
+        return image, has_image, text, has_text
 
 
 def _view(
-    tcl: TCLModel,
-    pixel_values: Tensor,
-    input_ids: Tensor | None,
-    masked: MaskedTokens | None,
-    attention_mask: Tensor,
-    interpolate_pos_encoding: bool,
+    tcl: TCLModel, pairs: _Pairs, pixel_values: Tensor, input_ids: Tensor | None, masked: MaskedTokens | None
 ) -> _View:
-    """Encode a batch; texts and masked texts run as one."""
-    image_states = tcl.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+    """Encode a batch by one model; texts and masked texts, where given, run as one."""
+    image_states = tcl.encode_image(pixel_values, interpolate_pos_encoding=pairs.interpolate_pos_encoding)
     view = _View(image_states, tcl.image_features(image_states[:, 0]))
-    texts = [ids for ids in (input_ids, masked and masked.input_ids) if ids is not None]
+    texts = [] if input_ids is None else [input_ids]
+    if masked is not None:
+        texts.append(masked.input_ids)
     if texts:
-        states = tcl.encode_text(torch.cat(texts), attention_mask.repeat(len(texts), 1)).chunk(len(texts))
+        states = tcl.encode_text(torch.cat(texts), pairs.attention_mask.repeat(len(texts), 1)).chunk(len(texts))
         if input_ids is not None:
             view.text_states, view.text = states[0], tcl.text_features(states[0][:, 0])
         if masked is not None:
@@ -623,10 +653,10 @@ class TCLForPreTraining(TCLForImageTextRetrieval):
     """TCL as it is pre-trained: retrieval plus masked language modelling."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "tcl.text_model.embeddings.word_embeddings.weight"}
-    _keys_to_ignore_on_load_unexpected = None
+    _keys_to_ignore_on_load_unexpected: list[str] = []
 
     def __init__(self, config: TCLConfig):
-        super().__init__(config, lm_head=TCLLMHead(config.text_config))
+        super().__init__(config, lm_head=TCLLMHead(config.text_config))  # type: ignore[arg-type]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
@@ -681,16 +711,16 @@ class TCLForPreTraining(TCLForImageTextRetrieval):
                     "or a config with mlm_weight=0."
                 )
             masked = MaskedTokens(mlm_input_ids, mlm_labels, mlm_positions)
-        return self._losses(
+        pairs = self._pairs(
             input_ids,
             pixel_values,
             attention_mask,
             pixel_values_augmented,
             image_ids,
-            alpha,
             masked,
             interpolate_pos_encoding,
         )
+        return self._losses(pairs, self.alpha if alpha is None else alpha)
 
 
 class TCLForMaskedLM(TCLPreTrainedModel):
@@ -703,7 +733,7 @@ class TCLForMaskedLM(TCLPreTrainedModel):
     def __init__(self, config: TCLConfig):
         super().__init__(config)
         self.tcl = TCLModel(config)
-        self.lm_head = TCLLMHead(config.text_config)
+        self.lm_head = TCLLMHead(config.text_config)  # type: ignore[arg-type]
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:

@@ -21,10 +21,28 @@ SPLIT_SEED = 0
 _SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 _FLAG = re.compile(r"1F1[EF][0-9A-F]-1F1[EF][0-9A-F]")
 # Words by which pictures of one group differ: who does it, which way, with what hair.
-_VARIANT_WORDS = set(
-    "man woman person men women people boy girl child children baby facing right left "
-    "red curly white blond hair bald".split()
-)
+_VARIANT_WORDS = {
+    "man",
+    "woman",
+    "person",
+    "men",
+    "women",
+    "people",
+    "boy",
+    "girl",
+    "child",
+    "children",
+    "baby",
+    "facing",
+    "right",
+    "left",
+    "red",
+    "curly",
+    "white",
+    "blond",
+    "hair",
+    "bald",
+}
 
 
 def load_openmoji(split: str = "train", size: int = 96) -> Dataset:

@@ -9,7 +9,9 @@ MAX_WORDS = 30  # of a caption, as in the original
 MAX_TOKENS = 30  # [CLS] included, as in the original's retrieval evaluation
 
 
-class TCLProcessorKwargs(ProcessingKwargs, total=False):
+class TCLProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """What a call of the processor takes, and what it assumes."""
+
     _defaults = {"text_kwargs": {"padding": True, "truncation": True, "max_length": MAX_TOKENS}}
 
 
@@ -38,7 +40,9 @@ class TCLProcessor(ProcessorMixin):
                 padded and cut to 30 tokens.
         """
         if text is not None and self.clean_text:
-            text = clean_caption(text, MAX_WORDS) if isinstance(text, str) else [clean_caption(t, MAX_WORDS) for t in text]
+            text = (
+                clean_caption(text, MAX_WORDS) if isinstance(text, str) else [clean_caption(t, MAX_WORDS) for t in text]
+            )
         return super().__call__(images=images, text=text, **kwargs)
 
 

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from .collators import TCLAugmentation, TCLPreTrainingCollator
 from .configuration_tcl import TCLConfig
 from .convert import read_text_encoder, read_vision_encoder, start_from_encoders
-from .data import SkippedSamples, train_tokenizer
+from .data import train_tokenizer
 from .image_processing_tcl import TCLImageProcessorPil
 from .modeling_tcl import TCLForPreTraining
 from .processing_tcl import TCLProcessor
@@ -63,17 +63,23 @@ class ModelArguments:
     vision_model: str | None = field(default=None, metadata={"help": "ViT or DINOv2 of transformers to start from."})
     text_model: str | None = field(default=None, metadata={"help": "BERT of transformers to start from."})
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Tokenizer or vocab.txt; else the text model's, else one trained on the captions."}
+        default=None,
+        metadata={"help": "Tokenizer or vocab.txt; else the text model's, else one trained on the captions."},
     )
     vocab_size: int = field(default=30522, metadata={"help": "Largest vocabulary of a trained tokenizer."})
     image_size: int = field(default=256, metadata={"help": "Pixels of a side of the images."})
     fusion_layer: int | None = field(default=None, metadata={"help": "Layers of --text_model that encode the text."})
     num_fusion_layers: int = field(default=6, metadata={"help": "Layers that fuse, on top of these."})
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Mean of the images, by channel; the vision encoder's if not given."}
+    )
+    image_std: list[float] | None = field(
+        default=None, metadata={"help": "Standard deviation of the images, by channel; likewise."}
+    )
     config: str = field(
         default="{}", metadata={"help": "Fields of TCLConfig, vision_config and text_config among them, as JSON."}
     )
     config_fields: dict = field(init=False)
-
 
     def __post_init__(self):
         try:
@@ -187,12 +193,12 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
     image_processor = TCLImageProcessorPil(size={"height": size, "width": size})
     if vision is not None:
         image_processor.image_mean, image_processor.image_std = vision.image_mean, vision.image_std
+    image_processor.image_mean = args.image_mean or image_processor.image_mean
+    image_processor.image_std = args.image_std or image_processor.image_std
     return model, TCLProcessor(image_processor, tokenizer)
 
 
-def build_collator(
-    data: DataArguments, config: TCLConfig, processor: TCLProcessor, skipped: SkippedSamples | None = None
-) -> TCLPreTrainingCollator:
+def build_collator(data: DataArguments, config: TCLConfig, processor: TCLProcessor) -> TCLPreTrainingCollator:
     """Make the collator of a pre-training run."""
     pixels = processor.image_processor
     augmentation = TCLAugmentation(
@@ -208,7 +214,6 @@ def build_collator(
         two_views=data.two_views,
         mlm_probability=config.mlm_probability if config.mlm_weight else 0.0,
         max_tokens=data.max_tokens,
-        skipped=skipped,
     )
 
 

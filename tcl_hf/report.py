@@ -47,9 +47,7 @@ class RunFacts:
     command: str
 
 
-def results_table(
-    metrics: dict[str, float], num_images: int, k: int, baseline: dict[str, float] | None = None
-) -> str:
+def results_table(metrics: dict[str, float], num_images: int, k: int, baseline: dict[str, float] | None = None) -> str:
     """A Markdown table of recall in percent, beside chance and, if given, the linear baseline.
 
     Args:
@@ -62,7 +60,10 @@ def results_table(
     chance = {name: chance_recall(num_images, int(name.split("@")[1])) for name in columns}
     rows = [
         ("by similarity", metrics),
-        (f"re-ranked by matching (k = {k})", {n.removeprefix("reranked_"): v for n, v in metrics.items() if "reranked_" in n}),
+        (
+            f"re-ranked by matching (k = {k})",
+            {n.removeprefix("reranked_"): v for n, v in metrics.items() if "reranked_" in n},
+        ),
         ("chance", chance),
     ]
     if baseline is not None:
@@ -134,9 +135,7 @@ def picture_sheet(
         text = row * len(records) // num_texts
         among = similarity[:, text].topk(min(k, len(records))).indices
         best = among[scores[among, text].argsort(descending=True)][:num_images]
-        axes[row, 0].set_ylabel(
-            textwrap.fill(pairs.texts[text], 18), rotation=0, ha="right", va="center", fontsize=9
-        )
+        axes[row, 0].set_ylabel(textwrap.fill(pairs.texts[text], 18), rotation=0, ha="right", va="center", fontsize=9)
         for column, image in enumerate(best.tolist()):
             axis = axes[row, column]
             axis.imshow(open_image(records[image]["image"]).convert("RGB"))

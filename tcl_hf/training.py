@@ -160,7 +160,9 @@ def train(
     if args.resume:
         checkpoint = newest_checkpoint(output_dir)
         if checkpoint is None:
-            raise ValueError(f"There is no checkpoint to resume from in {output_dir / CHECKPOINTS}: leave out --resume.")
+            raise ValueError(
+                f"There is no checkpoint to resume from in {output_dir / CHECKPOINTS}: leave out --resume."
+            )
         accelerator.load_state(str(checkpoint))
         logger.info("Resumed from %s at step %d.", checkpoint, progress.step)
     log = MetricsLog(output_dir / METRICS, progress.step if args.resume else 0, accelerator)

@@ -44,9 +44,7 @@ def tiny_config(**fields) -> TCLConfig:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     } | fields.pop("text_config", {})
-    return TCLConfig(
-        vision_config=vision, text_config=text, **{"projection_dim": 16, "queue_size": 20, **fields}
-    )
+    return TCLConfig(vision_config=vision, text_config=text, **{"projection_dim": 16, "queue_size": 20, **fields})
 
 
 def small_patches(**fields) -> TCLConfig:
@@ -117,7 +115,26 @@ def training_batch(num_pairs: int = 4, length: int = 7, config: TCLConfig | None
     }
 
 
-WORDS = "a red green blue dog cat house car runs sits near big small tree photo of the on".split()
+WORDS = [
+    "a",
+    "red",
+    "green",
+    "blue",
+    "dog",
+    "cat",
+    "house",
+    "car",
+    "runs",
+    "sits",
+    "near",
+    "big",
+    "small",
+    "tree",
+    "photo",
+    "of",
+    "the",
+    "on",
+]
 
 
 def tiny_processor(size: int = 32) -> TCLProcessor:

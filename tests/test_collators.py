@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import png, tiny_processor, tiny_records
 from PIL import Image
 
-from conftest import png, tiny_processor, tiny_records
 from tcl_hf.collators import (
     RandomOperations,
     TCLAugmentation,

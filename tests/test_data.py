@@ -7,9 +7,9 @@ import tarfile
 import datasets
 import pytest
 import torch
+from conftest import WORDS, png, tiny_processor, tiny_records
 from PIL import Image
 
-from conftest import WORDS, png, tiny_processor, tiny_records
 from tcl_hf.collators import TCLPreTrainingCollator, open_image
 from tcl_hf.data import (
     DataError,
@@ -58,9 +58,7 @@ def test_json_lists_of_the_original(pictures):
 
 def test_json_lists_with_an_image_root_and_several_files(pictures, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    files = [
-        write_json(elsewhere, [{"image": f"{n}.png", "caption": f"text {n}"}], f"{n}.json") for n in range(2)
-    ]
+    files = [write_json(elsewhere, [{"image": f"{n}.png", "caption": f"text {n}"}], f"{n}.json") for n in range(2)]
     assert_records(load_pairs(files, image_root=str(pictures)), [["text 0"], ["text 1"]])
 
 
@@ -109,9 +107,7 @@ def test_dataset_saved_to_disk_and_unusual_columns(tmp_path):
 
 
 def test_several_sources_are_joined(pictures):
-    sources = [
-        write_json(pictures, [{"image": f"{n}.png", "caption": f"text {n}"}], f"{n}.json") for n in range(2)
-    ]
+    sources = [write_json(pictures, [{"image": f"{n}.png", "caption": f"text {n}"}], f"{n}.json") for n in range(2)]
     assert_records(load_pairs(sources), [["text 0"], ["text 1"]])
 
 
@@ -148,8 +144,8 @@ def test_no_data_is_one_clear_sentence(source, message):
 
 
 def test_bad_json_is_one_clear_sentence(tmp_path):
+    (tmp_path / "broken.json").write_text("[{")
     with pytest.raises(DataError, match="not a JSON list"):
-        (tmp_path / "broken.json").write_text("[{")
         load_pairs(str(tmp_path / "broken.json"))
     with pytest.raises(DataError, match="not a list of objects"):
         load_pairs(write_json(tmp_path, {"image": 1}))
@@ -199,7 +195,7 @@ def test_too_many_bad_samples_stop_the_run():
     skipped.saw(99)
     skipped.check()  # too few to judge
     skipped.saw(1)
-    with pytest.raises(DataError, match="11 of 100 samples could not be used, more than the share of 0.1"):
+    with pytest.raises(DataError, match=r"11 of 100 samples could not be used, more than the share of 0\.1"):
         skipped.check()
 
 
@@ -285,4 +281,3 @@ def test_a_trained_tokenizer_knows_the_words_and_is_the_same_each_time():
 def test_a_tokenizer_without_captions_is_refused():
     with pytest.raises(DataError, match="no captions"):
         train_tokenizer([])
-

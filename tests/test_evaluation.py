@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import small_patches, tiny_processor, tiny_records
+
 from tcl_hf import TCLForImageTextRetrieval
 from tcl_hf.baselines import ridge_baseline
 from tcl_hf.evaluation import (

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import tiny_config
+
 from tcl_hf import TCLForImageTextRetrieval, TCLForMaskedLM, TCLForPreTraining
 from tcl_hf.convert import from_original, original_names
 

@@ -23,7 +23,9 @@ N, K, L, D, V = 4, 9, 3, 6, 11
 
 
 def unit(*shape: int, seed: int, grad: bool = False) -> torch.Tensor:
-    values = F.normalize(torch.randn(*shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    values = F.normalize(
+        torch.randn(*shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed)), dim=-1
+    )
     return values.requires_grad_(grad)
 
 

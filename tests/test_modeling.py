@@ -5,7 +5,9 @@ import logging
 
 import pytest
 import torch
+from conftest import small_patches, tiny_config, training_batch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -13,9 +15,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForZeroShotImageClassification,
 )
-from torch.nn import functional as F
 
-from conftest import small_patches, tiny_config, training_batch
 from tcl_hf import (
     TCLConfig,
     TCLForImageTextRetrieval,
@@ -73,7 +73,11 @@ def test_starting_values_follow_the_paper():
         small_patches(vision_config={"hidden_size": 96, "intermediate_size": 384}, text_config={"hidden_size": 96})
     )
     vision, text = model.tcl.vision_model, model.tcl.text_model
-    for weight in (vision.layers[0].fc1.weight, vision.embeddings.position_embeddings, text.layers[2].cross_attn.k_proj.weight):
+    for weight in (
+        vision.layers[0].fc1.weight,
+        vision.embeddings.position_embeddings,
+        text.layers[2].cross_attn.k_proj.weight,
+    ):
         assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert vision.layers[0].fc1.weight.abs().max() <= 2  # truncated at two units, far out
     for bias in (vision.layers[0].fc1.bias, text.layers[0].self_attn.q_proj.bias, model.lm_head.dense.bias):

@@ -6,11 +6,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN, tiny_config, tiny_processor
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from conftest import GOLDEN, tiny_config, tiny_processor
 from tcl_hf import TCLImageProcessor, TCLImageProcessorPil, TCLProcessor, TCLTokenizer
 from tcl_hf.tokenization_tcl import clean_caption, clean_question
 
@@ -48,7 +48,9 @@ def test_answer_ids_equal_the_original_with_sep(bert_vocabulary):
 
 @pytest.mark.parametrize("add_sep_token", [False, True])
 def test_tokenizer_survives_saving(add_sep_token, tmp_path):
-    tokenizer = TCLTokenizer({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "dog": 5}, add_sep_token=add_sep_token)
+    tokenizer = TCLTokenizer(
+        {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "dog": 5}, add_sep_token=add_sep_token
+    )
     expected = [2, 5, 1, 3] if add_sep_token else [2, 5, 1]
     assert tokenizer("dog cat")["input_ids"] == expected
     tokenizer.save_pretrained(tmp_path)
@@ -91,7 +93,10 @@ def test_processor_makes_all_inputs_and_survives_saving(tmp_path):
     for one in (processor, loaded):
         batch = one(images=[image, image], text=["A dog, runs!", "a CAT"], return_tensors="pt")
         assert batch["pixel_values"].shape == (2, 3, 32, 32)
-        assert torch.equal(batch["input_ids"], processor.tokenizer(["a dog runs", "a cat"], padding=True, return_tensors="pt")["input_ids"])
+        assert torch.equal(
+            batch["input_ids"],
+            processor.tokenizer(["a dog runs", "a cat"], padding=True, return_tensors="pt")["input_ids"],
+        )
         assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
 
 

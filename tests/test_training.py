@@ -1,5 +1,6 @@
 """The loop: it learns, repeats itself, resumes, keeps bad numbers out, and says what is wrong."""
 
+import itertools
 import json
 import logging
 import math
@@ -7,11 +8,11 @@ import math
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import small_patches, tiny_processor, tiny_records
 from datasets import Dataset
 from transformers import Trainer
 from transformers import TrainingArguments as TrainerArguments
 
-from conftest import small_patches, tiny_processor, tiny_records
 from tcl_hf import TCLForPreTraining, TCLModel
 from tcl_hf.collators import TCLPreTrainingCollator
 from tcl_hf.data import DataError
@@ -315,7 +316,7 @@ def test_the_cosine_schedule():
     rates = [learning_rate(args, step, 0, 110, 11) for step in range(111)]
     assert rates[0] == 0 and rates[5] == pytest.approx(0.5) and rates[10] == pytest.approx(1.0)
     assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_transformers_trainer_trains_with_model_collator_and_callback(tmp_path, caplog):

@@ -1,0 +1,37 @@
+# Everything runs in .venv, made by plain venv and pip. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench clean
+
+help: ## list the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.demo ## pre-train on the embedded data (minutes on two cores), evaluate, write runs/openmoji
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/accelerate launch --cpu --num_processes 1 \
+		--num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2 scripts/pretrain.py
+
+test: $(VENV)/.test ## run the tests, offline
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev ## check style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.demo ## time a pre-training step of the base size by parts
+	$(BIN)/python benchmarks/pretrain_step.py
+
+clean: ## remove the environment, runs and caches
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(VENV)/.%: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

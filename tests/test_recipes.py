@@ -1,0 +1,119 @@
+"""Recipes and command line: the paper's numbers, overrides, and clear refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tcl_hf.recipes import DataArguments, ModelArguments, RecipeError, build_collator, build_model, parse_recipe
+from tcl_hf.training import TrainingArguments
+
+RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
+TYPES = (DataArguments, ModelArguments, TrainingArguments)
+TINY = [
+    *("--image_size", "16", "--vocab_size", "60"),
+    "--config",
+    '{"queue_size": 8, "vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,'
+    ' "intermediate_size": 32, "patch_size": 8}, "text_config": {"hidden_size": 16, "num_hidden_layers": 2,'
+    ' "fusion_layer": 1, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 40}}',
+]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses(recipe):
+    data, model, training = parse_recipe(TYPES, recipe, [])
+    assert data.data and training.output_dir.startswith("runs/")
+    assert isinstance(model.config_fields, dict)
+
+
+def test_the_paper_s_recipe_has_the_paper_s_numbers():
+    data, model, training = parse_recipe(TYPES, RECIPES / "tcl_4m.yaml", [])
+    assert (training.epochs, training.batch_size, training.schedule) == (30, 64, "paper")
+    assert (training.learning_rate, training.min_learning_rate, training.warmup_learning_rate) == (1e-4, 1e-5, 1e-5)
+    assert (training.warmup_steps, training.weight_decay, training.max_grad_norm) == (2000, 0.02, 0)
+    assert training.decay_rule == "original"
+    assert (training.adam_beta1, training.adam_beta2) == (0.9, 0.999)
+    assert data.crop_scale == [0.2, 1.0] and data.two_views and data.color_jitter and data.max_tokens == 25
+    assert (model.image_size, model.fusion_layer, model.num_fusion_layers) == (256, 6, 6)
+    from tcl_hf import TCLConfig
+
+    config = TCLConfig(**model.config_fields)
+    assert (config.queue_size, config.momentum, config.projection_dim) == (65536, 0.995, 256)
+    assert (config.alpha, config.mlm_probability, config.temperature_init_value) == (0.4, 0.15, 0.07)
+    assert config.cma_weight == config.imc_weight == config.lmi_weight == pytest.approx(1 / 3)
+    assert config.itm_weight == config.mlm_weight == 1
+
+
+def test_the_command_line_has_the_last_word(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "batch_size: 7\nlearning_rate: 1e-3\ndata: [one, two]\nconfig: {queue_size: 5}\ncolor_jitter: false"
+    )
+    data, model, training = parse_recipe(TYPES, "unused.yaml", ["--recipe", str(recipe), "--batch_size", "9"])
+    assert (training.batch_size, training.learning_rate) == (9, 1e-3)
+    assert data.data == ["one", "two"] and data.color_jitter is False
+    assert model.config_fields == {"queue_size": 5}
+    data, *_ = parse_recipe(TYPES, recipe, ["--data", "three"])
+    assert data.data == ["three"]
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        ("batchsize: 7", [], r"no argument 'batchsize' \(did you mean 'batch_size'\?\)"),
+        ("batch_size: many", [], "batch_size.*: invalid int value: 'many'"),
+        ("schedule: linear", [], "schedule.*: invalid choice: 'linear'"),
+        ("[1, 2]", [], "is not a list of `name: value`"),
+        ("a: [", [], "is not YAML"),
+        ("", ["--batchsize", "7"], r"no option --batchsize \(did you mean 'batch_size'\?\)"),
+        ("", ["--recipe", "nowhere.yaml"], r"no recipe nowhere\.yaml"),
+        ("", ["--config", "{"], "--config is not JSON"),
+        ("", ["--config", "[]"], "--config is no object"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, argv, message):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(TYPES, recipe, argv)
+
+
+def build(*argv):
+    data, model, _ = parse_recipe(TYPES, RECIPES / "openmoji.yaml", [*TINY, *argv])
+    torch.manual_seed(0)
+    return data, *build_model(model, ["a red dog", "a blue cat"])
+
+
+def test_a_new_model_and_its_processor_fit_together():
+    data, model, processor = build()
+    assert model.config.text_config.vocab_size == len(processor.tokenizer)
+    assert processor.image_processor.size["height"] == model.config.vision_config.image_size == 16
+    collator = build_collator(data, model.config, processor)
+    assert collator.augmentation.image_size == 16
+    assert collator.augmentation.crop_scale == tuple(data.crop_scale)
+
+
+def test_a_run_goes_on_from_a_checkpoint_at_another_size(tmp_path):
+    _, model, processor = build()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    _, again, its_processor = build("--model", str(tmp_path), "--image_size", "32", "--config", '{"queue_size": 4}')
+    assert again.config.vision_config.image_size == 32 and len(again.queue.image) == 4
+    assert its_processor.image_processor.size["height"] == 32
+    assert torch.equal(again.itm_head.weight, model.itm_head.weight)
+    assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--image_size", "17"], "image_size=17 does not divide into patches of 8"),
+        (["--config", '{"queue_sise": 1, "momentum": 2}'], "momentum=2"),
+        (["--model", "./nowhere"], "nowhere"),
+        (["--model", "./nowhere", "--vision_model", "x"], "leave out the others"),
+        (["--vision_model", "./nowhere"], "nowhere"),
+    ],
+)
+def test_models_that_cannot_be_built_are_one_sentence(argv, message):
+    with pytest.raises(RecipeError, match=message):
+        build(*argv)

@@ -301,6 +301,7 @@ class TCLVisionModel(TCLPreTrainedModel):
             init.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Module:
+        """The convolution that embeds patches."""
         return self.embeddings.patch_embedding
 
     @can_return_tuple
@@ -441,13 +442,16 @@ class TCLTextModel(TCLTextPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings."""
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings."""
         self.embeddings.word_embeddings = value
 
     @property
     def fusion_layers(self) -> nn.ModuleList:
+        """The layers that attend to images."""
         return self.layers[self.config.fusion_layer :]
 
     def encode(

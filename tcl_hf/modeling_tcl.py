@@ -137,9 +137,11 @@ class TCLModel(TCLPreTrainedModel):
             init.constant_(module.temperature, self.config.temperature_init_value)
 
     def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings."""
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings."""
         self.text_model.set_input_embeddings(value)
 
     def encode_image(self, pixel_values: Tensor, **kwargs) -> Tensor:
@@ -659,9 +661,11 @@ class TCLForPreTraining(TCLForImageTextRetrieval):
         super().__init__(config, lm_head=TCLLMHead(config.text_config))  # type: ignore[arg-type]
 
     def get_output_embeddings(self) -> nn.Module:
+        """The layer from states to words, whose weights are the word embeddings."""
         return self.lm_head.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the layer from states to words."""
         self.lm_head.decoder = new_embeddings
 
     @can_return_tuple
@@ -737,9 +741,11 @@ class TCLForMaskedLM(TCLPreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
+        """The layer from states to words, whose weights are the word embeddings."""
         return self.lm_head.decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the layer from states to words."""
         self.lm_head.decoder = new_embeddings
 
     @can_return_tuple

@@ -8,11 +8,19 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from tcl_hf.baselines import ridge_baseline
-from tcl_hf.data import DataError, load_pairs
+from tcl_hf.data import DataError
 from tcl_hf.evaluation import evaluate_retrieval
-from tcl_hf.recipes import DataArguments, ModelArguments, RecipeError, build_collator, build_model, parse_recipe
+from tcl_hf.recipes import (
+    DataArguments,
+    ModelArguments,
+    RecipeError,
+    build_collator,
+    build_model,
+    load_data,
+    parse_recipe,
+)
 from tcl_hf.report import RunFacts, write_report
-from tcl_hf.training import NonFiniteError, TrainingArguments, train
+from tcl_hf.training import NonFiniteError, TrainingArguments, TrainingError, train
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "openmoji.yaml"
 
@@ -20,19 +28,14 @@ DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "openmoji.yaml"
 def main() -> None:
     data, parts, args = parse_recipe((DataArguments, ModelArguments, TrainingArguments), DEFAULT_RECIPE)
     set_seed(args.seed)
-    columns = {"image_root": data.image_root, "image_column": data.image_column, "caption_column": data.caption_column}
-    pairs = load_pairs(data.data, data.split, streaming=data.streaming, **columns)
-    records, evaluate = [], None
-    if data.validation_split:
-        held_out = load_pairs(data.validation_data or data.data, data.validation_split, **columns)
-        records = list(held_out.take(data.eval_images))
-
-        def evaluate(model):
-            return evaluate_retrieval(model, processor, records, k=data.eval_k, captions_per_image=1)
-
+    pairs, records = load_data(data)
     model, processor = build_model(parts, (text for record in pairs for text in record["captions"]))
     collator = build_collator(data, model.config, processor)
-    metrics = train(model, pairs, collator, processor, args, evaluate)
+
+    def evaluate(model):
+        return evaluate_retrieval(model, processor, records, k=data.eval_k, captions_per_image=1)
+
+    metrics = train(model, pairs, collator, processor, args, evaluate if records else None)
 
     if records and PartialState().is_main_process:
         facts = RunFacts(
@@ -53,5 +56,5 @@ if __name__ == "__main__":
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         main()
-    except (DataError, RecipeError, NonFiniteError) as error:
+    except (DataError, RecipeError, TrainingError, NonFiniteError) as error:
         sys.exit(f"error: {error}")

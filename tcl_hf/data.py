@@ -48,7 +48,8 @@ def load_pairs(
             "openmoji", the embedded default; an ALBEF-style JSON list of `{"image": path, "caption": text or
             texts}`; WebDataset tars (a file, a pattern or a folder of `.tar`); parquet (likewise); a folder of
             images with `metadata.csv` or `.jsonl`, or one saved by `datasets`; or a data set on the Hub.
-        split: the split of it; for files in a folder, those whose names begin with it, if any do.
+        split: the split of it. Of the files in a folder, those whose names begin with it; for "train" all that do
+            not begin with the name of another split, if none does. A file named outright has no splits.
         streaming: read while training instead of before.
         image_root: folder to which the paths of a JSON list are relative; its own folder if None.
         image_column, caption_column: the columns to use, where their names are not the usual ones.
@@ -85,6 +86,16 @@ def _open(source: str, split: str, streaming: bool, image_root: str | None) -> D
     if source == "openmoji":
         pairs = load_openmoji(split)
         return pairs.to_iterable_dataset() if streaming else pairs
+    try:
+        return _open_files(source, split, streaming, image_root)
+    except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{source} could not be loaded (split '{split}'): {reason}") from error
+
+
+def _open_files(source: str, split: str, streaming: bool, image_root: str | None) -> Dataset | IterableDataset:
     files = _files(source, split)
     kinds = {Path(file).suffix for file in files}
     if kinds == {".json"}:
@@ -116,8 +127,13 @@ def _files(source: str, split: str) -> list[str]:
         return sorted(glob.glob(source))
     for pattern in ("*.tar", "*.parquet"):
         found = sorted(glob.glob(os.path.join(glob.escape(source), pattern)))
-        if found:
-            return [file for file in found if Path(file).name.startswith(split)] or found
+        chosen = [file for file in found if Path(file).name.startswith(split)]
+        if not chosen and split == "train":
+            chosen = [file for file in found if not Path(file).name.startswith(("val", "dev", "test"))]
+        if found and not chosen:
+            raise DataError(f"{source} has no files of a split '{split}': their names must begin with it.")
+        if chosen:
+            return chosen
     return []
 
 

@@ -3,24 +3,30 @@
 import argparse
 import dataclasses
 import difflib
+import glob
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
+from datasets import Dataset, IterableDataset
 from transformers import HfArgumentParser
 
 from .collators import TCLAugmentation, TCLPreTrainingCollator
 from .configuration_tcl import TCLConfig
 from .convert import read_text_encoder, read_vision_encoder, start_from_encoders
-from .data import train_tokenizer
+from .data import DataError, load_pairs, train_tokenizer
 from .image_processing_tcl import TCLImageProcessorPil
 from .modeling_tcl import TCLForPreTraining
 from .processing_tcl import TCLProcessor
 from .tokenization_tcl import TCLTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class RecipeError(ValueError):
@@ -149,6 +155,33 @@ def _recipe_as_argv(path: Path, known: set[str]) -> list[str]:
 def _did_you_mean(key: str, known: set[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def load_data(args: DataArguments) -> tuple[Dataset | IterableDataset, list[dict]]:
+    """Load the pairs to train on, and the records to evaluate on.
+
+    Without validation data of its own a run evaluates on the validation split of its data. Where there is none, it
+    does not evaluate, and says so.
+    """
+    columns: dict[str, Any] = {
+        "image_root": args.image_root,
+        "image_column": args.image_column,
+        "caption_column": args.caption_column,
+    }
+    pairs = load_pairs(args.data, args.split, streaming=args.streaming, **columns)
+    if not args.validation_split:
+        return pairs, []
+    if not args.validation_data and any(os.path.isfile(source) or glob.has_magic(source) for source in args.data):
+        logger.warning("Files have no validation split: nothing is evaluated unless you name --validation_data.")
+        return pairs, []
+    try:
+        held_out = load_pairs(args.validation_data or args.data, args.validation_split, **columns)
+    except DataError as error:
+        if args.validation_data:
+            raise
+        logger.warning("Nothing is evaluated: %s", error)
+        return pairs, []
+    return pairs, list(held_out.take(args.eval_images))
 
 
 def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPreTraining, TCLProcessor]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from .data import SkippedSamples, StreamedPairs, VisitedPairs, VisitSampler
+from .data import DataError, SkippedSamples, StreamedPairs, VisitedPairs, VisitSampler
 from .processing_tcl import TCLProcessor
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 _LOSSES = ("loss", "loss_cma", "loss_imc", "loss_lmi", "loss_itm", "loss_mlm")
+
+
+class TrainingError(ValueError):
+    """Arguments of a run that contradict each other; the message says what, and the remedy."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -118,7 +122,7 @@ def train(
 
     Raises:
         NonFiniteError: if a loss or gradient was not finite; the update was masked.
-        ValueError: if arguments contradict each other, or there is nothing to resume from.
+        TrainingError: if arguments contradict each other, or there is nothing to resume from.
         DataError: if too much of the data is bad.
     """
     output_dir = Path(args.output_dir)
@@ -160,10 +164,15 @@ def train(
     if args.resume:
         checkpoint = newest_checkpoint(output_dir)
         if checkpoint is None:
-            raise ValueError(
+            raise TrainingError(
                 f"There is no checkpoint to resume from in {output_dir / CHECKPOINTS}: leave out --resume."
             )
         accelerator.load_state(str(checkpoint))
+        if progress.step >= num_steps:
+            raise TrainingError(
+                f"{checkpoint} is at step {progress.step}, and the run is to end at {num_steps}: "
+                "raise epochs or max_steps."
+            )
         logger.info("Resumed from %s at step %d.", checkpoint, progress.step)
     log = MetricsLog(output_dir / METRICS, progress.step if args.resume else 0, accelerator)
     guard = _Guard(accelerator.device)
@@ -228,7 +237,7 @@ def train(
                 break
         else:
             if progress.batch == 0:
-                raise ValueError("The data gave no batch: it holds no pairs, or fewer than the processes need.")
+                raise DataError("The data gave no batch: it holds no pairs, or fewer than the processes need.")
             progress.epoch, progress.batch = progress.epoch + 1, 0
     bar.close()
     guard.check(newest_checkpoint(output_dir))
@@ -348,14 +357,16 @@ class _Guard:
     def watch(self, optimizer, step: int, loss: Tensor, norm: Tensor | None) -> None:
         """Note a forward; `norm` is the gradient's, of the last forward before an update."""
         loss = loss.detach()
+        # With fp16 a gradient may overflow: its scaler masks the update by itself and lowers the scale.
+        scaled = getattr(optimizer, "scaler", None) is not None
         self.finite = self.finite & loss.isfinite()
-        if norm is not None:
+        if norm is not None and not scaled:
             self.finite = self.finite & norm.isfinite()
         bad = torch.stack([torch.full_like(loss, step, dtype=torch.float64), loss.double()])
         self.first = torch.where((self.first[0] < 0) & ~self.finite, bad, self.first)
         if norm is not None:
             inner = getattr(optimizer, "optimizer", optimizer)
-            if getattr(optimizer, "scaler", None) is None:  # fp16's scaler masks by itself
+            if not scaled:
                 inner.found_inf = (~self.finite).float()
             self.finite = torch.ones_like(self.finite)
 
@@ -428,11 +439,11 @@ def _loader(pairs, collator: Callable, args: TrainingArguments) -> tuple[DataLoa
     }
     if isinstance(pairs, torch.utils.data.IterableDataset):
         if not args.max_steps:
-            raise ValueError("A stream has no known length: say how long to train with max_steps.")
+            raise TrainingError("A stream has no known length: say how long to train with max_steps.")
         stream = StreamedPairs(pairs, args.seed)
         return DataLoader(stream, **options), stream
     if len(pairs) == 0:
-        raise ValueError("There is nothing to train on: the data holds no pairs.")
+        raise DataError("There is nothing to train on: the data holds no pairs.")
     order = VisitSampler(len(pairs), args.seed)
     drop_last = len(pairs) >= args.batch_size
     return DataLoader(VisitedPairs(pairs), sampler=order, drop_last=drop_last, **options), order

@@ -130,9 +130,25 @@ def test_openmoji_holds_out_whole_groups():
         load_pairs("openmoji", "test")
 
 
+def test_splits_of_a_folder_are_told_by_name(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    for name in ("train-0", "train-1", "validation-0"):
+        table = {"image": [{"bytes": png(0), "path": None}], "caption": [name]}
+        datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    captions = [record["captions"][0] for record in load_pairs(str(tmp_path))]
+    assert captions == ["train-0", "train-1"]
+    assert [record["captions"][0] for record in load_pairs(str(tmp_path), "validation")] == ["validation-0"]
+    with pytest.raises(DataError, match="no files of a split 'test'"):
+        load_pairs(str(tmp_path), "test")
+    (tmp_path / "train-0.parquet").rename(tmp_path / "part.parquet")
+    (tmp_path / "train-1.parquet").unlink()
+    assert [record["captions"][0] for record in load_pairs(str(tmp_path))] == ["train-0"]
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("nobody/no-such-data", "nobody/no-such-data could not be loaded"),
         ([], "No data was named"),
         ("./nowhere", "./nowhere is no data"),
         ("nothing/*.tar", r"nothing/\*.tar is no data"),

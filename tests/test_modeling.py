@@ -25,6 +25,7 @@ from tcl_hf import (
     TCLTextModel,
     TCLVisionModel,
 )
+from tcl_hf.collators import masked_positions
 
 HEADS = [TCLForPreTraining, TCLForImageTextRetrieval]
 CLASSES = [*HEADS, TCLForMaskedLM, TCLModel]
@@ -490,6 +491,53 @@ def test_training_lowers_the_loss():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+class ReadBack(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes operations whose result the host must wait for on an accelerator."""
+
+    SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "_to_cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_", "index_put") else ()
+        if name in self.SYNCHRONISING or any(i is not None and i.dtype == torch.bool for i in indices):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_a_training_step_reads_nothing_back_from_the_device(with_ids):
+    from tcl_hf.training import _Guard, _Meter, parameter_groups
+
+    model = TCLForPreTraining(small_patches()).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.02), fused=True)
+    batch = training_batch()
+    batch["mlm_positions"] = masked_positions(batch["mlm_labels"])
+    if with_ids:
+        batch["image_ids"] = torch.tensor([1, 2, 2, 3])
+    guard, meter = _Guard(torch.device("cpu")), _Meter(torch.device("cpu"))
+    with ReadBack() as watch:
+        model.update_teacher()
+        output = model(**batch, alpha=0.4)
+        output.loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        guard.watch(optimizer, 0, output.loss, norm)
+        meter.add(output, 4, norm)
+        seen = list(watch.seen)
+    optimizer.step()  # its step counter is the only thing that fused AdamW reads, and it lives on the device
+    assert seen == []
+
+
+def test_the_watch_for_reads_sees_them():
+    with ReadBack() as watch:
+        torch.ones(()).item()
+        torch.ones(3)[torch.tensor([True, False, True])]
+    assert watch.seen == ["_local_scalar_dense", "index"]
 
 
 # The teacher and the temperature

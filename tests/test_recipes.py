@@ -1,11 +1,21 @@
 """Recipes and command line: the paper's numbers, overrides, and clear refusals."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import png
 
-from tcl_hf.recipes import DataArguments, ModelArguments, RecipeError, build_collator, build_model, parse_recipe
+from tcl_hf.recipes import (
+    DataArguments,
+    ModelArguments,
+    RecipeError,
+    build_collator,
+    build_model,
+    load_data,
+    parse_recipe,
+)
 from tcl_hf.training import TrainingArguments
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
@@ -102,6 +112,18 @@ def test_a_run_goes_on_from_a_checkpoint_at_another_size(tmp_path):
     assert its_processor.image_processor.size["height"] == 32
     assert torch.equal(again.itm_head.weight, model.itm_head.weight)
     assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+def test_a_run_without_a_validation_split_says_that_it_does_not_evaluate(tmp_path, caplog):
+    (tmp_path / "0.png").write_bytes(png(0))
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps([{"image": "0.png", "caption": "a dog"}]))
+    pairs, records = load_data(DataArguments(data=[str(file)]))
+    assert len(pairs) == 1
+    assert records == []
+    assert "nothing is evaluated" in caplog.text
+    _, records = load_data(DataArguments(data=[str(file)], validation_data=[str(file)]))
+    assert records[0]["captions"] == ["a dog"]
 
 
 @pytest.mark.parametrize(

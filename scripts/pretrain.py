@@ -37,7 +37,9 @@ def main() -> None:
 
     metrics = train(model, pairs, collator, processor, args, evaluate if records else None)
 
-    if records and PartialState().is_main_process:
+    if not PartialState().is_main_process:
+        return
+    if records:
         facts = RunFacts(
             data=data.data,
             split=data.validation_split,
@@ -53,7 +55,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("accelerate", "httpx", "httpx2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         main()
     except (DataError, RecipeError, TrainingError, NonFiniteError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -132,6 +132,8 @@ def train(
         log_with=args.report_to or None,
         project_dir=str(output_dir),
         step_scheduler_with_optimizer=False,
+        # Every process pushes the same keys: sending the queues from rank 0 at each forward would be for nothing.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -154,6 +156,8 @@ def train(
     if args.torch_compile:
         model.forward = torch.compile(model.forward)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for buffer in bare_model.buffers():  # the queues start equal
+        broadcast(buffer)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
     if args.report_to:

@@ -11,7 +11,7 @@ help: ## list the commands
 
 demo: $(VENV)/.demo ## pre-train on the embedded data (minutes on two cores), evaluate, write runs/openmoji
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/accelerate launch --cpu --num_processes 1 \
-		--num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2 scripts/pretrain.py
+		--num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1 scripts/pretrain.py
 
 test: $(VENV)/.test ## run the tests, offline
 	$(BIN)/python -m pytest

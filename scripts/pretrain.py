@@ -8,7 +8,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from tcl_hf.baselines import ridge_baseline
-from tcl_hf.data import DataError
+from tcl_hf.data import DataError, captions_of
 from tcl_hf.evaluation import evaluate_retrieval
 from tcl_hf.recipes import (
     DataArguments,
@@ -29,7 +29,7 @@ def main() -> None:
     data, parts, args = parse_recipe((DataArguments, ModelArguments, TrainingArguments), DEFAULT_RECIPE)
     set_seed(args.seed)
     pairs, records = load_data(data)
-    model, processor = build_model(parts, (text for record in pairs for text in record["captions"]))
+    model, processor = build_model(parts, captions_of(pairs))
     collator = build_collator(data, model.config, processor)
 
     def evaluate(model):
@@ -48,7 +48,8 @@ def main() -> None:
             base_models=[name for name in (parts.model, parts.vision_model, parts.text_model) if name],
             command=" ".join(["accelerate launch", *sys.argv]),
         )
-        baseline = ridge_baseline(list(pairs), records) if data.baseline else None
+        embedded = data.data == ["openmoji"] and not data.streaming
+        baseline = ridge_baseline(list(pairs), records) if embedded else None
         print(write_report(model, processor, records, metrics, facts, Path(args.output_dir), baseline))
     print(f"Model, processor, metrics and card are in {args.output_dir}")
 

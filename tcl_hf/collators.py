@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 from torchvision.transforms.v2 import functional as F
 
-from .data import SkippedSamples, Visit
+from .data import DataError, SkippedSamples, Visit
 from .processing_tcl import MAX_WORDS, TCLProcessor
 from .tokenization_tcl import TCLTokenizer, clean_caption
 
@@ -32,7 +32,7 @@ def open_image(image: object) -> Image.Image:
         OSError: if it can not be read.
     """
     if isinstance(image, Image.Image):
-        return image
+        return image.copy()  # the caller's stays as it is
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if not image:
@@ -42,6 +42,18 @@ def open_image(image: object) -> Image.Image:
     elif not isinstance(image, str | os.PathLike):
         raise ValueError(f"an image of type {type(image).__name__}")
     return Image.open(image)
+
+
+def why_unusable(record: dict) -> str | None:
+    """What is wrong with a record: no readable image, or no caption; None if it can be used."""
+    try:
+        with open_image(record.get("image")) as image:
+            image.load()
+    except _BAD_IMAGE as error:
+        return f"{type(error).__name__}: {error}"
+    if not any(isinstance(text, str) and text.strip() for text in record.get("captions") or ()):
+        return "no caption"
+    return None
 
 
 class RandomOperations(torch.nn.Module):
@@ -108,6 +120,7 @@ class TCLAugmentation:
         crop_scale: range of the cropped share of the image's area (paper: 0.2 to 1; fine-tuning: 0.5 to 1).
         color_jitter: jitter of brightness, contrast, saturation (0.4) and hue (0.1), grey, and blur, which ALBEF
             does without.
+        flip: mirror every other view; not where left and right have names.
         num_operations: further operations drawn, see `RandomOperations`.
     """
 
@@ -118,6 +131,7 @@ class TCLAugmentation:
         image_std: Sequence[float],
         crop_scale: Sequence[float] = (0.2, 1.0),
         color_jitter: bool = True,
+        flip: bool = True,
         num_operations: int = 2,
     ):
         self.image_size, self.crop_scale = image_size, crop_scale
@@ -128,8 +142,9 @@ class TCLAugmentation:
                 v2.RandomGrayscale(p=0.2),
                 v2.RandomApply([RandomBlur(0.1, 2.0)], p=0.5),
             ]
-        steps += [v2.RandomHorizontalFlip(p=0.5), RandomOperations(num_operations)]
-        steps += [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+        if flip:
+            steps.append(v2.RandomHorizontalFlip(p=0.5))
+        steps += [RandomOperations(num_operations), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
         self.augment = v2.Compose([*steps, v2.Normalize(list(image_mean), list(image_std), inplace=True)])
 
     def __call__(self, image: Image.Image, num_views: int = 1) -> list[Tensor]:
@@ -213,7 +228,7 @@ class TCLPreTrainingCollator:
     """Make batches for [`TCLForPreTraining`] of records with `image` and `captions`.
 
     A sample whose image can not be read, or whose captions are all empty, is left out, counted and listed in
-    `skipped`; a batch of which nothing is left is an empty dictionary.
+    `skipped`.
 
     Args:
         processor: gives tokenizer, clean-up, image size and normalisation.
@@ -222,6 +237,10 @@ class TCLPreTrainingCollator:
         mlm_probability: share of the tokens masked; 0 leaves masked texts out.
         max_tokens: longest text, [CLS] included (paper: 25).
         skipped: where bad samples are noted.
+        empty_batches: a batch of which nothing is left is an empty dictionary, as our loop wants it, and no error.
+
+    Raises:
+        DataError: if nothing is left of a batch, unless `empty_batches`.
     """
 
     processor: TCLProcessor
@@ -230,6 +249,7 @@ class TCLPreTrainingCollator:
     mlm_probability: float = 0.15
     max_tokens: int = MAX_TOKENS
     skipped: SkippedSamples = None  # type: ignore[assignment]  # likewise
+    empty_batches: bool = False
 
     def __post_init__(self):
         if self.skipped is None:
@@ -244,7 +264,9 @@ class TCLPreTrainingCollator:
         samples = [sample for sample in map(self._sample, records) if sample is not None]
         self.skipped.saw(len(records))
         if not samples:
-            return {}
+            if self.empty_batches:
+                return {}
+            raise DataError(f"No sample of a batch could be used; the last: {self.skipped.last}.")
         tokenizer: TCLTokenizer = self.processor.tokenizer
         views, captions, uniform, random_ids = zip(*samples, strict=True)
         batch = dict(
@@ -279,12 +301,14 @@ class TCLPreTrainingCollator:
         """Views, caption, and random numbers for masking of one record; None if it can not be used."""
         with _choices_of(record.get("visit")):
             try:
-                captions = [clean_caption(text, MAX_WORDS) for text in record["captions"] or ()]
-                captions = [text for text in captions if text]
+                captions = [text for text in record.get("captions") or () if isinstance(text, str)]
+                if self.processor.clean_text:
+                    captions = [clean_caption(text, MAX_WORDS) for text in captions]
+                captions = [text for text in captions if text.strip()]
                 if not captions:
                     raise ValueError("no caption")
                 caption = captions[int(torch.randint(len(captions), ()))]
-                with open_image(record["image"]) as image:
+                with open_image(record.get("image")) as image:
                     views = self.augmentation(image, 1 + self.two_views)
             except _BAD_IMAGE as error:
                 self.skipped.add(record.get("image_id", "?"), f"{type(error).__name__}: {error}")

@@ -4,13 +4,13 @@ Foreign names appear in this module only. The original's are one table, `origina
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -169,11 +169,13 @@ class StartingPoint:
     Args:
         config: fields of our config for the part.
         state_dict: its weights, in the names of `TCLVisionModel` or `TCLTextModel`.
+        lm_head: those of the language-model head, where the checkpoint has one.
         image_mean, image_std: what the vision encoder's images were normalised with.
     """
 
     config: dict[str, Any]
     state_dict: dict[str, Tensor]
+    lm_head: dict[str, Tensor] | None = None
     image_mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     image_std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
 
@@ -248,11 +250,12 @@ def read_vision_encoder(name_or_path: str, image_size: int | None = None) -> Sta
     grid = TCLVisionConfig(**config).image_size // patch_size
     positions = "embeddings.position_embeddings"
     state[positions] = resize_positions(state[positions], grid)
-    return StartingPoint(config, state, *_normalisation(name_or_path, foreign.model_type))
+    mean, std = _normalisation(name_or_path, foreign.model_type)
+    return StartingPoint(config, state, image_mean=mean, image_std=std)
 
 
 def read_text_encoder(name_or_path: str, fusion_layer: int | None = None, num_fusion_layers: int = 6) -> StartingPoint:
-    """Read a BERT of transformers as our text model.
+    """Read a BERT of transformers as our text model, with its language-model head if it has one.
 
     Args:
         fusion_layer: how many of its layers encode the text; all of them if None.
@@ -284,12 +287,18 @@ def read_text_encoder(name_or_path: str, fusion_layer: int | None = None, num_fu
     ]
     config = {name: getattr(foreign, name) for name in same}
     config |= {"num_hidden_layers": num_layers, "fusion_layer": fusion_layer}
-    model = _load_foreign(name_or_path, foreign, add_pooling_layer=False)
-    renames = [(re.escape(a).replace(r"\{n\}", r"(\d+)").replace(r"\{p\}", r"(\w+)"), _numbered(b)) for a, b in _TEXT]
-    state = _rename(model.state_dict(), renames, _TEXT_DROPPED, name_or_path)
+    with_lm_head = any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in foreign.architectures or ())
+    if with_lm_head:
+        whole = AutoModelForMaskedLM.from_pretrained(name_or_path, config=foreign, dtype=torch.float32).state_dict()
+    else:
+        whole = _load_foreign(name_or_path, foreign, add_pooling_layer=False).state_dict()
+    head = {k.removeprefix("cls.predictions."): v for k, v in whole.items() if k.startswith("cls.predictions.")}
+    encoder = {k.removeprefix("bert."): v for k, v in whole.items() if not k.startswith("cls.")}
+    state = _rename(encoder, _as_renames(_TEXT), _TEXT_DROPPED, name_or_path)
+    lm_head = _rename(head, _as_renames(_LM_HEAD), re.compile("seq_relationship.*"), name_or_path)
     beyond = tuple(f"layers.{n}." for n in range(num_layers, foreign.num_hidden_layers))
     state = {key: value for key, value in state.items() if not beyond or not key.startswith(beyond)}
-    return StartingPoint(config, state)
+    return StartingPoint(config, state, lm_head or None)
 
 
 def start_from_encoders(
@@ -301,7 +310,10 @@ def start_from_encoders(
             result = encoder.load_state_dict(part.state_dict, strict=False)
             if result.unexpected_keys:
                 raise ValueError(f"The model has no place for {', '.join(result.unexpected_keys[:5])}.")
-    model.teacher.copy_from(model)
+    if text is not None and text.lm_head:
+        model.lm_head.load_state_dict(text.lm_head)
+    if model.teacher is not None:
+        model.teacher.copy_from(model)
     return model
 
 
@@ -337,7 +349,12 @@ def _rename(
     return renamed
 
 
-def _numbered(template: str) -> str:
-    """Turn {n} and {p} of a template into the groups of its pattern, in their order."""
-    groups = iter(range(1, 3))
-    return re.sub(r"\{[np]\}", lambda _: f"\\{next(groups)}", template)
+def _as_renames(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
+    """Rows of the original's table as patterns: BERT in transformers has the same names."""
+    renames = []
+    for original, ours in rows:
+        pattern = re.escape(original).replace(r"\{n\}", r"(\d+)").replace(r"\{p\}", r"(weight|bias)")
+        for group, placeholder in enumerate(re.findall(r"\{[np]\}", ours), start=1):
+            ours = ours.replace(placeholder, f"\\{group}")
+        renames.append((pattern, ours))
+    return renames

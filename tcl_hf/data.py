@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import Value
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ from .tokenization_tcl import TCLTokenizer, clean_caption
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "pixel_values")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "sentence", "json")
 ID_COLUMNS = ("image_id", "__key__", "id", "key", "cocoid", "imgid", "filename")
-RECORD = ("image", "captions", "image_id")
+FEATURES = datasets.Features(
+    {
+        "image": datasets.Image(decode=False),
+        "captions": datasets.List(datasets.Value("string")),
+        "image_id": datasets.Value("string"),
+    }
+)
 
 
 class DataError(ValueError):
@@ -74,8 +81,11 @@ def load_pairs(
         return (
             parts[0]
             if len(parts) == 1
-            else datasets.concatenate_datasets([part.select_columns(RECORD) for part in parts])
+            else datasets.concatenate_datasets([part.select_columns(list(FEATURES)) for part in parts])
         )
+    if source == "openmoji":  # these are records already
+        pairs = load_openmoji(split)
+        return pairs.to_iterable_dataset() if streaming else pairs
     pairs = _open(source, split, streaming, image_root)
     if isinstance(pairs, Dataset) and len(pairs) == 0:
         raise DataError(f"{source} holds no pairs in its split '{split}'.")
@@ -83,9 +93,6 @@ def load_pairs(
 
 
 def _open(source: str, split: str, streaming: bool, image_root: str | None) -> Dataset | IterableDataset:
-    if source == "openmoji":
-        pairs = load_openmoji(split)
-        return pairs.to_iterable_dataset() if streaming else pairs
     try:
         return _open_files(source, split, streaming, image_root)
     except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -102,9 +109,11 @@ def _open_files(source: str, split: str, streaming: bool, image_root: str | None
         pairs = _read_json_lists(files, image_root)
         return pairs.to_iterable_dataset() if streaming else pairs
     if os.path.isdir(source) and os.path.exists(os.path.join(source, "dataset_dict.json")):
-        return datasets.load_from_disk(source)[split]
+        pairs = datasets.load_from_disk(source)[split]
+        return pairs.to_iterable_dataset() if streaming else pairs
     if os.path.isdir(source) and os.path.exists(os.path.join(source, "state.json")):
-        return datasets.load_from_disk(source)
+        pairs = datasets.load_from_disk(source)
+        return pairs.to_iterable_dataset() if streaming else pairs
     if kinds == {".tar"}:
         return datasets.load_dataset("webdataset", data_files={split: files}, split=split, streaming=streaming)
     if kinds == {".parquet"}:
@@ -155,14 +164,7 @@ def _read_json_lists(files: list[str], image_root: str | None) -> Dataset:
             columns["image"].append({"bytes": None, "path": str(root / path)} if path else None)
             columns["captions"].append([text for text in captions if isinstance(text, str)])
             columns["image_id"].append(str(row.get("image_id", path or f"{file}:{number}")))
-    features = datasets.Features(
-        {
-            "image": datasets.Image(decode=False),
-            "captions": datasets.List(datasets.Value("string")),
-            "image_id": datasets.Value("string"),
-        }
-    )
-    return Dataset.from_dict(columns, features=features)
+    return Dataset.from_dict(columns, features=FEATURES)
 
 
 def _as_records(
@@ -175,24 +177,23 @@ def _as_records(
     image = _find_column(columns, image_column, IMAGE_COLUMNS, "image", source)
     caption = _find_column(columns, caption_column, CAPTION_COLUMNS, "caption", source)
     image_id = next((name for name in ID_COLUMNS if name in columns), None)
-
-    if (pairs.features or {}).get(image) is None or isinstance(pairs.features[image], datasets.Image):
-        pairs = pairs.cast_column(image, datasets.Image(decode=False))
+    complete = partial(_complete, image=image, caption=caption, image_id=image_id)
+    pairs = pairs.cast_column(image, datasets.Image(decode=False))
+    if isinstance(pairs, IterableDataset):
+        return pairs.map(complete, with_indices=True, remove_columns=columns, features=FEATURES)
+    # The images stay where they are: only the other columns are written anew.
+    others = pairs.remove_columns([name for name in columns if name not in (caption, image_id)])
+    words = others.map(
+        complete,
+        with_indices=True,
+        remove_columns=others.column_names,
+        features=datasets.Features({name: FEATURES[name] for name in ("captions", "image_id")}),
+        desc="Reading captions",
+    )
+    images = pairs.select_columns([image])
     if image != "image":
-        pairs = pairs.rename_column(image, "image")
-    if caption != "captions":
-        pairs = pairs.rename_column(caption, "captions")
-    if image_id not in (None, "image_id"):
-        pairs = pairs.rename_column(image_id, "image_id")
-
-    captions = (pairs.features or {}).get("captions")
-    if image_id is None or not isinstance(captions, datasets.List | datasets.Sequence | list):
-        pairs = (
-            pairs.map(_complete, with_indices=True, desc="Reading captions")
-            if isinstance(pairs, Dataset)
-            else pairs.map(_complete, with_indices=True)
-        )
-    return pairs
+        images = images.rename_column(image, "image")
+    return datasets.concatenate_datasets([images, words], axis=1)
 
 
 def _find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], what: str, source: str) -> str:
@@ -206,18 +207,24 @@ def _find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], 
     )
 
 
-def _complete(record: dict, index: int) -> dict:
-    """Captions as a list, and an image id."""
-    captions = record["captions"]
-    if isinstance(captions, dict):  # img2dataset's .json, or Karpathy's {"raw": text}
-        captions = captions.get("caption", captions.get("raw"))
-    if not isinstance(captions, list | tuple):
-        captions = [captions]
-    image_id = record.get("image_id")
-    return {
-        "captions": [text for text in captions if isinstance(text, str)],
-        "image_id": index if image_id is None else image_id,
+def _complete(record: dict, index: int, image: str, caption: str, image_id: str | None) -> dict:
+    """A record of named columns: its captions as a list, and its id, or else its number, as text."""
+    captions = record[caption]
+    captions = list(captions) if isinstance(captions, list | tuple) else [captions]
+    # img2dataset's .json, or a list of {"raw": text} as in Karpathy's splits
+    texts = [text.get("caption", text.get("raw")) if isinstance(text, dict) else text for text in captions]
+    number = record.get(image_id) if image_id else None
+    complete = {
+        "captions": [text for text in texts if isinstance(text, str)],
+        "image_id": str(index if number is None else number),
     }
+    return complete | {"image": record[image]} if image in record else complete
+
+
+def captions_of(pairs: Dataset | IterableDataset) -> Iterator[str]:
+    """All captions, without reading the images."""
+    for record in pairs.select_columns(["captions"]):
+        yield from record["captions"] or ()
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> TCLTokenizer:
@@ -262,6 +269,7 @@ class SkippedSamples:
     path: str | os.PathLike | None = None
     max_share: float = 0.1
     min_seen: int = 100
+    last: str = field(default="none yet", init=False)
     _seen: Any = field(default_factory=lambda: Value("q", 0), repr=False)
     _skipped: Any = field(default_factory=lambda: Value("q", 0), repr=False)
 
@@ -275,6 +283,7 @@ class SkippedSamples:
 
     def add(self, image_id: object, reason: str) -> None:
         """Note one bad sample and why it is bad."""
+        self.last = f"{image_id}: {reason}"
         with self._skipped.get_lock():
             self._skipped.value += 1
             if self.path is not None:
@@ -350,10 +359,13 @@ class VisitedPairs(torch.utils.data.Dataset):
 
 
 class StreamedPairs(torch.utils.data.IterableDataset):
-    """Records of a stream with their visits; shards are split over workers by `datasets`."""
+    """Records of a stream with their visits, shuffled by shard and within a window that moves over the stream.
 
-    def __init__(self, pairs: IterableDataset, seed: int):
-        self.pairs, self.seed, self.epoch = pairs, seed, 0
+    `datasets` splits the shards over workers.
+    """
+
+    def __init__(self, pairs: IterableDataset, seed: int, window: int = 1000):
+        self.pairs, self.seed, self.epoch = pairs.shuffle(seed=seed, buffer_size=window), seed, 0
 
     def begin(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch of the next iteration; `start` is not used: a stream is read again up to there."""

@@ -75,9 +75,11 @@ class TCLLossOutput(ModelOutput):
         loss_lmi_image, loss_lmi_text: LMI of images with their patches, and of texts with their tokens.
         logits_per_image: cosine similarities of images and texts divided by the temperature (B, N).
         logits_per_text: the same, transposed (N, B).
-        itm_logits: matching logits (N, 2) of the pairs (text n, image n); index 1 is "matches". Inference only.
+        itm_logits: matching logits (N, 2) of the pairs (text n, image n); index 1 is "matches". Inference only, and
+            with as many images as texts; `match` takes any pairs.
         image_embeds, text_embeds: L2-normalised features (B, D) and (N, D).
         cross_attentions: weights of each fusion layer for the pairs (N, heads, L, 1 + P), if asked for.
+        vision_model_output, text_model_output: outputs of the encoders. Inference only.
     """
 
     loss: Tensor | None = None
@@ -98,6 +100,8 @@ class TCLLossOutput(ModelOutput):
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPoolingAndCrossAttentions | None = None
 
 
 @dataclass
@@ -361,6 +365,11 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
         self.tcl.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
         if self.teacher is not None:
             self.teacher.update(self, self.config.momentum)
+            if self.teacher.tcl.dtype != torch.float32:
+                logger.warning_once(
+                    f"The momentum teacher is {self.teacher.tcl.dtype}, too coarse for its small steps: it stands "
+                    "still. Load the model in float32 and train under bf16 autocast."
+                )
         self._teacher_has_moved = True
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
@@ -397,6 +406,7 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
         use_itm_head: bool = True,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> TCLLossOutput:
         """Compare images and texts; in training, compute the losses.
@@ -414,7 +424,8 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
             return_loss: `False` to compute no losses.
             use_itm_head: `False` to skip matching outside training.
             interpolate_pos_encoding: resize the image positions to images of another size.
-            output_attentions: return the cross-attention weights of the pairs, outside training.
+            output_attentions: return the attention weights of both encoders and of the pairs, outside training.
+            output_hidden_states: return the states of every layer of both encoders, outside training.
 
         Raises:
             ValueError: if a side is missing that is needed, or the two sides of a training batch differ in number.
@@ -432,7 +443,13 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
             )
             return self._losses(pairs, self.alpha if alpha is None else alpha)
         return self._compare(
-            input_ids, pixel_values, attention_mask, use_itm_head, interpolate_pos_encoding, output_attentions
+            input_ids,
+            pixel_values,
+            attention_mask,
+            use_itm_head,
+            interpolate_pos_encoding,
+            output_attentions,
+            output_hidden_states,
         )
 
     def _compare(
@@ -443,14 +460,17 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
         use_itm_head: bool,
         interpolate_pos_encoding: bool,
         output_attentions: bool | None,
+        output_hidden_states: bool | None,
     ) -> TCLLossOutput:
-        compared = self.tcl(input_ids, pixel_values, attention_mask, interpolate_pos_encoding=interpolate_pos_encoding)
-        output = TCLLossOutput(
-            logits_per_image=compared.logits_per_image,
-            logits_per_text=compared.logits_per_text,
-            image_embeds=compared.image_embeds,
-            text_embeds=compared.text_embeds,
+        compared = self.tcl(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
         )
+        output = TCLLossOutput(**compared)
         logits = compared.logits_per_image
         if use_itm_head and logits is not None and logits.shape[0] == logits.shape[1]:
             fused = self.tcl.fuse(
@@ -486,7 +506,8 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
                 "The losses need the momentum teacher, which use_momentum_teacher=False left out: load the model "
                 "with use_momentum_teacher=True."
             )
-        if self.training and torch.is_grad_enabled():
+        # Not while compiling: a number that changes at each forward would compile it again.
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._training_forwards += 1
             if self._training_forwards == 2 and not self._teacher_has_moved:
                 logger.warning(
@@ -626,7 +647,8 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
         """For each text an image and for each image a text that do not belong to it, and whether there is one."""
         excluded = torch.eye(len(student.text), dtype=torch.bool, device=student.text.device)
         if pairs.image_ids is not None:
-            excluded = excluded | (pairs.image_ids[:, None] == pairs.image_ids)
+            known = pairs.image_ids != NO_IMAGE_ID
+            excluded = excluded | (pairs.image_ids[:, None] == pairs.image_ids) & known
         temperature = self.tcl.temperature
         image, has_image = sample_hard_negatives(similarity(student.text, teacher.image, temperature), excluded)
         text, has_text = sample_hard_negatives(similarity(student.image, teacher.text, temperature), excluded)
@@ -684,6 +706,7 @@ class TCLForPreTraining(TCLForImageTextRetrieval):
         use_itm_head: bool = True,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> TCLLossOutput:
         """Compute the losses of a batch of pairs; without training inputs, compare images and texts.
@@ -705,7 +728,13 @@ class TCLForPreTraining(TCLForImageTextRetrieval):
         given = any(x is not None for x in (pixel_values_augmented, mlm_labels, image_ids))
         if not (return_loss and (self.training or given)):
             return self._compare(
-                input_ids, pixel_values, attention_mask, use_itm_head, interpolate_pos_encoding, output_attentions
+                input_ids,
+                pixel_values,
+                attention_mask,
+                use_itm_head,
+                interpolate_pos_encoding,
+                output_attentions,
+                output_hidden_states,
             )
         masked = None
         if self.config.mlm_weight:

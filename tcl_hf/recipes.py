@@ -17,8 +17,8 @@ import yaml
 from datasets import Dataset, IterableDataset
 from transformers import HfArgumentParser
 
-from .collators import TCLAugmentation, TCLPreTrainingCollator
-from .configuration_tcl import TCLConfig
+from .collators import TCLAugmentation, TCLPreTrainingCollator, why_unusable
+from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
 from .convert import read_text_encoder, read_vision_encoder, start_from_encoders
 from .data import DataError, load_pairs, train_tokenizer
 from .image_processing_tcl import TCLImageProcessorPil
@@ -27,6 +27,9 @@ from .processing_tcl import TCLProcessor
 from .tokenization_tcl import TCLTokenizer
 
 logger = logging.getLogger(__name__)
+
+
+_SIZES = ("vision_config", "text_config", "projection_dim")  # fields of a config that a checkpoint decides
 
 
 class RecipeError(ValueError):
@@ -56,9 +59,9 @@ class DataArguments:
         default_factory=lambda: [0.2, 1.0], metadata={"help": "Smallest and largest cropped share of an image."}
     )
     color_jitter: bool = field(default=True, metadata={"help": "Jitter, grey and blur (ALBEF: no)."})
+    flip: bool = field(default=True, metadata={"help": "Mirror every other view."})
     eval_images: int = field(default=1000, metadata={"help": "Evaluate on at most so many images."})
     eval_k: int = field(default=32, metadata={"help": "Candidates re-ranked by matching."})
-    baseline: bool = field(default=False, metadata={"help": "Fit the linear baseline too; for small data."})
 
 
 @dataclass
@@ -73,7 +76,9 @@ class ModelArguments:
         metadata={"help": "Tokenizer or vocab.txt; else the text model's, else one trained on the captions."},
     )
     vocab_size: int = field(default=30522, metadata={"help": "Largest vocabulary of a trained tokenizer."})
-    image_size: int = field(default=256, metadata={"help": "Pixels of a side of the images."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Pixels of a side of the images; those of the model started from, or 256."}
+    )
     fusion_layer: int | None = field(default=None, metadata={"help": "Layers of --text_model that encode the text."})
     num_fusion_layers: int = field(default=6, metadata={"help": "Layers that fuse, on top of these."})
     image_mean: list[float] | None = field(
@@ -88,12 +93,10 @@ class ModelArguments:
     config_fields: dict = field(init=False)
 
     def __post_init__(self):
-        try:
-            self.config_fields = json.loads(self.config)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"--config is not JSON: {error}.") from error
-        if not isinstance(self.config_fields, dict):
-            raise RecipeError("--config is no object: give fields of TCLConfig by name.")
+        self.config_fields = _json_object(self.config)
+        _check_fields(self.config_fields, TCLConfig, "config")
+        _check_fields(self.config_fields.get("vision_config") or {}, TCLVisionConfig, "config.vision_config")
+        _check_fields(self.config_fields.get("text_config") or {}, TCLTextConfig, "config.text_config")
 
 
 def parse_recipe(types: Sequence[type], recipe: str | os.PathLike, argv: Sequence[str] | None = None) -> tuple:
@@ -103,6 +106,8 @@ def parse_recipe(types: Sequence[type], recipe: str | os.PathLike, argv: Sequenc
         types: dataclasses of arguments.
         recipe: the recipe used where the command line names none.
         argv: the command line; that of the process if None.
+
+    `--config` changes the fields it names and leaves the recipe's others.
 
     Returns:
         One object of each type.
@@ -117,12 +122,20 @@ def parse_recipe(types: Sequence[type], recipe: str | os.PathLike, argv: Sequenc
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--recipe", default=str(recipe))
     path = chosen.parse_known_args(argv)[0].recipe
+    argv = [*_recipe_as_argv(Path(path), known), *argv]
     *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        [*_recipe_as_argv(Path(path), known), *argv], return_remaining_strings=True, look_for_args_file=False
+        [*argv, *_merged_configs(argv)], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         raise RecipeError(f"There is no option {unknown[0]}{_did_you_mean(unknown[0].lstrip('-'), known)}.")
     return tuple(parsed)
+
+
+def _check_fields(fields: dict, config_class: type, where: str) -> None:
+    known = {field.name for field in dataclasses.fields(config_class)}
+    for name in fields:
+        if name not in known:
+            raise RecipeError(f"{where} has no field '{name}'{_did_you_mean(name, known)}.")
 
 
 class _Parser(HfArgumentParser):
@@ -150,6 +163,29 @@ def _recipe_as_argv(path: Path, known: set[str]) -> list[str]:
             value = json.dumps(value)
         argv += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     return argv
+
+
+def _merged_configs(argv: list[str]) -> list[str]:
+    """All configs of a command line as one, where it has several; a later one has the last word on a field."""
+    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    option.add_argument("--config", action="append", default=[])
+    configs = [_json_object(config) for config in option.parse_known_args(argv)[0].config]
+    merged: dict = {}
+    for config in configs:
+        for name, value in config.items():
+            both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+            merged[name] = merged[name] | value if both else value
+    return ["--config", json.dumps(merged)] if len(configs) > 1 else []
+
+
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"--config is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise RecipeError("--config is no object: give fields of TCLConfig by name.")
+    return value
 
 
 def _did_you_mean(key: str, known: set[str]) -> str:
@@ -181,14 +217,24 @@ def load_data(args: DataArguments) -> tuple[Dataset | IterableDataset, list[dict
             raise
         logger.warning("Nothing is evaluated: %s", error)
         return pairs, []
-    return pairs, list(held_out.take(args.eval_images))
+    records = []
+    for record in held_out.take(args.eval_images):
+        reason = why_unusable(record)
+        if reason is None:
+            records.append(record)
+        else:
+            logger.warning("Not evaluated: %s (%s)", record.get("image_id"), reason)
+    if not records:
+        logger.warning("Nothing is evaluated: no sample of the split '%s' can be used.", args.validation_split)
+    return pairs, records
 
 
 def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPreTraining, TCLProcessor]:
     """Make the model to pre-train and its processor.
 
     The model goes on from a TCL checkpoint, starts from encoders of transformers, or is new; `config` has the last
-    word on its fields, `image_size` on the size. The normalisation of images follows the vision encoder.
+    word on its fields, `image_size` on the size. A checkpoint keeps the sizes of its encoders. The normalisation of
+    images follows the vision encoder.
 
     Args:
         captions: texts to train a tokenizer on, where none is given; read only then.
@@ -201,9 +247,14 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
             if args.vision_model or args.text_model or args.tokenizer:
                 raise RecipeError("--model brings its encoders and tokenizer: leave out the others.")
             processor = TCLProcessor.from_pretrained(args.model)
-            processor.image_processor.size = {"height": args.image_size, "width": args.image_size}
-            config = TCLConfig.from_pretrained(args.model, **args.config_fields)
-            config.vision_config.image_size = args.image_size
+            fields = {name: value for name, value in args.config_fields.items() if name not in _SIZES}
+            config = TCLConfig.from_pretrained(args.model, **fields)
+            if args.image_size is not None:
+                config.vision_config = TCLVisionConfig(
+                    **config.vision_config.to_dict() | {"image_size": args.image_size}
+                )
+            size = config.vision_config.image_size
+            processor.image_processor.size = {"height": size, "width": size}
             return TCLForPreTraining.from_pretrained(args.model, config=config), processor
 
         vision = read_vision_encoder(args.vision_model, args.image_size) if args.vision_model else None
@@ -212,7 +263,9 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
             text = read_text_encoder(args.text_model, args.fusion_layer, args.num_fusion_layers)
         tokenizer = _tokenizer(args, captions)
         fields = dict(args.config_fields)
-        vision_fields = (vision.config if vision else {"image_size": args.image_size}) | fields.pop("vision_config", {})
+        vision_fields = (vision.config if vision else {}) | fields.pop("vision_config", {})
+        if args.image_size is not None:
+            vision_fields["image_size"] = args.image_size
         text_fields = (text.config if text else {}) | fields.pop("text_config", {})
         text_fields |= {"vocab_size": max(len(tokenizer), text_fields.get("vocab_size", 0) if text else 0)}
         text_fields |= {"pad_token_id": tokenizer.pad_token_id}
@@ -240,6 +293,7 @@ def build_collator(data: DataArguments, config: TCLConfig, processor: TCLProcess
         pixels.image_std,
         crop_scale=tuple(data.crop_scale),
         color_jitter=data.color_jitter,
+        flip=data.flip,
     )
     return TCLPreTrainingCollator(
         processor,

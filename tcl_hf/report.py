@@ -202,11 +202,12 @@ def write_card(
         library_name="transformers",
         pipeline_tag="zero-shot-image-classification",
         tags=["tcl", "vision-language", "image-text-retrieval"],
-        base_model=base_models or None,
+        base_model=[name for name in base_models if not Path(name).exists()] or None,
         model_name=output_dir.resolve().name,
         eval_results=results,
     )
-    started = f"Its encoders started from {', '.join(base_models)}." if base_models else "It was trained from scratch."
+    names = [Path(name).resolve().name if Path(name).exists() else name for name in base_models]
+    started = f"Its encoders started from {', '.join(names)}." if base_models else "It was trained from scratch."
     trained_on = f"{num_train} pairs" if num_train is not None else "a stream of pairs"
     content = f"""---
 {card_data.to_yaml()}
@@ -227,9 +228,9 @@ processor = AutoProcessor.from_pretrained("{output_dir}")
 
 ## Results
 
-Held-out split `{split}`, one caption per image, measured at the end of this run. Protocol: the model never saw these
-images; similarity is the cosine of both encoders' features; re-ranking scores the {k} most similar candidates of each
-query by the matching head alone.
+Split `{split}`, which this run did not train on, one caption per image, measured at its end. Similarity is the cosine
+of both encoders' features; re-ranking scores the {k} most similar candidates of each query by the matching head alone.
+Pixels were made by the PIL backend of the image processor.
 
 {table}
 
@@ -241,7 +242,7 @@ The captions of this sheet are spread evenly over the split; the right picture i
 
 ## Training
 
-`{command}`; losses and recall of every step are in `metrics.jsonl`.
+`{command}`; mean losses and recall along the run are in `metrics.jsonl`.
 
 ## Intended use and limits
 

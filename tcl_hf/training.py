@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, broadcast, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+SKIPPED = "skipped.jsonl"
 _LOSSES = ("loss", "loss_cma", "loss_imc", "loss_lmi", "loss_itm", "loss_mlm")
 
 
@@ -69,8 +71,12 @@ class TrainingArguments:
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta."})
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient to this norm; 0 for no clipping."})
-    mixed_precision: str = field(
-        default="no", metadata={"help": "Precision of the forward.", "choices": ["no", "bf16", "fp16"]}
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the forward; that of `accelerate launch` if not given.",
+            "choices": ["no", "bf16", "fp16"],
+        },
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile the forward."})
@@ -104,7 +110,7 @@ class Progress:
 def train(
     model: nn.Module,
     pairs,
-    collator: Callable,
+    collator: Any,
     processor: TCLProcessor,
     args: TrainingArguments,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
@@ -134,12 +140,21 @@ def train(
         step_scheduler_with_optimizer=False,
         # Every process pushes the same keys: sending the queues from rank 0 at each forward would be for nothing.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        # Each process reads its own batches: sending them from rank 0 fails on a batch of bad samples alone.
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
     )
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
+    if not args.resume and newest_checkpoint(output_dir) is not None:
+        raise TrainingError(
+            f"{output_dir} holds checkpoints of an earlier run: go on with --resume, or choose another output_dir."
+        )
     skipped = getattr(collator, "skipped", None) or SkippedSamples()
-    skipped.path, skipped.max_share = output_dir / "skipped.jsonl", args.max_bad_share
+    skipped.path, skipped.max_share = output_dir / SKIPPED, args.max_bad_share
+    if not args.resume:
+        skipped.path.unlink(missing_ok=True)
+    collator.empty_batches = True  # the loop passes over them
 
     # Parts: data, optimizer, and everything as Accelerate wants it.
     set_seed(args.seed, device_specific=True)  # each process its own dropout masks and negatives
@@ -163,7 +178,7 @@ def train(
     if args.report_to:
         accelerator.init_trackers("tcl_hf", config={k: str(v) for k, v in vars(args).items()})
 
-    steps_per_epoch = _steps_per_epoch(loader, args)
+    steps_per_epoch = _steps_per_epoch(loader, args, accelerator.gradient_accumulation_steps)
     num_steps = args.max_steps or args.epochs * steps_per_epoch
     if args.resume:
         checkpoint = newest_checkpoint(output_dir)
@@ -189,10 +204,13 @@ def train(
     is_first_forward = True
     while progress.step < num_steps:
         order.begin(progress.epoch, progress.batch * args.batch_size * accelerator.num_processes)
+        is_whole_epoch, has_pairs = progress.batch == 0, False
         for batch in _resumed(loader, order, progress, accelerator):
             progress.batch += 1
             if not batch:
+                skipped.check()
                 continue
+            has_pairs = True
             if is_first_forward:  # of this optimizer step
                 bare_model.update_teacher()
                 lr = learning_rate(args, progress.step, progress.epoch, num_steps, steps_per_epoch)
@@ -226,6 +244,12 @@ def train(
                 skipped.check()
                 log.write(line)
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in ("loss", "pairs_per_second") if k in line})
+            if last:  # before the evaluation, which may fail
+                accelerator.wait_for_everyone()
+                guard.check(newest_checkpoint(output_dir))
+                if accelerator.is_main_process:
+                    accelerator.unwrap_model(model).save_pretrained(output_dir)
+                    processor.save_pretrained(output_dir)
             if evaluate and (last or (args.eval_steps and progress.step % args.eval_steps == 0)):
                 metrics = evaluate(accelerator.unwrap_model(model)) if accelerator.is_main_process else {}
                 accelerator.wait_for_everyone()
@@ -240,16 +264,14 @@ def train(
             if last:
                 break
         else:
-            if progress.batch == 0:
-                raise DataError("The data gave no batch: it holds no pairs, or fewer than the processes need.")
+            if is_whole_epoch and not has_pairs:
+                raise DataError(
+                    f"No sample could be used: {skipped.count} were bad and are listed in {skipped.path}."
+                    if skipped.count
+                    else "The data gave no batch: it holds no pairs, or fewer than the processes need."
+                )
             progress.epoch, progress.batch = progress.epoch + 1, 0
     bar.close()
-    guard.check(newest_checkpoint(output_dir))
-
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(output_dir)
-        processor.save_pretrained(output_dir)
     accelerator.end_training()
     return line
 
@@ -346,8 +368,7 @@ class TCLMomentumCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         model = getattr(model, "module", model)
-        steps_per_epoch = state.max_steps / max(args.num_train_epochs, 1)
-        model.alpha = model.config.alpha * min(1.0, state.global_step / max(steps_per_epoch, 1))
+        model.alpha = model.config.alpha * min(1.0, state.epoch or 0.0)
         model.update_teacher()
 
 
@@ -356,7 +377,7 @@ class _Guard:
 
     def __init__(self, device: torch.device):
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # all forwards of this optimizer step
-        self.first = torch.full((2,), -1.0, dtype=torch.float64, device=device)  # its step and its loss
+        self.first = torch.full((2,), -1.0, device=device)  # its step and its loss
 
     def watch(self, optimizer, step: int, loss: Tensor, norm: Tensor | None) -> None:
         """Note a forward; `norm` is the gradient's, of the last forward before an update."""
@@ -366,7 +387,7 @@ class _Guard:
         self.finite = self.finite & loss.isfinite()
         if norm is not None and not scaled:
             self.finite = self.finite & norm.isfinite()
-        bad = torch.stack([torch.full_like(loss, step, dtype=torch.float64), loss.double()])
+        bad = torch.stack([torch.full_like(loss, step, dtype=torch.float32), loss.float()])
         self.first = torch.where((self.first[0] < 0) & ~self.finite, bad, self.first)
         if norm is not None:
             inner = getattr(optimizer, "optimizer", optimizer)
@@ -434,7 +455,7 @@ class _Meter:
 
 def _loader(pairs, collator: Callable, args: TrainingArguments) -> tuple[DataLoader, VisitSampler | StreamedPairs]:
     """A loader whose order and whose samples' random choices follow from the seed alone."""
-    options = {
+    options: dict[str, Any] = {
         "batch_size": args.batch_size,
         "collate_fn": collator,
         "num_workers": args.num_workers,
@@ -450,14 +471,15 @@ def _loader(pairs, collator: Callable, args: TrainingArguments) -> tuple[DataLoa
         raise DataError("There is nothing to train on: the data holds no pairs.")
     order = VisitSampler(len(pairs), args.seed)
     drop_last = len(pairs) >= args.batch_size
+    options["persistent_workers"] = args.num_workers > 0  # the order is made here, not in the workers
     return DataLoader(VisitedPairs(pairs), sampler=order, drop_last=drop_last, **options), order
 
 
-def _steps_per_epoch(loader: DataLoader, args: TrainingArguments) -> int:
+def _steps_per_epoch(loader: DataLoader, args: TrainingArguments, accumulation: int) -> int:
     """Optimizer steps in an epoch; of a stream, all."""
     if isinstance(loader.dataset, torch.utils.data.IterableDataset):
         return args.max_steps
-    return max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
+    return max(math.ceil(len(loader) / accumulation), 1)
 
 
 def _resumed(loader, order, progress: Progress, accelerator: Accelerator) -> Iterator[dict]:

@@ -107,6 +107,25 @@ def test_every_caption_is_chosen_in_time():
     assert texts == {"dog", "cat", "house"}
 
 
+def test_texts_are_cleaned_unless_the_processor_does_not():
+    record = {"image": {"bytes": png(0)}, "captions": ["A Dog!!"]}
+    processor = tiny_processor()
+    lengths = []
+    for clean in (True, False):
+        processor.clean_text = clean
+        lengths.append(TCLPreTrainingCollator(processor)([record])["input_ids"].shape[1])
+    assert lengths == [3, 5]
+
+
+def test_an_open_image_of_the_caller_stays_as_it_is():
+    file = io.BytesIO()
+    Image.new("RGB", (800, 600)).save(file, "JPEG")
+    image = Image.open(file)
+    TCLPreTrainingCollator(tiny_processor())([{"image": image, "captions": ["a dog"]}])
+    assert image.size == (800, 600)
+    image.load()
+
+
 # Views
 
 

@@ -5,6 +5,7 @@ import torch
 from conftest import SHARED
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     DeiTConfig,
     DeiTModel,
@@ -116,6 +117,19 @@ def test_a_bert_splits_into_text_and_fusion_layers(bert):
     fusion = model.tcl.text_model.layers[2]
     assert torch.equal(fusion.fc1.weight, origin.encoder.layer[2].intermediate.dense.weight)
     assert fusion.cross_attn.k_proj.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_the_language_model_head_comes_along(tmp_path):
+    config = BertConfig(**SMALL, intermediate_size=64, vocab_size=50, max_position_embeddings=20)
+    origin = randomised(BertForMaskedLM(config))
+    origin.save_pretrained(tmp_path)
+    model = start(text=read_text_encoder(str(tmp_path), num_fusion_layers=1))
+    ids = torch.randint(50, (2, 6))
+    with torch.no_grad():
+        expected = origin(ids).logits
+        for part in (model, model.teacher):
+            computed = part.lm_head(part.tcl.encode_text(ids))
+            torch.testing.assert_close(computed, expected, rtol=0, atol=1e-5)
 
 
 def test_families_that_cannot_be_reproduced_are_refused(tmp_path):

@@ -18,6 +18,7 @@ from tcl_hf.data import (
     Visit,
     VisitedPairs,
     VisitSampler,
+    captions_of,
     load_pairs,
     train_tokenizer,
 )
@@ -104,6 +105,38 @@ def test_dataset_saved_to_disk_and_unusual_columns(tmp_path):
         load_pairs(str(tmp_path))
     pairs = load_pairs(str(tmp_path), image_column="picture", caption_column="words")
     assert_records(pairs, [["hello"]])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sources_of_different_kinds_are_joined(pictures, tmp_path_factory, streaming):
+    folder = tmp_path_factory.mktemp("parquet")
+    kinds = {"image": datasets.Image(), "text": datasets.Value("string"), "id": datasets.Value("int64")}
+    table = {"image": [{"bytes": png(1), "path": None}], "text": ["text 1"], "id": [7]}
+    datasets.Dataset.from_dict(table, features=datasets.Features(kinds)).to_parquet(folder / "train.parquet")
+    sources = [write_json(pictures, [{"image": "0.png", "caption": "text 0"}]), str(folder)]
+    pairs = load_pairs(sources, streaming=streaming)
+    assert_records(pairs, [["text 0"], ["text 1"]])
+    assert [record["image_id"] for record in pairs] == ["0.png", "7"]
+
+
+def test_captions_may_be_null_or_wrapped_and_a_named_column_counts(tmp_path):
+    table = {
+        "image": [{"bytes": png(n), "path": None} for n in range(2)],
+        "captions": ["wrong", "wrong"],
+        "sentences": [[{"raw": "first"}, {"raw": None}], None],
+    }
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "captions": datasets.Value("string"),
+            "sentences": datasets.List({"raw": datasets.Value("string")}),
+        }
+    )
+    datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / "train.parquet")
+    for streaming in (False, True):
+        pairs = load_pairs(str(tmp_path), caption_column="sentences", streaming=streaming)
+        assert_records(pairs, [["first"], []])
+        assert list(captions_of(pairs)) == ["first"]
 
 
 def test_several_sources_are_joined(pictures):
@@ -199,8 +232,11 @@ def test_bad_samples_are_skipped_counted_and_listed(pictures):
 
 
 def test_a_batch_of_bad_samples_is_empty(pictures):
-    collator = TCLPreTrainingCollator(tiny_processor())
-    assert collator([{"image": None, "captions": ["a dog"], "image_id": 0}]) == {}
+    collator = TCLPreTrainingCollator(tiny_processor(), empty_batches=True)
+    bad = [{"image": None, "captions": ["a"], "image_id": 5}, {"captions": None}, {"image": b"x", "captions": [None]}]
+    assert collator(bad) == {}
+    with pytest.raises(DataError, match="No sample of a batch could be used; the last: 5: ValueError: no image"):
+        TCLPreTrainingCollator(tiny_processor())(bad[:1])
 
 
 def test_too_many_bad_samples_stop_the_run():
@@ -217,7 +253,7 @@ def test_too_many_bad_samples_stop_the_run():
 
 def test_skips_are_counted_across_worker_processes(tmp_path):
     skipped = SkippedSamples(tmp_path / "skipped.jsonl")
-    collator = TCLPreTrainingCollator(tiny_processor(), skipped=skipped)
+    collator = TCLPreTrainingCollator(tiny_processor(), skipped=skipped, empty_batches=True)
     records = [{"image": None, "captions": ["a"], "image_id": n} for n in range(6)]
     loader = torch.utils.data.DataLoader(records, batch_size=2, num_workers=2, collate_fn=collator)
     assert list(loader) == [{}, {}, {}]
@@ -275,10 +311,17 @@ def test_batches_do_not_depend_on_the_workers():
 def test_a_stream_gives_each_sample_its_own_visit():
     records = tiny_records(6)
     stream = StreamedPairs(datasets.Dataset.from_list(records).to_iterable_dataset(), seed=3)
-    visits = [record["visit"] for record in stream]
-    assert visits == [Visit(3, 0, n) for n in range(6)]
-    stream.begin(2)
-    assert next(iter(stream))["visit"] == Visit(3, 2, 0)
+    seen = list(stream)
+    assert [record["visit"] for record in seen] == [Visit(3, 0, n) for n in range(6)]
+    orders = [[record["image_id"] for record in seen]]
+    for epoch in (1, 2, 1):
+        stream.begin(epoch)
+        seen = list(stream)
+        assert seen[0]["visit"] == Visit(3, epoch, 0)
+        orders.append([record["image_id"] for record in seen])
+    assert all(sorted(order) == [record["image_id"] for record in records] for order in orders)
+    assert orders[1] == orders[3]
+    assert len({tuple(order) for order in orders[:3]}) > 1  # shuffled anew
 
 
 # Tokenizer

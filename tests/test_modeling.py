@@ -305,6 +305,14 @@ def test_attentions_and_hidden_states_are_returned():
     torch.testing.assert_close(plain.image_embeds, output.image_embeds, rtol=1e-5, atol=1e-6)
 
 
+def test_heads_return_states_and_attentions_of_the_encoders():
+    model = TCLForImageTextRetrieval(small_patches()).eval()
+    output = model(**inputs_of(model.config), output_attentions=True, output_hidden_states=True)
+    assert len(output.vision_model_output.hidden_states) == 3
+    assert len(output.text_model_output.attentions) == 2
+    assert len(output.cross_attentions) == 2
+
+
 def test_cross_attentions_are_returned_and_carry_gradients():
     model = TCLForImageTextRetrieval(small_patches()).eval()
     output = model(**inputs_of(model.config), output_attentions=True)
@@ -443,6 +451,20 @@ def test_pairs_of_one_image_are_positives_and_never_negatives():
     torch.testing.assert_close(output.loss_itm, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_unknown_image_ids_exclude_nothing():
+    """-100 is no image: rows that carry it are each other's negatives as if there were no ids."""
+    losses = []
+    for ids in (None, torch.full((4,), -100)):
+        torch.manual_seed(0)
+        model = TCLForImageTextRetrieval(small_patches()).train()
+        batch = training_batch(4)
+        del batch["mlm_input_ids"], batch["mlm_labels"]
+        torch.manual_seed(1)
+        losses.append(model(**batch, image_ids=ids))
+    for name in ("loss_cma", "loss_imc", "loss_itm"):
+        torch.testing.assert_close(losses[0][name], losses[1][name])
+
+
 @pytest.mark.parametrize("model_class", HEADS)
 def test_a_batch_of_one_trains(model_class):
     model = model_class(small_patches()).train()
@@ -566,6 +588,14 @@ def test_a_teacher_that_moves_is_not_reported(caplog):
             model.update_teacher()
             model(**training_batch())
     assert not any("stands still" in record.message for record in caplog.records)
+
+
+def test_a_teacher_too_coarse_to_move_is_reported(caplog):
+    model = TCLForPreTraining(small_patches()).to(torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        model.update_teacher()
+        model.update_teacher()
+    assert sum("too coarse for its small steps" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize("new_size", [90, 60])

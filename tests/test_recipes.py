@@ -67,9 +67,24 @@ def test_the_command_line_has_the_last_word(tmp_path):
     assert data.data == ["three"]
 
 
+def test_config_on_the_command_line_changes_only_what_it_names(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("config: {queue_size: 5, momentum: 0.9, vision_config: {hidden_size: 32, patch_size: 8}}")
+    argv = ["--config", '{"momentum": 0.5, "vision_config": {"hidden_size": 64}}', "--config", '{"alpha": 0}']
+    _, model, _ = parse_recipe(TYPES, recipe, argv)
+    assert model.config_fields == {
+        "queue_size": 5,
+        "momentum": 0.5,
+        "alpha": 0,
+        "vision_config": {"hidden_size": 64, "patch_size": 8},
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "argv", "message"),
     [
+        ("config: {quue_size: 4}", [], r"config has no field 'quue_size' \(did you mean 'queue_size'\?\)"),
+        ("config: {vision_config: {hidden_sise: 4}}", [], r"config\.vision_config has no field 'hidden_sise'"),
         ("batchsize: 7", [], r"no argument 'batchsize' \(did you mean 'batch_size'\?\)"),
         ("batch_size: many", [], "batch_size.*: invalid int value: 'many'"),
         ("schedule: linear", [], "schedule.*: invalid choice: 'linear'"),
@@ -112,6 +127,12 @@ def test_a_run_goes_on_from_a_checkpoint_at_another_size(tmp_path):
     assert its_processor.image_processor.size["height"] == 32
     assert torch.equal(again.itm_head.weight, model.itm_head.weight)
     assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    _, parts, _ = parse_recipe(TYPES, RECIPES / "tcl_4m.yaml", ["--model", str(tmp_path)])
+    parts.vision_model = parts.text_model = parts.image_size = None
+    same, _ = build_model(parts, [])
+    assert same.config.vision_config.image_size == 16  # its own size
+    with pytest.raises(RecipeError, match="image_size=30 does not divide"):
+        build("--model", str(tmp_path), "--image_size", "30")
 
 
 def test_a_run_without_a_validation_split_says_that_it_does_not_evaluate(tmp_path, caplog):
@@ -126,11 +147,23 @@ def test_a_run_without_a_validation_split_says_that_it_does_not_evaluate(tmp_pat
     assert records[0]["captions"] == ["a dog"]
 
 
+def test_held_out_samples_that_cannot_be_used_are_named_and_left_out(tmp_path, caplog):
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "1.png").write_bytes(b"broken")
+    file = tmp_path / "pairs.json"
+    rows = [{"image": f"{n}.png", "caption": "a dog"} for n in range(2)] + [{"image": "0.png", "image_id": "x"}]
+    file.write_text(json.dumps(rows))
+    _, records = load_data(DataArguments(data=[str(file)], validation_data=[str(file)]))
+    assert len(records) == 1
+    assert "Not evaluated: 1.png (UnidentifiedImageError" in caplog.text
+    assert "Not evaluated: x (no caption)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--image_size", "17"], "image_size=17 does not divide into patches of 8"),
-        (["--config", '{"queue_sise": 1, "momentum": 2}'], "momentum=2"),
+        (["--config", '{"momentum": 2}'], "momentum=2"),
         (["--model", "./nowhere"], "nowhere"),
         (["--model", "./nowhere", "--vision_model", "x"], "leave out the others"),
         (["--vision_model", "./nowhere"], "nowhere"),

@@ -105,6 +105,13 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
         runpy.run_path(str(file), run_name="__main__")
 
 
+def test_the_readme_is_finished_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert not re.search(r"\b[A-Z]+_[A-Z_]+\b", text.replace("FOLDER_OR_HUB_NAME", ""))
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
 def test_training_batches_of_the_tests_are_what_they_say():
     batch = training_batch(4)
     assert ((batch["mlm_labels"] != -100) == (batch["mlm_input_ids"] != batch["input_ids"])).all()

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import small_patches, tiny_processor, tiny_records
+from conftest import small_patches, tiny_processor, tiny_records, training_batch
 from datasets import Dataset
 from transformers import Trainer
 from transformers import TrainingArguments as TrainerArguments
@@ -21,6 +21,7 @@ from tcl_hf.training import (
     NonFiniteError,
     TCLMomentumCallback,
     TrainingArguments,
+    TrainingError,
     learning_rate,
     newest_checkpoint,
     parameter_groups,
@@ -129,6 +130,40 @@ def test_checkpoints_are_whole_or_not_there_and_rotate(tmp_path):
     assert newest_checkpoint(tmp_path).name == "step-00000005"
 
 
+def test_a_folder_with_checkpoints_of_another_run_is_refused(tmp_path):
+    tiny_run(tmp_path, save_steps=4)
+    with pytest.raises(TrainingError, match="holds checkpoints of an earlier run"):
+        tiny_run(tmp_path, save_steps=4)
+
+
+def test_resuming_a_run_that_is_done_is_refused(tmp_path):
+    tiny_run(tmp_path, save_steps=4)
+    with pytest.raises(TrainingError, match="is at step 4, and the run is to end at 3"):
+        tiny_run(tmp_path, resume=True, max_steps=3)
+
+
+def test_the_precision_of_the_launcher_counts_where_none_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    tiny_run(tmp_path / "launcher", max_steps=1)
+    AcceleratorState._reset_state(True)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    tiny_run(tmp_path / "given", max_steps=1, mixed_precision="bf16")
+    assert losses(tmp_path / "launcher") == losses(tmp_path / "given")
+
+
+def test_a_compiled_step_is_compiled_once():
+    """Numbers that change at each step (alpha, the count of forwards) must not compile the forward again."""
+    model = TCLForPreTraining(small_patches()).train()
+    counter = torch._dynamo.testing.CompileCounter()
+    forward = torch.compile(model.forward, backend=counter)
+    counts = []
+    for step in range(4):
+        model.update_teacher()
+        forward(**training_batch(seed=step), alpha=torch.full((), 0.1 * step)).loss.backward()
+        counts.append(counter.frame_count)
+    assert counts[1:] == [counts[0]] * 3
+
+
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
         tiny_run(tmp_path, resume=True)
@@ -157,9 +192,8 @@ def test_evaluation_is_logged_each_so_many_steps_and_at_the_end(tmp_path):
     assert seen == [TCLForPreTraining] * 2
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_mixed_precision_stays_close(reference, tmp_path, precision):
-    tiny_run(tmp_path, mixed_precision=precision)
+def test_mixed_precision_stays_close(reference, tmp_path):
+    tiny_run(tmp_path, mixed_precision="bf16")
     assert losses(tmp_path) == pytest.approx(losses(reference), rel=0.02)
 
 
@@ -249,6 +283,42 @@ def test_batches_of_bad_samples_alone_are_passed_over(tmp_path):
         record["image"] = {"bytes": b"broken", "path": None}
     tiny_run(tmp_path, records=records, batch_size=1, max_steps=3, max_bad_share=1.0)
     assert len(losses(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("number", [5, 200])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_that_is_all_bad_stops_the_run(tmp_path, number, streaming):
+    records = [{"image": {"bytes": b"broken", "path": None}, "captions": ["a"], "image_id": "0"}] * number
+    pairs = Dataset.from_list(records)
+    with pytest.raises(DataError, match=r"skipped\.jsonl"):
+        tiny_run(tmp_path, pairs=pairs.to_iterable_dataset() if streaming else pairs, max_steps=3)
+
+
+def test_a_stream_with_bad_samples_goes_on(tmp_path):
+    records = tiny_records(12)
+    for record in records[:7]:
+        record["image"] = {"bytes": b"broken", "path": None}
+    stream = Dataset.from_list(records).to_iterable_dataset()
+    last = tiny_run(tmp_path, pairs=stream, batch_size=2, max_steps=6, max_bad_share=1.0)
+    assert last["step"] == 6
+    assert last["skipped_samples"] >= 7
+
+
+def test_a_new_run_starts_a_new_list_of_skipped_samples(tmp_path):
+    records = tiny_records(12)
+    records[3]["image"] = None
+    for _ in range(2):
+        tiny_run(tmp_path, records=records, epochs=1, max_bad_share=1.0)
+        assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_model_is_saved_before_the_last_evaluation(tmp_path):
+    def fail(model):
+        raise RuntimeError("evaluation failed")
+
+    with pytest.raises(RuntimeError):
+        tiny_run(tmp_path, evaluate=fail)
+    TCLModel.from_pretrained(tmp_path)
 
 
 def test_too_much_bad_data_stops_the_run(tmp_path):

@@ -250,8 +250,7 @@ For research and for trying the package. It knows what its training data shows a
 recognises colours and coarse shapes. It has learned whatever bias is in its captions. It was not tested for any
 decision about people.
 
-{f"## Pictures{chr(10)}{chr(10)}{ATTRIBUTION}{chr(10)}" if embedded else ""}
-## Citation
+{f"## Pictures{chr(10)}{chr(10)}{ATTRIBUTION}{chr(10)}{chr(10)}" if embedded else ""}## Citation
 
 ```bibtex
 {CITATION}

@@ -295,9 +295,9 @@ def read_text_encoder(name_or_path: str, fusion_layer: int | None = None, num_fu
     head = {k.removeprefix("cls.predictions."): v for k, v in whole.items() if k.startswith("cls.predictions.")}
     encoder = {k.removeprefix("bert."): v for k, v in whole.items() if not k.startswith("cls.")}
     state = _rename(encoder, _as_renames(_TEXT), _TEXT_DROPPED, name_or_path)
-    lm_head = _rename(head, _as_renames(_LM_HEAD), re.compile("seq_relationship.*"), name_or_path)
+    lm_head = _rename(head, _as_renames(_LM_HEAD), _TEXT_DROPPED, name_or_path)
     beyond = tuple(f"layers.{n}." for n in range(num_layers, foreign.num_hidden_layers))
-    state = {key: value for key, value in state.items() if not beyond or not key.startswith(beyond)}
+    state = {key: value for key, value in state.items() if not key.startswith(beyond)}
     return StartingPoint(config, state, lm_head or None)
 
 

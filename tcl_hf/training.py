@@ -195,7 +195,7 @@ def train(
         logger.info("Resumed from %s at step %d.", checkpoint, progress.step)
     log = MetricsLog(output_dir / METRICS, progress.step if args.resume else 0, accelerator)
     guard = _Guard(accelerator.device)
-    meter = _Meter(accelerator.device)
+    meter = _Meter()
     bar = tqdm(total=num_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
 
     # The loop.
@@ -213,7 +213,7 @@ def train(
             has_pairs = True
             if is_first_forward:  # of this optimizer step
                 bare_model.update_teacher()
-                lr = learning_rate(args, progress.step, progress.epoch, num_steps, steps_per_epoch)
+                lr = learning_rate(args, progress.step, progress.epoch, num_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 alpha = bare_model.config.alpha * min(1.0, progress.step / steps_per_epoch)
@@ -296,7 +296,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, rule: str = "matrice
     ]
 
 
-def learning_rate(args: TrainingArguments, step: int, epoch: int, num_steps: int, steps_per_epoch: int) -> float:
+def learning_rate(args: TrainingArguments, step: int, epoch: int, num_steps: int) -> float:
     """The learning rate of an optimizer step, counted from 0.
 
     "cosine" warms up linearly and then follows a cosine to the last step. "paper" warms up in stairs of 100 steps
@@ -318,18 +318,17 @@ def learning_rate(args: TrainingArguments, step: int, epoch: int, num_steps: int
 class MetricsLog:
     """`metrics.jsonl`, and the trackers: one line at a time; a resumed run first drops the lines beyond its step."""
 
-    def __init__(self, path: Path, step: int, accelerator: Accelerator | None = None):
+    def __init__(self, path: Path, step: int, accelerator: Accelerator):
         self.path, self.accelerator = path, accelerator
-        if accelerator is None or accelerator.is_main_process:
+        if accelerator.is_main_process:
             kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
             path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: dict[str, float]) -> None:
-        if self.accelerator is None or self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        if self.accelerator is not None:
-            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
+        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
@@ -413,8 +412,7 @@ class _Guard:
 class _Meter:
     """Sums losses on the device between two lines of the log."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self):
         self.restart()
 
     def restart(self) -> None:

@@ -542,7 +542,7 @@ def test_a_training_step_reads_nothing_back_from_the_device(with_ids):
     batch["mlm_positions"] = masked_positions(batch["mlm_labels"])
     if with_ids:
         batch["image_ids"] = torch.tensor([1, 2, 2, 3])
-    guard, meter = _Guard(torch.device("cpu")), _Meter(torch.device("cpu"))
+    guard, meter = _Guard(torch.device("cpu")), _Meter()
     with ReadBack() as watch:
         model.update_teacher()
         output = model(**batch, alpha=0.4)

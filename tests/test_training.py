@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import small_patches, tiny_processor, tiny_records, training_batch
 from datasets import Dataset
+from torch._dynamo.testing import CompileCounter
 from transformers import Trainer
 from transformers import TrainingArguments as TrainerArguments
 
@@ -154,7 +155,7 @@ def test_the_precision_of_the_launcher_counts_where_none_is_given(tmp_path, monk
 def test_a_compiled_step_is_compiled_once():
     """Numbers that change at each step (alpha, the count of forwards) must not compile the forward again."""
     model = TCLForPreTraining(small_patches()).train()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     forward = torch.compile(model.forward, backend=counter)
     counts = []
     for step in range(4):
@@ -370,7 +371,7 @@ def test_the_paper_s_schedule():
     args = TrainingArguments(schedule="paper")  # 30 epochs, 1e-5 to 1e-4 and back, 2,000 steps of warm-up
 
     def lr(step, epoch):
-        return learning_rate(args, step, epoch, 300_000, 10_000)
+        return learning_rate(args, step, epoch, 300_000)
 
     assert lr(0, 0) == lr(99, 0) == pytest.approx(1e-5)
     assert lr(100, 0) == pytest.approx(1e-5 + 9e-5 / 20)
@@ -383,7 +384,7 @@ def test_the_paper_s_schedule():
 
 def test_the_cosine_schedule():
     args = TrainingArguments(warmup_steps=10, learning_rate=1.0, min_learning_rate=0.1, warmup_learning_rate=0.0)
-    rates = [learning_rate(args, step, 0, 110, 11) for step in range(111)]
+    rates = [learning_rate(args, step, 0, 110) for step in range(111)]
     assert rates[0] == 0 and rates[5] == pytest.approx(0.5) and rates[10] == pytest.approx(1.0)
     assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))

@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
+    AutoModelForVisualQuestionAnswering,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
@@ -23,6 +24,12 @@ from .modeling_tcl import (
     TCLForPreTraining,
     TCLModel,
 )
+from .modeling_tcl_tasks import (
+    TCLForQuestionAnswering,
+    TCLForTextAssignment,
+    TCLForVisualEntailment,
+    TCLForVisualReasoning,
+)
 from .processing_tcl import TCLProcessor
 from .tokenization_tcl import TCLTokenizer
 
@@ -33,6 +40,7 @@ for _config, _model in ((TCLConfig, TCLModel), (TCLVisionConfig, TCLVisionModel)
     AutoModel.register(_config, _model)
 AutoModelForPreTraining.register(TCLConfig, TCLForPreTraining)
 AutoModelForMaskedLM.register(TCLConfig, TCLForMaskedLM)
+AutoModelForVisualQuestionAnswering.register(TCLConfig, TCLForQuestionAnswering)
 AutoModelForZeroShotImageClassification.register(TCLConfig, TCLModel)
 AutoTokenizer.register(TCLConfig, fast_tokenizer_class=TCLTokenizer)
 AutoImageProcessor.register(
@@ -45,6 +53,10 @@ __all__ = [
     "TCLForImageTextRetrieval",
     "TCLForMaskedLM",
     "TCLForPreTraining",
+    "TCLForQuestionAnswering",
+    "TCLForTextAssignment",
+    "TCLForVisualEntailment",
+    "TCLForVisualReasoning",
     "TCLImageProcessor",
     "TCLImageProcessorPil",
     "TCLModel",

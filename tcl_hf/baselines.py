@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .collators import open_image
-from .evaluation import retrieval_metrics
+from .metrics import retrieval_metrics
 from .tokenization_tcl import clean_caption
 
 

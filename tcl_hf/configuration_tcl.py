@@ -44,6 +44,12 @@ class TCLTextConfig(PreTrainedConfig):
     The first `fusion_layer` layers are the text encoder, the others the fusion encoder, whose
     cross-attention reads image states of width `encoder_hidden_size` (set by [`TCLConfig`]).
 
+    Args:
+        images_per_text: copies of each fusion layer, one after the other, which share their keys and values: with
+            several images per text, each copy reads another one (2 for NLVR2).
+        causal: a token sees those before it only, as in the decoder of answers.
+        bos_token_id, eos_token_id: [CLS] and [SEP], with which answers begin and end.
+
     Raises:
         ValueError: if `fusion_layer` lies outside the stack or the width does not divide into heads.
     """
@@ -66,9 +72,15 @@ class TCLTextConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     pad_token_id: int | None = 0
+    bos_token_id: int | None = 101
+    eos_token_id: int | None = 102
+    images_per_text: int = 1
+    causal: bool = False
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        if self.images_per_text < 1:
+            raise ValueError(f"text_config.images_per_text={self.images_per_text} must be 1 or more.")
         if not 0 <= self.fusion_layer <= self.num_hidden_layers:
             raise ValueError(
                 f"text_config.fusion_layer={self.fusion_layer} lies outside the "
@@ -76,6 +88,11 @@ class TCLTextConfig(PreTrainedConfig):
             )
         _check_heads("text_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
+
+    @property
+    def num_fusion_layers(self) -> int:
+        """Layers that attend to images, copies included."""
+        return (self.num_hidden_layers - self.fusion_layer) * self.images_per_text
 
 
 @strict

@@ -4,7 +4,7 @@ Foreign names appear in this module only. The original's are one table, `origina
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,8 @@ from .configuration_tcl import TCLConfig, TCLVisionConfig
 from .encoders import resize_positions
 from .modeling_tcl import TCLForPreTraining
 
-# A row: the original's name, and ours. {n} is a layer, {p} weight or bias. Three names of ours are equal parts of
-# one tensor of the original's; two rows with one name of ours are copies in the original.
+# A row: the original's name, and ours. {n} is a layer, {first} the first of its copies, {p} weight or bias. Three names
+# of ours are equal parts of one tensor of the original's; two rows with one name of ours are copies in the original.
 _VISION = [
     ("cls_token", "embeddings.cls_token"),
     ("pos_embed", "embeddings.position_embeddings"),
@@ -55,8 +55,8 @@ _TEXT = [
 ]
 _FUSION = [
     ("encoder.layer.{n}.crossattention.self.query.{p}", "layers.{n}.cross_attn.q_proj.{p}"),
-    ("encoder.layer.{n}.crossattention.self.key.{p}", "layers.{n}.cross_attn.k_proj.{p}"),
-    ("encoder.layer.{n}.crossattention.self.value.{p}", "layers.{n}.cross_attn.v_proj.{p}"),
+    ("encoder.layer.{n}.crossattention.self.key.{p}", "layers.{first}.cross_attn.k_proj.{p}"),
+    ("encoder.layer.{n}.crossattention.self.value.{p}", "layers.{first}.cross_attn.v_proj.{p}"),
     ("encoder.layer.{n}.crossattention.output.dense.{p}", "layers.{n}.cross_attn.out_proj.{p}"),
     ("encoder.layer.{n}.crossattention.output.LayerNorm.{p}", "layers.{n}.cross_attn_layer_norm.{p}"),
 ]
@@ -67,8 +67,36 @@ _LM_HEAD = [
     ("decoder.bias", "decoder.bias"),
     ("bias", "decoder.bias"),
 ]
+_LINEAR = [("{p}", "{p}")]
 # The original computes these anew; no weight is in them.
-_RECOMPUTED = re.compile(r"text_encoder(_m)?\.(bert\.)?embeddings\.position_ids")
+_RECOMPUTED = re.compile(r"text_(en|de)coder(_m)?\.(bert\.)?embeddings\.position_ids")
+
+# What is in a checkpoint of each kind besides the encoders: a head's name with the original, ours, its table, and
+# whether the teacher has a copy. Pre-training and answer decoders keep their text model under another name, "bert".
+_HEADS: dict[str, list[tuple[str, str, list[tuple], bool]]] = {
+    "pretrain": [
+        ("text_encoder{m}.cls.predictions.", "lm_head.", _LM_HEAD, True),
+        ("vision_proj{m}.", "tcl.visual_projection.", _LINEAR, True),
+        ("text_proj{m}.", "tcl.text_projection.", _LINEAR, True),
+        ("itm_head.", "itm_head.", _LINEAR, False),
+    ],
+    "retrieval": [
+        ("vision_proj{m}.", "tcl.visual_projection.", _LINEAR, True),
+        ("text_proj{m}.", "tcl.text_projection.", _LINEAR, True),
+        ("itm_head.", "itm_head.", _LINEAR, False),
+    ],
+    "classification": [
+        ("cls_head{m}.0.", "cls_head.0.", _LINEAR, True),
+        ("cls_head{m}.2.", "cls_head.2.", _LINEAR, True),
+    ],
+    "question_answering": [("text_decoder{m}.cls.predictions.", "text_decoder.lm_head.", _LM_HEAD, True)],
+    "text_assignment": [
+        ("vision_proj.", "tcl.visual_projection.", _LINEAR, False),
+        ("text_proj.", "tcl.text_projection.", _LINEAR, False),
+        ("ta_head.", "ta_head.", _LINEAR, False),
+    ],
+}
+_CONTRASTS = ("pretrain", "retrieval", "text_assignment")  # kinds with a temperature
 
 
 @dataclass(frozen=True)
@@ -81,75 +109,88 @@ class NameRow:
     shape: tuple[int, ...] | None = None  # the original's, where it has another number of dimensions
 
 
-def original_names(config: TCLConfig, with_lm_head: bool) -> list[NameRow]:
-    """The table between the original's names and ours for a model with teacher and queues.
+def kind_of(state_dict: Iterable[str]) -> str:
+    """What an original checkpoint was trained for, by the names of its tensors: a key of the table of heads."""
+    parts = {part for name in state_dict for part in name.split(".")[:2]}
+    for kind, sign in (
+        ("question_answering", "text_decoder"),
+        ("pretrain", "bert"),
+        ("classification", "cls_head"),
+        ("text_assignment", "ta_head"),
+    ):
+        if parts & {sign, f"{sign}_m"}:
+            return kind
+    return "retrieval"
+
+
+def original_names(config: TCLConfig, kind: str) -> list[NameRow]:
+    """The table between the original's names and ours, for a checkpoint with all that its kind can have.
 
     Args:
-        with_lm_head: pre-training checkpoints have the language-model head, and name the text model
-            `text_encoder.bert`; fine-tuned ones have neither.
+        config: of our model; with `images_per_text=2` the original has two copies of each fusion layer, and of their
+            keys and values.
+        kind: see `kind_of`.
     """
+    text = config.text_config
+    fused = range(text.fusion_layer, text.fusion_layer + text.num_fusion_layers)
+    bert = "bert." if kind == "pretrain" else ""
+    parts: list[tuple[str, str, list[tuple], Iterable[int], bool]] = [
+        ("visual_encoder{m}.", "tcl.vision_model.", _VISION, range(config.vision_config.num_hidden_layers), True),
+        (f"text_encoder{{m}}.{bert}", "tcl.text_model.", _TEXT, range(fused.stop), True),
+        (f"text_encoder{{m}}.{bert}", "tcl.text_model.", _FUSION, fused, True),
+    ]
+    if kind == "question_answering":
+        decoder = range(text.num_hidden_layers - text.fusion_layer)
+        parts += [("text_decoder{m}.bert.", "text_decoder.text_model.", _TEXT, decoder, True)]
+        parts += [("text_decoder{m}.bert.", "text_decoder.text_model.", _FUSION, decoder, True)]
+    parts += [(original, ours, table, (), taught) for original, ours, table, taught in _HEADS[kind]]
     rows = []
-    num_layers, fusion_layer = config.text_config.num_hidden_layers, config.text_config.fusion_layer
-    bert = "bert." if with_lm_head else ""
-    for suffix, ours in (("", ""), ("_m", "teacher.")):
-        parts: list[tuple] = [
-            (
-                f"visual_encoder{suffix}.",
-                f"{ours}tcl.vision_model.",
-                _VISION,
-                range(config.vision_config.num_hidden_layers),
-            ),
-            (f"text_encoder{suffix}.{bert}", f"{ours}tcl.text_model.", _TEXT, range(num_layers)),
-            (f"text_encoder{suffix}.{bert}", f"{ours}tcl.text_model.", _FUSION, range(fusion_layer, num_layers)),
-            (f"vision_proj{suffix}.", f"{ours}tcl.visual_projection.", [("{p}", "{p}")], range(1)),
-            (f"text_proj{suffix}.", f"{ours}tcl.text_projection.", [("{p}", "{p}")], range(1)),
-        ]
-        if with_lm_head:
-            parts.append((f"text_encoder{suffix}.cls.predictions.", f"{ours}lm_head.", _LM_HEAD, range(1)))
-        for original_prefix, our_prefix, names, layers in parts:
+    for original_prefix, our_prefix, names, layers, taught in parts:
+        for suffix, owner in (("", ""), ("_m", "teacher.")) if taught and kind != "text_assignment" else (("", ""),):
             for original, *targets in names:
-                for n in layers if "{n}" in original else range(1):
+                for n in layers if "{n}" in original else (0,):
+                    copies = text.images_per_text if our_prefix == "tcl.text_model." else 1
+                    first = n - (n - text.fusion_layer) % copies
                     for p in ("weight", "bias") if "{p}" in original else ("",):
                         rows.append(
                             NameRow(
-                                original_prefix + original.format(n=n, p=p),
-                                tuple(our_prefix + target.format(n=n, p=p) for target in targets),
+                                original_prefix.format(m=suffix) + original.format(n=n, p=p),
+                                tuple(owner + our_prefix + target.format(n=n, first=first, p=p) for target in targets),
                             )
                         )
-    rows += [
-        NameRow("temp", ("tcl.temperature",)),
-        NameRow("itm_head.weight", ("itm_head.weight",)),
-        NameRow("itm_head.bias", ("itm_head.bias",)),
-        NameRow("image_queue", ("queue.image",), transposed=True),
-        NameRow("text_queue", ("queue.text",), transposed=True),
-        NameRow("queue_ptr", ("queue.cursor",)),
-    ]
-    if not with_lm_head:
+    if kind in _CONTRASTS:
+        rows.append(NameRow("temp", ("tcl.temperature",)))
+    if kind in ("pretrain", "retrieval"):
+        rows += [
+            NameRow("image_queue", ("queue.image",), transposed=True),
+            NameRow("text_queue", ("queue.text",), transposed=True),
+            NameRow("queue_ptr", ("queue.cursor",)),
+        ]
+    if kind == "retrieval":
         rows.append(NameRow("idx_queue", ("queue.ids",), shape=(1, -1)))
     return rows
 
 
 def from_original(state_dict: dict[str, Tensor], config: TCLConfig) -> dict[str, Tensor]:
-    """Rename the tensors of an original pre-training or retrieval checkpoint to ours.
+    """Rename the tensors of an original checkpoint to ours.
 
     Args:
         state_dict: the original's "model" entry.
         config: configuration of our model, with the checkpoint's sizes.
 
     Returns:
-        A state dict for `TCLForPreTraining` or, without the language-model head, `TCLForImageTextRetrieval`.
+        A state dict for the head that `kind_of` names.
 
     Raises:
         KeyError: if the checkpoint has a tensor that the table does not know.
     """
     state_dict = {key: value for key, value in state_dict.items() if not _RECOMPUTED.fullmatch(key)}
-    with_lm_head = any(".cls.predictions." in key for key in state_dict)
-    rows = {row.original: row for row in original_names(config, with_lm_head)}
+    rows = {row.original: row for row in original_names(config, kind_of(state_dict))}
     unknown = sorted(state_dict.keys() - rows.keys())
     if unknown:
         raise KeyError(
             f"The checkpoint has {len(unknown)} tensors that TCL does not: {', '.join(unknown[:5])}. "
-            "Is it a TCL or ALBEF pre-training or retrieval checkpoint of this config's sizes?"
+            "Is it a TCL or ALBEF checkpoint of this config's sizes?"
         )
     return {name: part for key, value in state_dict.items() for name, part in _to_ours(rows[key], value)}
 
@@ -353,6 +394,7 @@ def _as_renames(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
     """Rows of the original's table as patterns: BERT in transformers has the same names."""
     renames = []
     for original, ours in rows:
+        ours = ours.replace("{first}", "{n}")  # one copy of each layer
         pattern = re.escape(original).replace(r"\{n\}", r"(\d+)").replace(r"\{p\}", r"(weight|bias)")
         for group, placeholder in enumerate(re.findall(r"\{[np]\}", ours), start=1):
             ours = ours.replace(placeholder, f"\\{group}")

@@ -35,6 +35,15 @@ FEATURES = datasets.Features(
 )
 
 
+_VALIDATION = ("validation", "val", "dev")
+# What the files of some data sets call a split. Karpathy's "restval" are COCO's validation images used for training.
+SPLIT_NAMES = {
+    **dict.fromkeys(_VALIDATION, _VALIDATION),
+    "train": ("train", "restval"),
+    "test": ("test", "testA", "testB"),
+}
+
+
 class DataError(ValueError):
     """The data can not be used as it is; the message says what, where, and the remedy."""
 
@@ -53,10 +62,12 @@ def load_pairs(
     Args:
         source: what to load, or a list of such:
             "openmoji", the embedded default; an ALBEF-style JSON list of `{"image": path, "caption": text or
-            texts}`; WebDataset tars (a file, a pattern or a folder of `.tar`); parquet (likewise); a folder of
-            images with `metadata.csv` or `.jsonl`, or one saved by `datasets`; or a data set on the Hub.
+            texts}`; the JSON of Karpathy's splits; WebDataset tars (a file, a pattern or a folder of `.tar`); parquet
+            (likewise); a folder of images with `metadata.csv` or `.jsonl`, or one saved by `datasets`; or a data set
+            on the Hub.
         split: the split of it. Of the files in a folder, those whose names begin with it; for "train" all that do
-            not begin with the name of another split, if none does. A file named outright has no splits.
+            not begin with the name of another split, if none does. A file named outright has no splits, except
+            Karpathy's: there "train" includes "restval", and "validation", "val" and "dev" are the same.
         streaming: read while training instead of before.
         image_root: folder to which the paths of a JSON list are relative; its own folder if None.
         image_column, caption_column: the columns to use, where their names are not the usual ones.
@@ -86,13 +97,20 @@ def load_pairs(
     if source == "openmoji":  # these are records already
         pairs = load_openmoji(split)
         return pairs.to_iterable_dataset() if streaming else pairs
-    pairs = _open(source, split, streaming, image_root)
+    pairs = open_source(source, split, streaming=streaming, image_root=image_root)
     if isinstance(pairs, Dataset) and len(pairs) == 0:
         raise DataError(f"{source} holds no pairs in its split '{split}'.")
     return _as_records(pairs, source, image_column, caption_column)
 
 
-def _open(source: str, split: str, streaming: bool, image_root: str | None) -> Dataset | IterableDataset:
+def open_source(
+    source: str, split: str, *, streaming: bool = False, image_root: str | None = None
+) -> Dataset | IterableDataset:
+    """Open files, a folder or a data set on the Hub as it is, with the columns it has.
+
+    Raises:
+        DataError: if there is nothing at the source, or it can not be read.
+    """
     try:
         return _open_files(source, split, streaming, image_root)
     except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -106,7 +124,7 @@ def _open_files(source: str, split: str, streaming: bool, image_root: str | None
     files = _files(source, split)
     kinds = {Path(file).suffix for file in files}
     if kinds == {".json"}:
-        pairs = _read_json_lists(files, image_root)
+        pairs = _read_json_lists(files, split, image_root)
         return pairs.to_iterable_dataset() if streaming else pairs
     if os.path.isdir(source) and os.path.exists(os.path.join(source, "dataset_dict.json")):
         pairs = datasets.load_from_disk(source)[split]
@@ -146,7 +164,7 @@ def _files(source: str, split: str) -> list[str]:
     return []
 
 
-def _read_json_lists(files: list[str], image_root: str | None) -> Dataset:
+def _read_json_lists(files: list[str], split: str, image_root: str | None) -> Dataset:
     """Read ALBEF-style lists; a row without image or caption stays, to be skipped and listed when its turn comes."""
     columns: dict[str, list] = {"image": [], "captions": [], "image_id": []}
     for file in files:
@@ -154,6 +172,8 @@ def _read_json_lists(files: list[str], image_root: str | None) -> Dataset:
             rows = json.loads(Path(file).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{file} is not a JSON list: {error}.") from error
+        if isinstance(rows, dict) and isinstance(rows.get("images"), list):
+            rows = _karpathy_rows(rows["images"], split, file)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise DataError(f"{file} is not a list of objects with 'image' and 'caption'.")
         root = Path(image_root) if image_root is not None else Path(file).parent
@@ -165,6 +185,25 @@ def _read_json_lists(files: list[str], image_root: str | None) -> Dataset:
             columns["captions"].append([text for text in captions if isinstance(text, str)])
             columns["image_id"].append(str(row.get("image_id", path or f"{file}:{number}")))
     return Dataset.from_dict(columns, features=FEATURES)
+
+
+def _karpathy_rows(images: list[dict], split: str, file: str) -> list[dict]:
+    """The images of one of Karpathy's splits, as rows of an ALBEF-style list."""
+    names = SPLIT_NAMES.get(split, (split,))
+    rows = []
+    for number, image in enumerate(images, 1):
+        try:
+            if image["split"] in names:
+                path = os.path.join(image.get("filepath", ""), image["filename"])
+                captions = [sentence["raw"] for sentence in image["sentences"]]
+                image_id = image.get("cocoid", image.get("imgid", path))
+                rows.append({"image": path, "caption": captions, "image_id": image_id})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{file}, image {number}, is not as in Karpathy's splits ({type(error).__name__}: {error}): it needs "
+                "'filename', 'split' and 'sentences' with 'raw'."
+            ) from error
+    return rows
 
 
 def _as_records(

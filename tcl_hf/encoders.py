@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -30,6 +31,8 @@ from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
 
 KeyValue = tuple[Tensor, Tensor]
 _IMAGE_POSITIONS = re.compile(r"(^|vision_model\.)embeddings\.position_embeddings$")
+_TEXT_LAYER = re.compile(r"(?P<stack>|(.*\.)?text_model\.)layers\.(?P<number>\d+)\.(?P<name>.*)")
+_CROSS_KEY_VALUE = re.compile(r"\.cross_attn\.[kv]_proj\.")
 
 
 class TCLPreTrainedModel(PreTrainedModel):
@@ -46,6 +49,8 @@ class TCLPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["TCLVisionLayer", "TCLTextLayer", "TCLVisionEmbeddings", "TCLTextEmbeddings"]
     _keep_in_fp32_modules_strict = ["temperature", "queue.image", "queue.text"]
+    # Every class opens every checkpoint of a whole model, whatever heads were saved with it.
+    _keys_to_ignore_on_load_unexpected = [r"^(teacher|queue|itm_head|lm_head|cls_head|ta_head|text_decoder)\."]
 
     def _init_weights(self, module: nn.Module) -> None:
         """PyTorch's own starting values for everything that is not a part of an encoder."""
@@ -66,7 +71,7 @@ class TCLPreTrainedModel(PreTrainedModel):
         load_config: Any,
         expected_keys: list[str] | None = None,
     ):
-        """Fit a checkpoint to the model before transformers loads it: see `fit_state_dict`."""
+        """Fit a checkpoint to the model before transformers loads it."""
         if state_dict is None and checkpoint_files:
             state_dict = {}
             for file in checkpoint_files:
@@ -77,38 +82,68 @@ class TCLPreTrainedModel(PreTrainedModel):
                 else:
                     state_dict.update(load_state_dict(file))
         if state_dict is not None:
-            state_dict = fit_state_dict(state_dict, model)
+            state_dict = model.fit_state_dict(state_dict)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
+    def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the entries of a TCL checkpoint as this model needs them.
 
-def fit_state_dict(state_dict: dict[str, Any], model: TCLPreTrainedModel) -> dict[str, Any]:
-    """Return the entries of a TCL checkpoint as `model` needs them.
+        An encoder alone takes its part of a whole model. Learned image positions are resized to the model's grid.
+        Fusion layers are repeated where the model reads more images per text. Queues of another size are left
+        out, so that new ones start. Entries may be tensors or safetensors slices, which stay unread.
+        """
+        text_config = getattr(self.config, "text_config", self.config)
+        if isinstance(text_config, TCLTextConfig):
+            state_dict = repeat_fusion_layers(state_dict, text_config)
+        shapes = {key: tuple(value.shape) for key, value in self.state_dict().items()}
+        prefix = f"{self.base_model_prefix}."
+        fitted = {}
+        for key, value in state_dict.items():
+            shape = shapes.get(key, shapes.get(prefix + key, shapes.get(key.removeprefix(prefix))))
+            found = shape_of(value)
+            if shape is not None and shape != found:
+                if _IMAGE_POSITIONS.search(key) and shape[-1] == found[-1]:
+                    value = resize_positions(value[:], math.isqrt(shape[1] - 1))
+                elif key.startswith("queue."):
+                    return self.fit_state_dict({k: v for k, v in state_dict.items() if not k.startswith("queue.")})
+            fitted[key] = value
+        return fitted
 
-    An encoder alone takes its part of a whole model. Learned image positions are resized to the model's grid.
-    Queues of another size are left out, so that new ones start. Entries may be tensors or safetensors slices,
-    which stay unread.
+
+def shape_of(entry: Any) -> tuple[int, ...]:
+    """The shape of an entry of a checkpoint: a tensor, or a safetensors slice."""
+    return tuple(entry.shape if isinstance(entry, Tensor) else entry.get_shape())
+
+
+def part_of(state_dict: dict[str, Any], part: str) -> dict[str, Any]:
+    """The entries of one encoder of a whole model, in the encoder's own names; all of them if it is no whole model."""
+    cut = {key: key.removeprefix("tcl.") for key in state_dict if not key.startswith("teacher.")}
+    whole = {key: name.removeprefix(f"{part}.") for key, name in cut.items() if name.startswith(f"{part}.")}
+    return {name: state_dict[key] for key, name in whole.items()} or state_dict
+
+
+def repeat_fusion_layers(state_dict: dict[str, Any], config: TCLTextConfig) -> dict[str, Any]:
+    """Make `images_per_text` copies of every fusion layer of a checkpoint that has one of each.
+
+    Layer `fusion_layer + i` becomes those from `fusion_layer + images_per_text * i` on; keys and values stay with the
+    first of them, which all share. A checkpoint that has the copies already is returned as it is.
     """
-    part = None
-    if isinstance(model, TCLVisionModel | TCLTextModel):
-        part = f"{model.base_model_prefix}."
-    if part:
-        cut = {key: key.removeprefix("tcl.") for key in state_dict if not key.startswith("teacher.")}
-        whole = {key: name.removeprefix(part) for key, name in cut.items() if name.startswith(part)}
-        if whole:
-            state_dict = {name: state_dict[key] for key, name in whole.items()}
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    prefix = f"{model.base_model_prefix}."
-    fitted = {}
+    copies, first = config.images_per_text, config.fusion_layer
+    layers = {key: match for key in state_dict if (match := _TEXT_LAYER.fullmatch(key))}
+    num_layers = 1 + max((int(match["number"]) for match in layers.values()), default=-1)
+    if copies == 1 or num_layers != config.num_hidden_layers:
+        return state_dict
+    repeated = {}
     for key, value in state_dict.items():
-        shape = shapes.get(key, shapes.get(prefix + key, shapes.get(key.removeprefix(prefix))))
-        found = tuple(value.shape if isinstance(value, Tensor) else value.get_shape())
-        if shape is not None and shape != found:
-            if _IMAGE_POSITIONS.search(key) and shape[-1] == found[-1]:
-                value = resize_positions(value[:], math.isqrt(shape[1] - 1))
-            elif key.startswith("queue."):
-                return fit_state_dict({k: v for k, v in state_dict.items() if not k.startswith("queue.")}, model)
-        fitted[key] = value
-    return fitted
+        number = int(layers[key]["number"]) if key in layers else -1
+        if number < first:
+            repeated[key] = value
+            continue
+        for copy in range(copies):
+            if copy == 0 or not _CROSS_KEY_VALUE.search(key):
+                place = first + copies * (number - first) + copy
+                repeated[f"{layers[key]['stack']}layers.{place}.{layers[key]['name']}"] = value
+    return repeated
 
 
 def resize_positions(positions: Tensor, grid: int | tuple[int, int]) -> Tensor:
@@ -150,18 +185,32 @@ def eager_attention_forward(
 
 
 class TCLAttention(nn.Module):
-    """Multi-head attention of hidden states to themselves, or to keys and values made elsewhere."""
+    """Multi-head attention of hidden states to themselves, or to keys and values made elsewhere.
 
-    def __init__(self, config: TCLVisionConfig | TCLTextConfig, dropout: float, key_value_size: int | None = None):
+    Args:
+        key_value_size: width of the states that keys and values are made of; 0 for an attention that is always given
+            those of another.
+        is_causal: a query sees the keys up to its own.
+    """
+
+    def __init__(
+        self,
+        config: TCLVisionConfig | TCLTextConfig,
+        dropout: float,
+        key_value_size: int | None = None,
+        is_causal: bool = False,
+    ):
         super().__init__()
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.dropout = dropout
-        self.is_causal = False
+        self.is_causal = is_causal
+        key_value_size = config.hidden_size if key_value_size is None else key_value_size
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(key_value_size or config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(key_value_size or config.hidden_size, config.hidden_size)
+        if key_value_size:
+            self.k_proj = nn.Linear(key_value_size, config.hidden_size)
+            self.v_proj = nn.Linear(key_value_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def key_value(self, states: Tensor) -> KeyValue:
@@ -197,7 +246,7 @@ class TCLAttention(nn.Module):
             attention_mask,
             dropout=self.dropout if self.training else 0.0,
             scaling=self.scaling,
-            is_causal=False,
+            is_causal=self.is_causal,
         )
         output = self.out_proj(output.reshape(num_rows, length, -1))
         if output_attentions and len(key) != num_rows:  # (B, H, r * L, P) -> (N, H, L, P)
@@ -304,6 +353,10 @@ class TCLVisionModel(TCLPreTrainedModel):
         """The convolution that embeds patches."""
         return self.embeddings.patch_embedding
 
+    def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the entries of a checkpoint, of a vision encoder or a whole model, as this model needs them."""
+        return super().fit_state_dict(part_of(state_dict, self.base_model_prefix))
+
     @can_return_tuple
     def forward(
         self,
@@ -353,28 +406,33 @@ class TCLTextEmbeddings(nn.Module):
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Embed token ids (N, L), or words already embedded (N, L, D); the token type is always 0."""
+    def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, num_past: int = 0) -> Tensor:
+        """Embed token ids (N, L), or words already embedded (N, L, D); the token type is always 0.
+
+        `num_past` tokens stand before them.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("A text is given as input_ids or as inputs_embeds: pass exactly one of them.")
         words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        length, limit = words.shape[1], self.position_embeddings.num_embeddings
+        length, limit = num_past + words.shape[1], self.position_embeddings.num_embeddings
         if length > limit:
             raise ValueError(f"The text has {length} tokens and the model {limit} positions: truncate the text.")
-        words = words + self.position_embeddings.weight[:length] + self.token_type_embeddings.weight[0]
+        words = words + self.position_embeddings.weight[num_past:length] + self.token_type_embeddings.weight[0]
         return self.dropout(self.layer_norm(words))
 
 
 class TCLTextLayer(GradientCheckpointingLayer):
     """Post-norm transformer layer; a fusion layer attends to an image between self-attention and feed-forward."""
 
-    def __init__(self, config: TCLTextConfig, fusion: bool):
+    def __init__(self, config: TCLTextConfig, number: int):
         super().__init__()
         dropout = config.attention_probs_dropout_prob
-        self.self_attn = TCLAttention(config, dropout)
+        self.number = number  # its place in the stack, and in a cache
+        self.self_attn = TCLAttention(config, dropout, is_causal=config.causal)
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        if fusion:
-            self.cross_attn = TCLAttention(config, dropout, key_value_size=config.encoder_hidden_size)
+        if number >= config.fusion_layer:
+            projects = (number - config.fusion_layer) % config.images_per_text == 0
+            self.cross_attn = TCLAttention(config, dropout, config.encoder_hidden_size if projects else 0)
             self.cross_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
@@ -390,21 +448,24 @@ class TCLTextLayer(GradientCheckpointingLayer):
         value: Tensor | None = None,
         image_index: Tensor | None = None,
         output_attentions: bool = False,
+        image_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the new states (N, L, D), the self-attention weights and the cross-attention weights.
 
         `key` and `value` are those of images. They are two arguments and not a pair because re-entrant
         gradient checkpointing sees tensors only.
         """
-        attended, weights = self.self_attn(hidden_states, attention_mask, output_attentions=output_attentions)
+        own = self.self_attn.key_value(hidden_states)
+        if past_key_values is not None:
+            own = past_key_values.update(*own, self.number)
+        attended, weights = self.self_attn(hidden_states, attention_mask, own, output_attentions)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
         cross_weights = None
         if key is not None:
             if image_index is not None:
                 key, value = key.index_select(0, image_index), value.index_select(0, image_index)
-            attended, cross_weights = self.cross_attn(
-                hidden_states, key_value=(key, value), output_attentions=output_attentions
-            )
+            attended, cross_weights = self.cross_attn(hidden_states, image_mask, (key, value), output_attentions)
             hidden_states = self.cross_attn_layer_norm(hidden_states + self.dropout(attended))
         fed = self.fc2(self.activation(self.fc1(hidden_states)))
         return self.final_layer_norm(hidden_states + self.dropout(fed)), weights, cross_weights
@@ -437,7 +498,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
         super().__init__(config)
         self.embeddings = TCLTextEmbeddings(config)
         self.layers = nn.ModuleList(
-            TCLTextLayer(config, fusion=index >= config.fusion_layer) for index in range(config.num_hidden_layers)
+            TCLTextLayer(config, number) for number in range(config.fusion_layer + config.num_fusion_layers)
         )
         self.post_init()
 
@@ -454,6 +515,10 @@ class TCLTextModel(TCLTextPreTrainedModel):
         """The layers that attend to images."""
         return self.layers[self.config.fusion_layer :]
 
+    def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the entries of a checkpoint, of a text model or a whole one, as this model needs them."""
+        return super().fit_state_dict(part_of(state_dict, self.base_model_prefix))
+
     def encode(
         self,
         input_ids: Tensor | None = None,
@@ -461,23 +526,28 @@ class TCLTextModel(TCLTextPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        past_key_values: Cache | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run the first layers on token ids (N, L) with their mask (N, L): states of the text alone (N, L, D)."""
-        hidden_states = self.embeddings(input_ids, inputs_embeds)
-        attention_mask = self._mask(hidden_states, attention_mask)
+        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        hidden_states = self.embeddings(input_ids, inputs_embeds, num_past)
+        mask = self._mask(hidden_states, attention_mask, past_key_values)
         collected = _Collected(hidden_states, output_attentions, output_hidden_states)
         for layer in self.layers[: self.config.fusion_layer]:
-            hidden_states, weights, _ = layer(hidden_states, attention_mask, None, None, None, output_attentions)
+            hidden_states, weights, _ = layer(
+                hidden_states, mask, output_attentions=output_attentions, past_key_values=past_key_values
+            )
             collected.add(hidden_states, weights)
         return _text_output(hidden_states, collected)
 
     def project_images(self, images: Tensor | tuple[Tensor, ...]) -> list[KeyValue]:
         """Project image states (B, P, D), once, to the keys and values of every fusion layer.
 
-        Of several images, fusion layer i reads `images[i % len(images)]`.
+        Of several images, fusion layer i reads `images[i % len(images)]`; copies of a layer share the projection.
         """
         images = (images,) if isinstance(images, Tensor) else images
-        return [layer.cross_attn.key_value(images[i % len(images)]) for i, layer in enumerate(self.fusion_layers)]
+        copies, layers = self.config.images_per_text, self.fusion_layers
+        return [layers[i - i % copies].cross_attn.key_value(images[i % len(images)]) for i in range(len(layers))]
 
     def fuse(
         self,
@@ -487,17 +557,26 @@ class TCLTextModel(TCLTextPreTrainedModel):
         image_index: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
+        image_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run the fusion layers on states of texts (N, L, D), each attending to one of B images.
 
         Args:
             images: keys and values for each fusion layer, from `project_images`.
             image_index: the image of each text (N,). Without it every image serves N / B neighbouring texts.
+            image_mask: which of the images' states count (B, P); all if None. (A decoder of answers reads a question
+                as its "image", and questions are padded.)
+            past_key_values: keys and values of the tokens before, which these are added to.
         """
-        mask = self._mask(text_states, attention_mask)
+        mask = self._mask(text_states, attention_mask, past_key_values)
+        if image_mask is not None:
+            image_mask = self._image_mask(text_states, image_mask, image_index)
         collected = _Collected(text_states, output_attentions, output_hidden_states)
         for layer, (key, value) in zip(self.fusion_layers, images, strict=True):
-            text_states, weights, cross_weights = layer(text_states, mask, key, value, image_index, output_attentions)
+            text_states, weights, cross_weights = layer(
+                text_states, mask, key, value, image_index, output_attentions, image_mask, past_key_values
+            )
             collected.add(text_states, weights, cross_weights)
         return _text_output(text_states, collected)
 
@@ -537,11 +616,22 @@ class TCLTextModel(TCLTextPreTrainedModel):
             fused.attentions = text.attentions + fused.attentions
         return fused
 
-    def _mask(self, states: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    def _mask(self, states: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor | None:
+        """Which tokens each token of states (N, L, D) sees, as the attention implementation wants it."""
+        if self.config.causal:
+            return create_causal_mask(self.config, states, attention_mask, past_key_values)
         if attention_mask is None:
             return None
         # Skipping a mask of ones would mean reading it back from the device.
         return create_bidirectional_mask(self.config, states, attention_mask, allow_is_bidirectional_skip=False)
+
+    def _image_mask(self, states: Tensor, image_mask: Tensor, image_index: Tensor | None) -> Tensor:
+        """Which image states (B, P) the texts see: neighbours that share an image are one row of queries."""
+        if image_index is not None:
+            image_mask = image_mask.index_select(0, image_index)
+        queries = states.reshape(len(image_mask), -1, states.shape[-1])
+        keys = states.new_empty(*image_mask.shape, 0)
+        return create_bidirectional_mask(self.config, queries, image_mask, keys, allow_is_bidirectional_skip=False)
 
 
 class TCLLMHead(TCLTextPreTrainedModel):

@@ -1,4 +1,4 @@
-"""Retrieval metrics as pure functions of arrays, and the evaluators that feed them.
+"""Evaluators: they run a model over records and feed the metrics.
 
 Shapes: I images, T texts, D feature dimensions. Scores (I, T) are higher for better pairs.
 """
@@ -12,43 +12,11 @@ from tqdm.auto import tqdm
 
 from .collators import open_image
 from .encoders import KeyValue
+from .metrics import retrieval_metrics
 from .modeling_tcl import MATCHES, TCLForImageTextRetrieval
 from .processing_tcl import TCLProcessor
 
 NOT_SCORED = -100.0  # what the paper's code gives to pairs outside the top k
-
-
-def retrieval_ranks(image_scores: Tensor, text_scores: Tensor, image_of_text: Tensor) -> tuple[Tensor, Tensor]:
-    """Count what ranks before the right answer; ties count against it.
-
-    Args:
-        image_scores: scores by which each image (row) ranks the texts (I, T).
-        text_scores: scores by which each text (column) ranks the images (I, T).
-        image_of_text: the image to which each text belongs (T,).
-
-    Returns:
-        The rank, from 0, of the best of an image's own texts (I,), and of a text's own image (T,).
-    """
-    own = image_of_text == torch.arange(len(image_scores), device=image_scores.device)[:, None]  # (I, T)
-    best_own_text = image_scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-    image_ranks = ((image_scores >= best_own_text) & ~own).sum(1)
-    own_image = text_scores.gather(0, image_of_text[None])  # (1, T)
-    text_ranks = ((text_scores >= own_image) & ~own).sum(0)
-    return image_ranks, text_ranks
-
-
-def retrieval_metrics(image_scores: Tensor, text_scores: Tensor, image_of_text: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10 in percent: from image to text (`i2t`), from text to image (`t2i`), and their mean.
-
-    Arguments as in `retrieval_ranks`.
-    """
-    image_ranks, text_ranks = retrieval_ranks(image_scores, text_scores, image_of_text)
-    metrics: dict[str, float] = {}
-    for k in (1, 5, 10):
-        i2t = 100 * (image_ranks < k).double().mean().item()
-        t2i = 100 * (text_ranks < k).double().mean().item()
-        metrics |= {f"i2t_recall@{k}": i2t, f"t2i_recall@{k}": t2i, f"recall@{k}": (i2t + t2i) / 2}
-    return metrics
 
 
 def candidates(similarity: Tensor, k: int) -> list[Tensor]:

@@ -163,26 +163,86 @@ def itm_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     return _masked_mean(F.cross_entropy(logits.float(), labels, reduction="none"), mask)
 
 
+def distilled_cross_entropy(
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor = 0.0
+) -> Tensor:
+    """Return `(1 - alpha) * CE + alpha * soft CE` (M,) of logits (M, V), in float32; 0 where a label is -100.
+
+    Args:
+        labels: the right classes (M,), -100 for rows that do not count.
+        teacher_logits: the teacher's for the same rows (M, V), whose softmax are the soft targets; None for hard
+            labels alone.
+    """
+    hard = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
+    if teacher_logits is None:
+        return hard
+    soft = soft_cross_entropy(logits.float(), teacher_logits.detach().float().softmax(-1)).where(labels != -100, 0)
+    return (1 - alpha) * hard + alpha * soft
+
+
 def mlm_loss(
     logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor = 0.0
 ) -> Tensor:
-    """Masked language modelling: `(1 - alpha) * CE + alpha * soft CE` against the teacher's softmax.
+    """Masked language modelling: mean of `distilled_cross_entropy` over the masked tokens, 0 if there is none.
 
     Args:
         logits: student logits (M, V).
         labels: the words that were masked (M,), -100 for rows that do not count.
-        teacher_logits: the teacher's for the same tokens (M, V); None for hard labels alone.
+        teacher_logits: the teacher's for the same tokens (M, V).
+    """
+    return _masked_mean(distilled_cross_entropy(logits, labels, teacher_logits, alpha), labels != -100)
+
+
+def answer_loss(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    num_questions: int,
+    teacher_logits: Tensor | None = None,
+    alpha: float | Tensor = 0.0,
+) -> Tensor:
+    """Question answering: the answers' cross-entropies, summed over tokens, weighted, per question.
+
+    Args:
+        logits: of the next token after each of an answer's (N, L, V).
+        labels: the next tokens (N, L), -100 after the end.
+        weights: of each answer (N,), the share of people who gave it.
+        num_questions: questions that the N answers belong to.
+        teacher_logits: the teacher's (N, L, V).
+    """
+    teacher_logits = None if teacher_logits is None else teacher_logits.flatten(0, 1)
+    per_token = distilled_cross_entropy(logits.flatten(0, 1), labels.flatten(), teacher_logits, alpha)
+    return (weights * per_token.view_as(labels).sum(-1)).sum() / num_questions
+
+
+def draw_image_pairs(image: Tensor, temperature: float = 0.07) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw two images for each text of a batch: which of them, if any, does the text belong to?
+
+    With probability 2/3 one is the text's own, first (label 0) or second (label 1), else neither is (label 2). The
+    others are drawn from the softmax of the images' similarities to the own, without it and without replacement, as
+    the largest of logits with Gumbel noise.
+
+    Args:
+        image: image features (N, D), L2-normalised; image n belongs to text n.
+        temperature: divides the similarities (paper's code: 0.07).
 
     Returns:
-        Mean over the rows that count, 0 if there is none.
+        Rows of the first and of the second images (N,), and labels (N,): -100 where the batch has too few others.
     """
-    counts = labels != -100
-    hard = _masked_mean(F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none"), counts)
-    if teacher_logits is None:
-        return hard
-    soft_targets = teacher_logits.detach().float().softmax(-1)
-    soft = _masked_mean(soft_cross_entropy(logits.float(), soft_targets), counts)
-    return (1 - alpha) * hard + alpha * soft
+    num_images = len(image)
+    own = torch.arange(num_images, device=image.device)
+    noise = torch.empty(num_images, num_images, device=image.device).exponential_().log()
+    logits = similarity(image, image, torch.tensor(temperature, device=image.device)) - noise
+    order = logits.masked_fill(torch.eye(num_images, dtype=torch.bool, device=image.device), -torch.inf)
+    order = order.argsort(-1, descending=True)  # the own image last
+    other, second_other = order[:, 0], order[:, min(1, num_images - 1)]
+    with_own = torch.rand(num_images, device=image.device) > 1 / 3
+    own_first = torch.rand(num_images, device=image.device) < 0.5
+    first = torch.where(with_own & own_first, own, other)
+    second = torch.where(with_own, torch.where(own_first, other, own), second_other)
+    labels = torch.where(with_own, torch.where(own_first, 0, 1), 2)
+    others_needed = torch.where(with_own, 1, 2)
+    return first, second, labels.masked_fill(others_needed > num_images - 1, -100)
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """TCL and its heads for pre-training, retrieval and masked language modelling.
 
 Reading order: `TCLModel` holds the two encoders and five verbs (encode image, encode text, fuse, image
-features, text features). A head holds `self.tcl` and a layer or two. Retrieval adds matching, the momentum
-teacher and the queues; pre-training is retrieval plus masked language modelling.
+features, text features). A head holds `self.tcl` and a layer or two; `TCLTaughtModel` is what heads with a momentum
+teacher share. Retrieval adds matching and the queues; pre-training is retrieval plus masked language modelling. The
+heads of the other tasks are in `modeling_tcl_tasks`.
 
 Shapes: B images, N texts, P patches, L tokens, D feature dimensions, V words.
 """
@@ -123,8 +124,6 @@ class TCLMaskedLMOutput(ModelOutput):
 
 class TCLModel(TCLPreTrainedModel):
     """The two encoders of TCL, projected to one space: features of images and texts, and their fusion."""
-
-    _keys_to_ignore_on_load_unexpected = [r"^(teacher|queue|itm_head|lm_head)\."]
 
     def __init__(self, config: TCLConfig):
         super().__init__(config)
@@ -293,53 +292,36 @@ class _View:
     masked_states: Tensor = None  # (N, L, width)
 
 
-class TCLForImageTextRetrieval(TCLPreTrainedModel):
-    """TCL with a matching head: similarity finds candidates, matching ranks them.
+class TCLTaughtModel(TCLPreTrainedModel):
+    """What all heads share: `self.tcl`, heads on it, and a momentum teacher that holds copies of them.
 
-    For training it holds a momentum teacher and queues of its features. The teacher moves when
-    `update_teacher` is called: once for each optimizer step, before its first forward.
+    The teacher's outputs soften the targets by `alpha`. It moves when `update_teacher` is called: once for each
+    optimizer step, before its first forward. A subclass ends its own `__init__` with `post_init`.
     """
 
-    _keys_to_ignore_on_load_unexpected: list[str] = [r"^(teacher\.)?lm_head\."]
     accepts_loss_kwargs = False  # every loss is a mean over its own batch
 
     def __init__(self, config: TCLConfig, **taught_heads: nn.Module):
-        """Build the model; `taught_heads` are heads of a subclass that the teacher copies besides the encoders."""
+        """Build the model; `taught_heads` are the heads that the teacher copies besides the encoders."""
         super().__init__(config)
-        text_config = config.text_config
-        if (config.itm_weight or config.mlm_weight) and text_config.fusion_layer == text_config.num_hidden_layers:
-            raise ValueError(
-                f"text_config.fusion_layer={text_config.fusion_layer} leaves no fusion layer, which matching and "
-                "masked language modelling need: choose a smaller one, or itm_weight=0 and mlm_weight=0."
-            )
         self.tcl = TCLModel(config)
-        self.itm_head = nn.Linear(text_config.hidden_size, 2)
         for name, head in taught_heads.items():
             self.add_module(name, head)
-        self.teacher = self.queue = None
+        self.teacher = None
         if config.use_momentum_teacher:
             self.teacher = MomentumTeacher(tcl=self.tcl, **taught_heads)
             self.teacher.tcl.temperature = None  # the student's serves both
-            self.queue = FeatureQueue(config.queue_size, config.projection_dim)
             tied = self._tied_weights_keys or {}
             self._tied_weights_keys = tied | {f"teacher.{a}": f"teacher.{b}" for a, b in tied.items()}
-        else:
-            self._keys_to_ignore_on_load_unexpected = [
-                *self._keys_to_ignore_on_load_unexpected,
-                r"^(teacher|queue)\.",
-            ]
         self.alpha = float(config.alpha)
         self._teacher_has_moved = False
         self._training_forwards = 0
-        self.post_init()
-        if self.teacher is not None:  # post_init drew the weights of both
-            self.teacher.copy_from(self)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FeatureQueue):
-            module.reset()
-        else:
-            super()._init_weights(module)
+    def post_init(self) -> None:
+        """Draw the starting values; the teacher starts equal to its student."""
+        super().post_init()
+        if self.teacher is not None:
+            self.teacher.copy_from(self)
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
         """Tie the weights; of a checkpoint without (all of) the teacher, fill the teacher with the student."""
@@ -352,7 +334,7 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
             self.get_parameter(key).data.copy_(student.data)
             missing_keys.discard(key)
         if missing_from_teacher:
-            logger.info("The teacher starts as a copy of the student: the checkpoint has none.")
+            logger.info("What the checkpoint lacks of the teacher starts as a copy of the student.")
         self.teacher.requires_grad_(False)
 
     @torch.no_grad()
@@ -379,6 +361,54 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
             self.teacher.resize_to(self)
             self.tie_weights()
         return embeddings
+
+    def soft_target_share(self, alpha: float | Tensor | None) -> float | Tensor:
+        """The share of the teacher's targets in a loss: `alpha`, or else `self.alpha`; 0 without a teacher.
+
+        Says once if the model trains and its teacher does not move.
+        """
+        if self.teacher is None:
+            return 0.0
+        # Not while compiling: a number that changes at each forward would compile it again.
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._training_forwards += 1
+            if self._training_forwards == 2 and not self._teacher_has_moved:
+                logger.warning(
+                    "The momentum teacher stands still: call update_teacher() before each optimizer step, or give "
+                    "the Trainer a TCLMomentumCallback."
+                )
+        return self.alpha if alpha is None else alpha
+
+
+def has_no_share(alpha: float | Tensor) -> bool:
+    """Whether the teacher's targets certainly do not count, so that it need not run; a tensor is not read."""
+    return isinstance(alpha, int | float) and alpha == 0
+
+
+class TCLForImageTextRetrieval(TCLTaughtModel):
+    """TCL with a matching head: similarity finds candidates, matching ranks them.
+
+    For training it holds queues of the momentum teacher's features.
+    """
+
+    def __init__(self, config: TCLConfig, **taught_heads: nn.Module):
+        """Build the model; `taught_heads` are heads of a subclass that the teacher copies besides the encoders."""
+        text_config = config.text_config
+        if (config.itm_weight or config.mlm_weight) and text_config.fusion_layer == text_config.num_hidden_layers:
+            raise ValueError(
+                f"text_config.fusion_layer={text_config.fusion_layer} leaves no fusion layer, which matching and "
+                "masked language modelling need: choose a smaller one, or itm_weight=0 and mlm_weight=0."
+            )
+        super().__init__(config, **taught_heads)
+        self.itm_head = nn.Linear(text_config.hidden_size, 2)
+        self.queue = FeatureQueue(config.queue_size, config.projection_dim) if config.use_momentum_teacher else None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FeatureQueue):
+            module.reset()
+        else:
+            super()._init_weights(module)
 
     def match(
         self,
@@ -441,7 +471,7 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
                 None,
                 interpolate_pos_encoding,
             )
-            return self._losses(pairs, self.alpha if alpha is None else alpha)
+            return self._losses(pairs, self.soft_target_share(alpha))
         return self._compare(
             input_ids,
             pixel_values,
@@ -506,14 +536,6 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
                 "The losses need the momentum teacher, which use_momentum_teacher=False left out: load the model "
                 "with use_momentum_teacher=True."
             )
-        # Not while compiling: a number that changes at each forward would compile it again.
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._training_forwards += 1
-            if self._training_forwards == 2 and not self._teacher_has_moved:
-                logger.warning(
-                    "The momentum teacher stands still: call update_teacher() before each optimizer step, or give "
-                    "the Trainer a TCLMomentumCallback."
-                )
         return _Pairs(
             pixel_values,
             pixel_values if pixel_values_augmented is None else pixel_values_augmented,
@@ -528,7 +550,7 @@ class TCLForImageTextRetrieval(TCLPreTrainedModel):
         """One step's losses, in the paper's order: two views, contrast, queues, matching and masked words."""
         config, masked = self.config, pairs.masked
         compares = bool(config.cma_weight or config.imc_weight or config.lmi_weight or config.itm_weight)
-        distils_words = masked is not None and not (isinstance(alpha, int | float) and alpha == 0)
+        distils_words = masked is not None and not has_no_share(alpha)
         texts = pairs.input_ids if compares else None
 
         student = _view(self.tcl, pairs, pairs.pixel_values, texts, masked)
@@ -677,7 +699,6 @@ class TCLForPreTraining(TCLForImageTextRetrieval):
     """TCL as it is pre-trained: retrieval plus masked language modelling."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "tcl.text_model.embeddings.word_embeddings.weight"}
-    _keys_to_ignore_on_load_unexpected: list[str] = []
 
     def __init__(self, config: TCLConfig):
         super().__init__(config, lm_head=TCLLMHead(config.text_config))  # type: ignore[arg-type]
@@ -753,14 +774,13 @@ class TCLForPreTraining(TCLForImageTextRetrieval):
             masked,
             interpolate_pos_encoding,
         )
-        return self._losses(pairs, self.alpha if alpha is None else alpha)
+        return self._losses(pairs, self.soft_target_share(alpha))
 
 
 class TCLForMaskedLM(TCLPreTrainedModel):
     """TCL with its language-model head: fill in the masked words of a text about an image."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "tcl.text_model.embeddings.word_embeddings.weight"}
-    _keys_to_ignore_on_load_unexpected = [r"^(teacher|queue|itm_head)\."]
     accepts_loss_kwargs = False
 
     def __init__(self, config: TCLConfig):
@@ -831,4 +851,5 @@ __all__ = [
     "TCLMaskedLMOutput",
     "TCLModel",
     "TCLOutput",
+    "TCLTaughtModel",
 ]

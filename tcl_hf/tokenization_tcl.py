@@ -7,6 +7,8 @@ from transformers import BertTokenizer
 
 _DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 _WHITE_SPACE_RUN = re.compile(r"\s{2,}")
+_COMPOUND = re.compile("[-/]")
+_PERSON_BRACKET = re.compile("<(?=person>)|(?<=<person)>")
 
 
 def clean_caption(caption: str, max_words: int = 30) -> str:
@@ -17,6 +19,28 @@ def clean_caption(caption: str, max_words: int = 30) -> str:
     caption = _split_compounds(caption).replace("<person>", "person")
     caption = _WHITE_SPACE_RUN.sub(" ", caption)
     return _first_words(caption.rstrip("\n").strip(" "), max_words)
+
+
+def clean_caption_with_origins(caption: str, max_words: int = 30) -> tuple[str, list[int]]:
+    """What `clean_caption` returns, and the position in `caption` that each of its characters comes from.
+
+    Positions never decrease. A run of white space stands where it began.
+    """
+    text = caption.lower()
+    origins = [position for position, char in enumerate(caption) for _ in char.lower()]  # one may become several
+    for pattern, replacement in (
+        (_DELETED, ""),
+        (_COMPOUND, " "),
+        (_PERSON_BRACKET, ""),
+        (_WHITE_SPACE_RUN, " "),
+    ):
+        matches = list(pattern.finditer(text))
+        text = pattern.sub(replacement, text)
+        for match in reversed(matches):
+            del origins[match.start() + len(replacement) : match.end()]
+    cleaned = _first_words(text.rstrip("\n").strip(" "), max_words)
+    start = len(text) - len(text.lstrip(" "))
+    return cleaned, origins[start : start + len(cleaned)]
 
 
 def clean_question(question: str, max_words: int = 50) -> str:
@@ -55,4 +79,4 @@ class TCLTokenizer(BertTokenizer):
         )
 
 
-__all__ = ["TCLTokenizer", "clean_caption", "clean_question"]
+__all__ = ["TCLTokenizer", "clean_caption", "clean_caption_with_origins", "clean_question"]

@@ -13,9 +13,8 @@ from tcl_hf.evaluation import (
     encode_pairs,
     evaluate_retrieval,
     matching_scores,
-    retrieval_metrics,
-    retrieval_ranks,
 )
+from tcl_hf.metrics import retrieval_metrics, retrieval_ranks
 
 # Two texts for each of four images, scores made by hand.
 SCORES = torch.tensor(

@@ -4,10 +4,29 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from tcl_hf import TCLForImageTextRetrieval, TCLForMaskedLM, TCLForPreTraining
-from tcl_hf.convert import from_original, original_names
+from tcl_hf import (
+    TCLForImageTextRetrieval,
+    TCLForMaskedLM,
+    TCLForPreTraining,
+    TCLForQuestionAnswering,
+    TCLForTextAssignment,
+    TCLForVisualEntailment,
+    TCLForVisualReasoning,
+)
+from tcl_hf.convert import from_original, kind_of, original_names
 
 TOLERANCE = 1e-5
+
+
+def assert_gradients(model, original):
+    """Every trained parameter has the original's gradient, by the rule for gradients that are truly 0."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    gradients = from_original(original, model.config)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert gradients.keys() == trained
+    for key, value in gradients.items():
+        error = (parameters[key].grad - value).norm()
+        assert error <= 1e-4 * value.norm() + 1e-6, f"gradient of {key}: {error:g} off"
 
 
 def test_features_equal_the_original(golden):
@@ -66,14 +85,7 @@ def test_training_step_equals_the_original(golden, fixed_negatives, name, model_
     total = expected["loss_ita"] + expected["loss_itm"] + expected.get("loss_mlm", 0)
     torch.testing.assert_close(output.loss, total, rtol=0, atol=TOLERANCE)
 
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    gradients = from_original(file["grad"], model.config)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert gradients.keys() == trained
-    for key, value in gradients.items():
-        error = (parameters[key].grad - value).norm()
-        assert error <= 1e-4 * value.norm() + 1e-6, f"gradient of {key}: {error:g} off"
-
+    assert_gradients(model, file["grad"])
     state = model.state_dict()
     after = from_original(file["after"], model.config)
     assert {key for key in state if key.startswith(("teacher.", "queue."))} - after.keys() <= {"queue.ids"}
@@ -100,12 +112,23 @@ def test_masked_positions_give_the_same_loss_as_all_positions(golden, fixed_nega
     torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "with_lm_head"), [("pretrain", True), ("retrieval", False)])
-def test_table_of_names_covers_every_tensor_of_the_original_once(golden, name, with_lm_head):
-    rows = original_names(tiny_config(), with_lm_head)
+@pytest.mark.parametrize(
+    ("name", "kind", "images"),
+    [
+        ("pretrain", "pretrain", 1),
+        ("retrieval", "retrieval", 1),
+        ("visual_entailment", "classification", 1),
+        ("nlvr", "classification", 2),
+        ("nlvr_pretrain", "text_assignment", 2),
+        ("vqa", "question_answering", 1),
+    ],
+)
+def test_table_of_names_covers_every_tensor_of_the_original_once(golden, name, kind, images):
+    original = {key for key in golden(name)["state"] if not key.endswith("position_ids")}
+    assert kind_of(original) == kind
+    rows = original_names(tiny_config(text_config={"images_per_text": images}), kind)
     names = [row.original for row in rows]
     assert len(names) == len(set(names))
-    original = {key for key in golden(name)["state"] if not key.endswith("position_ids")}
     assert set(names) == original
 
 
@@ -132,3 +155,61 @@ def test_bfloat16_losses_stay_within_two_percent(golden, fixed_negatives, pure):
     for loss, value in file["out"].items():
         computed = (output.loss_cma + output.loss_imc + output.loss_lmi) / 3 if loss == "loss_ita" else output[loss]
         assert abs(computed - value) <= 0.02 * value, f"{loss}: {computed:g} is not {value:g}"
+
+
+def task_inputs(name, inputs):
+    """The inputs of a golden file under the names of our heads."""
+    if name == "nlvr":
+        inputs["pixel_values"] = torch.stack([inputs.pop("pixel_values_0"), inputs.pop("pixel_values_1")], dim=1)
+    if name == "vqa":
+        mask = inputs.pop("answer_attention_mask")
+        inputs["labels"] = inputs.pop("answer_input_ids").masked_fill(mask == 0, -100)
+        counts = inputs.pop("answers_per_question")
+        inputs["question_index"] = torch.arange(len(counts)).repeat_interleave(counts)
+        for key in ("candidate_input_ids", "candidate_attention_mask", "k"):
+            inputs.pop(key)
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "model_class"),
+    [
+        ("visual_entailment", TCLForVisualEntailment),
+        ("nlvr", TCLForVisualReasoning),
+        ("nlvr_pretrain", TCLForTextAssignment),
+        ("vqa", TCLForQuestionAnswering),
+    ],
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_step_of_a_task_equals_the_original(golden, name, model_class, attention):
+    """Loss and gradients after one update of the teacher, and the logits of evaluation before it."""
+    file = golden(name)
+    model = file.load(model_class(tiny_config()))
+    model.set_attn_implementation(attention)
+    if "logits" in file["out"]:
+        with torch.no_grad():
+            logits = model.eval()(**task_inputs(name, file["in"])).logits
+        torch.testing.assert_close(logits, file["out"]["logits"], rtol=0, atol=TOLERANCE)
+    model.train()
+    if hasattr(model, "update_teacher"):
+        model.update_teacher()
+    loss = model(**task_inputs(name, file["in"])).loss
+    loss.backward()
+    torch.testing.assert_close(loss, file["out"]["loss"], rtol=0, atol=TOLERANCE)
+    assert_gradients(model, file["grad"])
+
+
+def test_ranking_of_answers_equals_the_original(golden):
+    file = golden("vqa")
+    model = file.load(TCLForQuestionAnswering(tiny_config())).eval()
+    inputs = file["in"]
+    ranked = model.rank_answers(
+        inputs["input_ids"],
+        inputs["pixel_values"],
+        inputs["candidate_input_ids"],
+        inputs["candidate_attention_mask"],
+        k=int(inputs["k"]),
+        attention_mask=inputs["attention_mask"],
+    )
+    assert ranked.indices.tolist() == file["out"]["topk_ids"].tolist()
+    torch.testing.assert_close(ranked.probabilities, file["out"]["topk_probs"], rtol=0, atol=TOLERANCE)

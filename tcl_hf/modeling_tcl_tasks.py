@@ -1,0 +1,611 @@
+"""Heads of TCL for question answering, visual entailment, two-image reasoning, and the pre-training of the latter.
+
+Each is `self.tcl` and a layer or two; all but text assignment learn with the momentum teacher. Any of them starts from
+a pre-training checkpoint by `from_pretrained` alone: the decoder of answers is filled from the fusion layers, fusion
+layers are repeated for two images, and the teacher's copies follow.
+
+Shapes: N texts, L tokens, A answers, C candidates, V words.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, SequenceClassifierOutput
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_tcl import TCLConfig, TCLTextConfig
+from .encoders import KeyValue, TCLLMHead, TCLPreTrainedModel, TCLTextModel, TCLTextPreTrainedModel, shape_of
+from .losses import answer_loss, distilled_cross_entropy, draw_image_pairs
+from .modeling_tcl import TCLModel, TCLTaughtModel, has_no_share
+
+ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")  # in the order of the paper's code
+REASONING_LABELS = ("False", "True")
+ASSIGNMENT_LABELS = ("first", "second", "neither")
+
+
+def _with_labels(config: TCLConfig, labels: tuple[str, ...], images_per_text: int = 1) -> TCLConfig:
+    """The config with the task's labels, unless it names its own, and with as many images per text."""
+    config = copy.deepcopy(config)
+    if all(name.startswith("LABEL_") for name in config.id2label.values()):
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: number for number, name in config.id2label.items()}
+    config.text_config.images_per_text = images_per_text
+    return config
+
+
+class _FusedClassifier(TCLTaughtModel):
+    """Classes of a text about one or several images, from the fused state of [CLS]."""
+
+    labels: tuple[str, ...]
+    images_per_text = 1
+
+    def __init__(self, config: TCLConfig):
+        config = _with_labels(config, self.labels, self.images_per_text)
+        width = config.text_config.hidden_size
+        head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.num_labels))
+        super().__init__(config, cls_head=head)
+        self.post_init()
+
+    def tie_weights(self, *args, **kwargs) -> None:
+        """Tie the weights, fill the teacher, and keep still what has no part in the loss."""
+        super().tie_weights(*args, **kwargs)
+        freeze_contrast(self.tcl)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        alpha: float | Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Classify texts about images.
+
+        Args:
+            input_ids: token ids (N, L).
+            pixel_values: an image for each text (N, 3, height, width); several as (N, images, 3, height, width).
+            attention_mask: 1 for tokens, 0 for padding (N, L).
+            labels: classes (N,), by number; -100 for texts that do not count.
+            alpha: share of the teacher's targets; `self.alpha` if None, which starts as the config's.
+            interpolate_pos_encoding: resize the image positions to images of another size.
+            output_attentions, output_hidden_states: return those of the text and fusion layers.
+
+        Returns:
+            `logits` (N, classes) and, with labels, `loss`.
+
+        Raises:
+            ValueError: if texts or images are missing, or there are not as many images as the model reads.
+        """
+        name = type(self).__name__
+        if input_ids is None or pixel_values is None:
+            raise ValueError(f"{name} reads texts about images: pass both input_ids and pixel_values.")
+        expected = self.images_per_text
+        if pixel_values.ndim != (5 if expected > 1 else 4) or (expected > 1 and pixel_values.shape[1] != expected):
+            shape = "(N, 3, height, width)" if expected == 1 else f"(N, {expected}, 3, height, width)"
+            raise ValueError(f"{name} reads pixel_values {shape}, but got {tuple(pixel_values.shape)}.")
+        images, what = (pixel_values, interpolate_pos_encoding), (output_attentions, output_hidden_states)
+        output = _fused(self.tcl, input_ids, attention_mask, *images, *what)
+        logits = self.cls_head(output.pooler_output)
+        loss = None
+        if labels is not None:
+            alpha, teacher_logits = self.soft_target_share(alpha), None
+            if not has_no_share(alpha):
+                with torch.no_grad():
+                    taught = _fused(self.teacher.tcl, input_ids, attention_mask, *images)
+                    teacher_logits = self.teacher.cls_head(taught.pooler_output)
+            per_text = distilled_cross_entropy(logits, labels, teacher_logits, alpha)
+            loss = per_text.sum() / (labels != -100).sum().clamp(min=1)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
+        )
+
+
+def _fused(
+    tcl: TCLModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    pixel_values: Tensor,
+    interpolate_pos_encoding: bool,
+    output_attentions: bool | None = None,
+    output_hidden_states: bool | None = None,
+) -> Any:
+    """The text model's output for texts (N, L) about images (N, ..., 3, height, width)."""
+    states = tcl.encode_image(pixel_values.flatten(0, -4), interpolate_pos_encoding=interpolate_pos_encoding)
+    images = states.unflatten(0, (len(pixel_values), -1)).unbind(1)  # per slot (N, 1 + P, width)
+    return tcl.text_model(
+        input_ids,
+        attention_mask,
+        encoder_hidden_states=images,
+        output_attentions=output_attentions,
+        output_hidden_states=output_hidden_states,
+    )
+
+
+def freeze_contrast(tcl: TCLModel) -> None:
+    """Keep still the projections and the temperature, which only contrastive objectives use.
+
+    They stay in the model, so that a fine-tuned checkpoint still opens as a `TCLModel`. Parameters without gradient
+    would stop a distributed run.
+    """
+    for unused in (tcl.visual_projection, tcl.text_projection):
+        unused.requires_grad_(False)
+    tcl.temperature.requires_grad_(False)
+
+
+class TCLForVisualEntailment(_FusedClassifier):
+    """TCL that tells whether an image entails a text, contradicts it, or says nothing about it (SNLI-VE)."""
+
+    labels = ENTAILMENT_LABELS
+
+
+class TCLForVisualReasoning(_FusedClassifier):
+    """TCL that tells whether a text is true of two images (NLVR2).
+
+    Every fusion layer is doubled: the first of a pair attends to the left image and the second to the right one, with
+    the same keys and values.
+    """
+
+    labels = REASONING_LABELS
+    images_per_text = 2
+
+
+class TCLForTextAssignment(TCLPreTrainedModel):
+    """TCL that tells to which of two images a text belongs, if to any: the pre-training for [`TCLForVisualReasoning`].
+
+    It has no momentum teacher.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TCLConfig):
+        super().__init__(_with_labels(config, ASSIGNMENT_LABELS, images_per_text=2))
+        self.tcl = TCLModel(self.config)
+        self.ta_head = nn.Linear(self.config.text_config.hidden_size, len(ASSIGNMENT_LABELS))
+        self.post_init()
+
+    def tie_weights(self, *args, **kwargs) -> None:
+        """Tie the weights, and keep still what has no part in the loss."""
+        super().tie_weights(*args, **kwargs)
+        freeze_contrast(self.tcl)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        first_image_index: Tensor | None = None,
+        second_image_index: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """Assign texts to one of two images.
+
+        Args:
+            input_ids: token ids (N, L).
+            pixel_values: images (B, 3, height, width); where pairs are drawn, image n belongs to text n.
+            attention_mask: 1 for tokens, 0 for padding (N, L).
+            first_image_index, second_image_index: the two images of each text (N,). Without them pairs are drawn for
+                every text, hard ones more often, and `labels` with them.
+            labels: 0 if the text belongs to the first, 1 if to the second, 2 if to neither (N,); -100 where the batch
+                has too few images for a pair.
+            interpolate_pos_encoding: resize the image positions to images of another size.
+
+        Returns:
+            `logits` (N, 3) and, with drawn or given labels, `loss`.
+
+        Raises:
+            ValueError: if texts or images are missing, or only one side of the pairs is given.
+        """
+        if input_ids is None or pixel_values is None:
+            raise ValueError("TCLForTextAssignment reads texts about images: pass both input_ids and pixel_values.")
+        if (first_image_index is None) != (second_image_index is None):
+            raise ValueError("A pair has two images: pass both first_image_index and second_image_index, or neither.")
+        states = self.tcl.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+        if first_image_index is None:
+            if len(pixel_values) != len(input_ids):
+                raise ValueError(
+                    f"Pairs are drawn for texts that belong to their images, but got {len(pixel_values)} images and "
+                    f"{len(input_ids)} texts: pass as many, or first_image_index and second_image_index."
+                )
+            with torch.no_grad():
+                drawn = draw_image_pairs(self.tcl.image_features(states[:, 0]))
+            first_image_index, second_image_index, labels = drawn
+        images = (states[first_image_index], states[second_image_index])
+        fused = self.tcl.text_model(input_ids, attention_mask, encoder_hidden_states=images)
+        logits = self.ta_head(fused.pooler_output)
+        loss = None
+        if labels is not None:
+            per_text = distilled_cross_entropy(logits, labels)
+            loss = per_text.sum() / (labels != -100).sum().clamp(min=1)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
+    """A causal text model with a language-model head, which reads a fused question as its image."""
+
+    base_model_prefix = "text_model"
+    main_input_name = "input_ids"
+    _tied_weights_keys = {"lm_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TCLTextConfig):
+        super().__init__(config)
+        self.text_model = TCLTextModel(config)  # type: ignore[arg-type]
+        self.lm_head = TCLLMHead(config)  # type: ignore[arg-type]
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The layer from states to words, whose weights are the word embeddings."""
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the layer from states to words."""
+        self.lm_head.decoder = new_embeddings
+
+    def decode(
+        self,
+        input_ids: Tensor,
+        questions: list[KeyValue],
+        question_mask: Tensor | None = None,
+        question_index: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        **what,
+    ) -> Any:
+        """States (A, L, width) of answers (A, L), each after a question.
+
+        Args:
+            questions: keys and values of Q questions for each layer, from `text_model.project_images`.
+            question_mask: their tokens (Q, P).
+            question_index: the question of each answer (A,). Without it each serves A / Q neighbouring answers.
+        """
+        states = self.text_model.encode(input_ids, attention_mask, past_key_values=past_key_values)
+        return self.text_model.fuse(
+            states.last_hidden_state,
+            attention_mask,
+            questions,
+            question_index,
+            image_mask=question_mask,
+            past_key_values=past_key_values,
+            **what,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Logits (A, L, V) of the next tokens, as transformers' generation calls it.
+
+        Args:
+            encoder_hidden_states: fused states of the questions (A, P, width); projected once where a cache is used.
+            encoder_attention_mask: their tokens (A, P).
+        """
+        if use_cache and not isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values = EncoderDecoderCache(past_key_values or DynamicCache(), DynamicCache())
+        if past_key_values is not None and past_key_values.is_updated.get(0):
+            questions = [(layer.keys, layer.values) for layer in past_key_values.cross_attention_cache.layers]
+        else:
+            questions = self.text_model.project_images(encoder_hidden_states)
+            if past_key_values is not None:
+                for number, (key, value) in enumerate(questions):
+                    past_key_values.cross_attention_cache.update(key, value, number)
+                    past_key_values.is_updated[number] = True
+        output = self.decode(
+            input_ids,
+            questions,
+            encoder_attention_mask,
+            past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
+            attention_mask=attention_mask,
+            output_attentions=bool(output_attentions),
+            output_hidden_states=bool(output_hidden_states),
+        )
+        return CausalLMOutputWithCrossAttentions(
+            logits=self.lm_head(output.last_hidden_state),
+            past_key_values=past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            cross_attentions=output.cross_attentions,
+        )
+
+
+def fill_decoder(state_dict: dict[str, Any], config: TCLTextConfig, width: int) -> dict[str, Any]:
+    """Add a decoder of answers to a checkpoint that has none: its embeddings, fusion layers and language-model head.
+
+    Decoder layer i is fusion layer i. Keys and values stay out where the images they were for have another width than
+    the questions' states.
+    """
+    if any("text_decoder." in key for key in state_dict):
+        return state_dict
+    filled = dict(state_dict)
+    for key, value in state_dict.items():
+        owner, name = ("teacher.", key.removeprefix("teacher.")) if key.startswith("teacher.") else ("", key)
+        name = name.removeprefix("tcl.")
+        if name.startswith("lm_head."):
+            filled[f"{owner}text_decoder.{name}"] = value
+        elif name.startswith("text_model.embeddings."):
+            filled[f"{owner}text_decoder.{name}"] = value
+        elif name.startswith("text_model.layers."):
+            number, rest = name.removeprefix("text_model.layers.").split(".", 1)
+            layer = int(number) - config.fusion_layer
+            fits = not rest.startswith(("cross_attn.k_proj.weight", "cross_attn.v_proj.weight"))
+            if layer >= 0 and (fits or shape_of(value)[1] == width):
+                filled[f"{owner}text_decoder.text_model.layers.{layer}.{rest}"] = value
+    return filled
+
+
+@dataclass
+class TCLQuestionAnsweringOutput(ModelOutput):
+    """Output of [`TCLForQuestionAnswering`].
+
+    Args:
+        loss: over the answers, if they were given as labels.
+        logits: of the answers' next tokens (A, L, V), if they were given.
+        encoder_last_hidden_state: states of the questions fused with their images (N, L, width).
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    encoder_last_hidden_state: Tensor | None = None
+
+
+@dataclass
+class TCLRankedAnswers(ModelOutput):
+    """The best of given candidates for each question, best first.
+
+    Args:
+        indices: which candidates (N, k).
+        probabilities: softmax of the scores over the k (N, k).
+        scores: log-probability of the first token plus that of the whole answer (N, k).
+    """
+
+    indices: Tensor | None = None
+    probabilities: Tensor | None = None
+    scores: Tensor | None = None
+
+
+class TCLForQuestionAnswering(TCLTaughtModel):
+    """TCL that answers questions about images (VQA): a causal decoder reads the question fused with its image.
+
+    `rank_answers` chooses among given answers, `generate` writes one.
+    """
+
+    def __init__(self, config: TCLConfig):
+        text = config.text_config
+        decoder_config = TCLTextConfig(
+            **text.to_dict()
+            | {
+                "num_hidden_layers": text.num_hidden_layers - text.fusion_layer,
+                "fusion_layer": 0,
+                "images_per_text": 1,
+                "causal": True,
+                "encoder_hidden_size": text.hidden_size,
+            }
+        )
+        super().__init__(config, text_decoder=TCLAnswerDecoder._from_config(decoder_config))
+        self.post_init()
+
+    def tie_weights(self, *args, **kwargs) -> None:
+        """Tie the weights, fill the teacher, and keep still what has no part in the loss."""
+        super().tie_weights(*args, **kwargs)
+        freeze_contrast(self.tcl)
+
+    def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the entries of a TCL checkpoint as this model needs them; its fusion layers fill the decoder."""
+        text = self.config.text_config
+        return super().fit_state_dict(fill_decoder(state_dict, text, text.hidden_size))
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resize the vocabulary of questions and answers, the teacher's too."""
+        self.text_decoder.resize_token_embeddings(*args, **kwargs)
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        answer_weights: Tensor | None = None,
+        question_index: Tensor | None = None,
+        alpha: float | Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> TCLQuestionAnsweringOutput:
+        """Read questions about images; with answers, compute their loss.
+
+        Args:
+            input_ids: token ids of the questions (N, L).
+            pixel_values: an image for each question (N, 3, height, width).
+            attention_mask: 1 for tokens, 0 for padding (N, L).
+            labels: token ids of answers (A, L), from [CLS] to [SEP], -100 for padding.
+            answer_weights: share of the people who gave the answer (A,); 1 if None.
+            question_index: the question of each answer (A,); without it answer n belongs to question n.
+            alpha: share of the teacher's targets; `self.alpha` if None, which starts as the config's.
+            interpolate_pos_encoding: resize the image positions to images of another size.
+
+        Raises:
+            ValueError: if questions or images are missing, or answers can not be told to belong to questions.
+        """
+        questions = self._read(self.tcl, input_ids, pixel_values, attention_mask, interpolate_pos_encoding)
+        if labels is None:
+            return TCLQuestionAnsweringOutput(encoder_last_hidden_state=questions)
+        if question_index is None and len(labels) != len(input_ids):
+            raise ValueError(
+                f"There are {len(labels)} answers to {len(input_ids)} questions: say with question_index which "
+                "question each answers."
+            )
+        alpha = self.soft_target_share(alpha)
+        answer_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id or 0)[:, :-1]
+        logits = self._answer(self, questions, attention_mask, answer_ids, question_index)
+        teacher_logits = None
+        if not has_no_share(alpha):
+            with torch.no_grad():
+                taught = self._read(self.teacher.tcl, input_ids, pixel_values, attention_mask, interpolate_pos_encoding)
+                teacher_logits = self._answer(self.teacher, taught, attention_mask, answer_ids, question_index)
+        if answer_weights is None:
+            answer_weights = torch.ones(len(labels), device=labels.device)
+        loss = answer_loss(logits, labels[:, 1:], answer_weights, len(input_ids), teacher_logits, alpha)
+        return TCLQuestionAnsweringOutput(loss, logits, questions)
+
+    @staticmethod
+    def _read(
+        tcl: TCLModel,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor | None,
+        interpolate_pos_encoding: bool = False,
+    ) -> Tensor:
+        """States of questions fused with their images (N, L, width), by student or teacher."""
+        if input_ids is None or pixel_values is None:
+            raise ValueError("A question is asked about an image: pass both input_ids and pixel_values.")
+        return _fused(tcl, input_ids, attention_mask, pixel_values, interpolate_pos_encoding).last_hidden_state
+
+    @staticmethod
+    def _answer(
+        owner: nn.Module,
+        questions: Tensor,
+        question_mask: Tensor | None,
+        answer_ids: Tensor,
+        question_index: Tensor | None,
+    ) -> Tensor:
+        """Logits of the answers' next tokens (A, L, V), by student or teacher."""
+        decoder = owner.text_decoder
+        projected = decoder.text_model.project_images(questions)
+        return decoder.lm_head(decoder.decode(answer_ids, projected, question_mask, question_index).last_hidden_state)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        candidate_ids: Tensor,
+        candidate_mask: Tensor,
+        k: int = 128,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        chunk_size: int = 2048,
+    ) -> TCLRankedAnswers:
+        """Rank given answers to questions about images.
+
+        The k candidates with the most probable first tokens are scored by the log-probability of all their tokens
+        plus that of the first: it counts twice, as in the original, whose published numbers rest on it. A question's
+        keys and values are projected once, [CLS] is read once for all candidates, and tokens that predict nothing
+        are not read.
+
+        Args:
+            input_ids, pixel_values, attention_mask: N questions, as in `forward`.
+            candidate_ids: token ids of C answers (C, L), [CLS] to [SEP], padded.
+            candidate_mask: their tokens (C, L).
+            k: candidates scored in full; all of them if there are fewer.
+            chunk_size: tokens whose logits are held at once.
+        """
+        was_training = self.training
+        self.eval()
+        questions = self._read(self.tcl, input_ids, pixel_values, attention_mask, interpolate_pos_encoding)
+        ranked = self._rank(questions, attention_mask, candidate_ids, candidate_mask, k, chunk_size)
+        self.train(was_training)
+        return ranked
+
+    def _rank(
+        self,
+        questions: Tensor,
+        question_mask: Tensor | None,
+        candidate_ids: Tensor,
+        candidate_mask: Tensor,
+        k: int,
+        chunk_size: int,
+    ) -> TCLRankedAnswers:
+        """`rank_answers` to questions that were read (N, L, width)."""
+        decoder, num_questions = self.text_decoder, len(questions)
+        projected = decoder.text_model.project_images(questions)
+        cache = DynamicCache()
+        start_ids = candidate_ids[:1, :1].expand(num_questions, 1)
+        start = decoder.decode(start_ids, projected, question_mask, past_key_values=cache).last_hidden_state
+        first_tokens = decoder.lm_head(start[:, 0]).float().log_softmax(-1)  # (N, V)
+        first, chosen = first_tokens[:, candidate_ids[:, 1]].topk(min(k, len(candidate_ids)))  # (N, k)
+        scores = 2 * first
+
+        longest = int(candidate_mask[chosen].sum(-1).max())
+        answer_ids = candidate_ids[chosen][..., 1 : longest - 1].flatten(0, 1)  # (N * k, L - 2): [SEP] predicts nothing
+        targets = candidate_ids[chosen][..., 2:longest].flatten(0, 1)
+        counts = candidate_mask[chosen][..., 2:longest].flatten(0, 1).bool()
+        if answer_ids.shape[1]:
+            cache.batch_repeat_interleave(chosen.shape[1])
+            states = decoder.decode(answer_ids, projected, question_mask, past_key_values=cache).last_hidden_state
+            rest = torch.zeros(counts.shape, device=scores.device)
+            rest[counts] = torch.cat(
+                [
+                    -F.cross_entropy(decoder.lm_head(some).float(), ids, reduction="none")
+                    for some, ids in zip(
+                        states[counts].split(chunk_size), targets[counts].split(chunk_size), strict=True
+                    )
+                ]
+            )
+            scores = scores + rest.sum(-1).view_as(scores)
+        scores, order = scores.sort(-1, descending=True)
+        return TCLRankedAnswers(chosen.gather(-1, order), scores.softmax(-1), scores)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **generation_kwargs,
+    ) -> Tensor:
+        """Write answers to questions about images, through transformers' generation.
+
+        Args:
+            input_ids, pixel_values, attention_mask: N questions, as in `forward`.
+            generation_kwargs: what `GenerationMixin.generate` takes: `max_new_tokens` (10 if nothing is said),
+                `num_beams`, `do_sample`, and so on.
+
+        Returns:
+            Token ids from [CLS] to [SEP], as `generate` of transformers returns them.
+        """
+        text = self.config.text_config
+        questions = self._read(self.tcl, input_ids, pixel_values, attention_mask, interpolate_pos_encoding)
+        if not {"max_new_tokens", "max_length", "generation_config"} & generation_kwargs.keys():
+            generation_kwargs["max_new_tokens"] = 10
+        ends = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": text.pad_token_id}
+        return self.text_decoder.generate(
+            input_ids=torch.full((len(questions), 1), text.bos_token_id, device=questions.device),
+            encoder_hidden_states=questions,
+            encoder_attention_mask=attention_mask,
+            **ends | generation_kwargs,
+        )
+
+
+__all__ = [
+    "TCLAnswerDecoder",
+    "TCLForQuestionAnswering",
+    "TCLForTextAssignment",
+    "TCLForVisualEntailment",
+    "TCLForVisualReasoning",
+    "TCLQuestionAnsweringOutput",
+    "TCLRankedAnswers",
+]

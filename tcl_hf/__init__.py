@@ -1,6 +1,6 @@
 """TCL for Hugging Face: vision-language pre-training with triple contrastive learning (CVPR 2022).
 
-Importing this package registers TCL with transformers' Auto classes.
+Importing this package registers TCL with transformers' Auto classes and pipelines.
 """
 
 from transformers import (
@@ -30,6 +30,7 @@ from .modeling_tcl_tasks import (
     TCLForVisualEntailment,
     TCLForVisualReasoning,
 )
+from .pipelines import register_pipelines
 from .processing_tcl import TCLProcessor
 from .tokenization_tcl import TCLTokenizer
 
@@ -47,6 +48,7 @@ AutoImageProcessor.register(
     TCLConfig, image_processor_classes={"torchvision": TCLImageProcessor, "pil": TCLImageProcessorPil}
 )
 AutoProcessor.register(TCLConfig, TCLProcessor)
+register_pipelines()
 
 __all__ = [
     "TCLConfig",

@@ -113,6 +113,8 @@ class TCLConfig(PreTrainedConfig):
         mlm_probability: share of the tokens masked (paper: 0.15).
         local_grid: patch features are averaged to `local_grid` x `local_grid` regions for LMI (paper: 4).
         use_momentum_teacher: `False` leaves teacher and queues out of the heads, for inference at half the memory.
+        trained_on: what the weights have learned from, `{"task": ..., "data": [...]}` for each training; evaluation
+            states its protocol by it.
 
     Raises:
         ValueError: for a weight, share or size outside its range.
@@ -136,6 +138,7 @@ class TCLConfig(PreTrainedConfig):
     itm_weight: float | int = 1.0
     mlm_weight: float | int = 1.0
     use_momentum_teacher: bool = True
+    trained_on: list | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
 

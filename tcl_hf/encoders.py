@@ -115,6 +115,11 @@ def shape_of(entry: Any) -> tuple[int, ...]:
     return tuple(entry.shape if isinstance(entry, Tensor) else entry.get_shape())
 
 
+def copy_of(entry: Any) -> Tensor:
+    """A copy of an entry of a checkpoint; the entry itself under two names would be one memory for two weights."""
+    return entry[:].clone()
+
+
 def part_of(state_dict: dict[str, Any], part: str) -> dict[str, Any]:
     """The entries of one encoder of a whole model, in the encoder's own names; all of them if it is no whole model."""
     cut = {key: key.removeprefix("tcl.") for key in state_dict if not key.startswith("teacher.")}
@@ -142,7 +147,8 @@ def repeat_fusion_layers(state_dict: dict[str, Any], config: TCLTextConfig) -> d
         for copy in range(copies):
             if copy == 0 or not _CROSS_KEY_VALUE.search(key):
                 place = first + copies * (number - first) + copy
-                repeated[f"{layers[key]['stack']}layers.{place}.{layers[key]['name']}"] = value
+                name = f"{layers[key]['stack']}layers.{place}.{layers[key]['name']}"
+                repeated[name] = value if copy == 0 else copy_of(value)
     return repeated
 
 

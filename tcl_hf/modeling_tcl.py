@@ -228,11 +228,13 @@ class TCLModel(TCLPreTrainedModel):
         output = TCLOutput()
         if pixel_values is not None:
             vision = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **what)
-            output.vision_model_output = vision
+            # Features first: transformers' feature pipelines take the first field.
             output.image_embeds = self.image_features(vision.pooler_output)
+            output.vision_model_output = vision
         if input_ids is not None:
-            output.text_model_output = self.text_model(input_ids, attention_mask, **what)
-            output.text_embeds = self.text_features(output.text_model_output.pooler_output)
+            text = self.text_model(input_ids, attention_mask, **what)
+            output.text_embeds = self.text_features(text.pooler_output)
+            output.text_model_output = text
         if pixel_values is not None and input_ids is not None:
             output.logits_per_image = similarity(output.image_embeds, output.text_embeds, self.temperature)
             output.logits_per_text = output.logits_per_image.mT
@@ -300,6 +302,7 @@ class TCLTaughtModel(TCLPreTrainedModel):
     """
 
     accepts_loss_kwargs = False  # every loss is a mean over its own batch
+    has_teacher = True  # where the config wants one
 
     def __init__(self, config: TCLConfig, **taught_heads: nn.Module):
         """Build the model; `taught_heads` are the heads that the teacher copies besides the encoders."""
@@ -308,7 +311,7 @@ class TCLTaughtModel(TCLPreTrainedModel):
         for name, head in taught_heads.items():
             self.add_module(name, head)
         self.teacher = None
-        if config.use_momentum_teacher:
+        if config.use_momentum_teacher and self.has_teacher:
             self.teacher = MomentumTeacher(tcl=self.tcl, **taught_heads)
             self.teacher.tcl.temperature = None  # the student's serves both
             tied = self._tied_weights_keys or {}

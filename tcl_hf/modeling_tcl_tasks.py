@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Seq
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_tcl import TCLConfig, TCLTextConfig
-from .encoders import KeyValue, TCLLMHead, TCLPreTrainedModel, TCLTextModel, TCLTextPreTrainedModel, shape_of
+from .encoders import KeyValue, TCLLMHead, TCLTextModel, TCLTextPreTrainedModel, copy_of
 from .losses import answer_loss, distilled_cross_entropy, draw_image_pairs
 from .modeling_tcl import TCLModel, TCLTaughtModel, has_no_share
 
@@ -30,13 +30,25 @@ ASSIGNMENT_LABELS = ("first", "second", "neither")
 
 
 def _with_labels(config: TCLConfig, labels: tuple[str, ...], images_per_text: int = 1) -> TCLConfig:
-    """The config with the task's labels, unless it names its own, and with as many images per text."""
+    """The config with the task's labels, unless it names or counts its own, and with as many images per text."""
     config = copy.deepcopy(config)
-    if all(name.startswith("LABEL_") for name in config.id2label.values()):
+    _check_images_per_text(config, images_per_text)
+    names = tuple(config.id2label.values())
+    unnamed = len(names) in (2, len(labels)) and all(name.startswith("LABEL_") for name in names)  # 2: nothing was said
+    if unnamed or names in (ENTAILMENT_LABELS, REASONING_LABELS, ASSIGNMENT_LABELS):  # those of the task before
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: number for number, name in config.id2label.items()}
     config.text_config.images_per_text = images_per_text
     return config
+
+
+def _check_images_per_text(config: TCLConfig, images_per_text: int) -> None:
+    found = config.text_config.images_per_text
+    if found not in (1, images_per_text):
+        raise ValueError(
+            f"text_config.images_per_text={found}: each fusion layer has {found} copies, and this model reads "
+            f"{images_per_text} image per text: start from a checkpoint that has one of each."
+        )
 
 
 class _FusedClassifier(TCLTaughtModel):
@@ -160,17 +172,16 @@ class TCLForVisualReasoning(_FusedClassifier):
     images_per_text = 2
 
 
-class TCLForTextAssignment(TCLPreTrainedModel):
+class TCLForTextAssignment(TCLTaughtModel):
     """TCL that tells to which of two images a text belongs, if to any: the pre-training for [`TCLForVisualReasoning`].
 
     It has no momentum teacher.
     """
 
-    accepts_loss_kwargs = False
+    has_teacher = False
 
     def __init__(self, config: TCLConfig):
         super().__init__(_with_labels(config, ASSIGNMENT_LABELS, images_per_text=2))
-        self.tcl = TCLModel(self.config)
         self.ta_head = nn.Linear(self.config.text_config.hidden_size, len(ASSIGNMENT_LABELS))
         self.post_init()
 
@@ -238,6 +249,7 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
 
     base_model_prefix = "text_model"
     main_input_name = "input_ids"
+    _supports_flash_attn = False  # see TCLForQuestionAnswering
     _tied_weights_keys = {"lm_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
     accepts_loss_kwargs = False
 
@@ -330,7 +342,7 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
         )
 
 
-def fill_decoder(state_dict: dict[str, Any], config: TCLTextConfig, width: int) -> dict[str, Any]:
+def fill_decoder(state_dict: dict[str, Any], config: TCLTextConfig) -> dict[str, Any]:
     """Add a decoder of answers to a checkpoint that has none: its embeddings, fusion layers and language-model head.
 
     Decoder layer i is fusion layer i. Keys and values stay out where the images they were for have another width than
@@ -338,20 +350,19 @@ def fill_decoder(state_dict: dict[str, Any], config: TCLTextConfig, width: int) 
     """
     if any("text_decoder." in key for key in state_dict):
         return state_dict
+    same_width = config.encoder_hidden_size == config.hidden_size
     filled = dict(state_dict)
     for key, value in state_dict.items():
         owner, name = ("teacher.", key.removeprefix("teacher.")) if key.startswith("teacher.") else ("", key)
         name = name.removeprefix("tcl.")
-        if name.startswith("lm_head."):
-            filled[f"{owner}text_decoder.{name}"] = value
-        elif name.startswith("text_model.embeddings."):
-            filled[f"{owner}text_decoder.{name}"] = value
+        if name.startswith(("lm_head.", "text_model.embeddings.")):
+            filled[f"{owner}text_decoder.{name}"] = copy_of(value)
         elif name.startswith("text_model.layers."):
             number, rest = name.removeprefix("text_model.layers.").split(".", 1)
             layer = int(number) - config.fusion_layer
-            fits = not rest.startswith(("cross_attn.k_proj.weight", "cross_attn.v_proj.weight"))
-            if layer >= 0 and (fits or shape_of(value)[1] == width):
-                filled[f"{owner}text_decoder.text_model.layers.{layer}.{rest}"] = value
+            fits = same_width or not rest.startswith(("cross_attn.k_proj", "cross_attn.v_proj"))
+            if layer >= 0 and fits:
+                filled[f"{owner}text_decoder.text_model.layers.{layer}.{rest}"] = copy_of(value)
     return filled
 
 
@@ -391,8 +402,16 @@ class TCLForQuestionAnswering(TCLTaughtModel):
     `rank_answers` chooses among given answers, `generate` writes one.
     """
 
+    # Flash attention can not mask the padding of questions where answers have another length.
+    _supports_flash_attn = False
+    # The decoder ties its own already; named here, the teacher's are tied too.
+    _tied_weights_keys = {
+        "text_decoder.lm_head.decoder.weight": "text_decoder.text_model.embeddings.word_embeddings.weight"
+    }
+
     def __init__(self, config: TCLConfig):
         text = config.text_config
+        _check_images_per_text(config, 1)
         decoder_config = TCLTextConfig(
             **text.to_dict()
             | {
@@ -403,6 +422,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
                 "encoder_hidden_size": text.hidden_size,
             }
         )
+        decoder_config._attn_implementation = text._attn_implementation
         super().__init__(config, text_decoder=TCLAnswerDecoder._from_config(decoder_config))
         self.post_init()
 
@@ -413,8 +433,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
 
     def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the entries of a TCL checkpoint as this model needs them; its fusion layers fill the decoder."""
-        text = self.config.text_config
-        return super().fit_state_dict(fill_decoder(state_dict, text, text.hidden_size))
+        return super().fit_state_dict(fill_decoder(state_dict, self.config.text_config))
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """Resize the vocabulary of questions and answers, the teacher's too."""
@@ -452,10 +471,15 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         questions = self._read(self.tcl, input_ids, pixel_values, attention_mask, interpolate_pos_encoding)
         if labels is None:
             return TCLQuestionAnsweringOutput(encoder_last_hidden_state=questions)
-        if question_index is None and len(labels) != len(input_ids):
+        if question_index is None and len(labels) != len(questions):
             raise ValueError(
-                f"There are {len(labels)} answers to {len(input_ids)} questions: say with question_index which "
+                f"There are {len(labels)} answers to {len(questions)} questions: say with question_index which "
                 "question each answers."
+            )
+        if question_index is not None and len(question_index) != len(labels):
+            raise ValueError(
+                f"question_index is of {len(question_index)} answers, but labels holds {len(labels)}: pass the "
+                "question of every answer."
             )
         alpha = self.soft_target_share(alpha)
         answer_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id or 0)[:, :-1]
@@ -467,7 +491,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
                 teacher_logits = self._answer(self.teacher, taught, attention_mask, answer_ids, question_index)
         if answer_weights is None:
             answer_weights = torch.ones(len(labels), device=labels.device)
-        loss = answer_loss(logits, labels[:, 1:], answer_weights, len(input_ids), teacher_logits, alpha)
+        loss = answer_loss(logits, labels[:, 1:], answer_weights, len(questions), teacher_logits, alpha)
         return TCLQuestionAnsweringOutput(loss, logits, questions)
 
     @staticmethod
@@ -524,10 +548,11 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         """
         was_training = self.training
         self.eval()
-        questions = self._read(self.tcl, input_ids, pixel_values, attention_mask, interpolate_pos_encoding)
-        ranked = self._rank(questions, attention_mask, candidate_ids, candidate_mask, k, chunk_size)
-        self.train(was_training)
-        return ranked
+        try:
+            questions = self._read(self.tcl, input_ids, pixel_values, attention_mask, interpolate_pos_encoding)
+            return self._rank(questions, attention_mask, candidate_ids, candidate_mask, k, chunk_size)
+        finally:
+            self.train(was_training)
 
     def _rank(
         self,

@@ -1,5 +1,7 @@
 """The processor of TCL: images to pixels, texts to tokens, with the original's text clean-up."""
 
+import copy
+
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import BatchEncoding
 
@@ -21,14 +23,26 @@ class TCLProcessor(ProcessorMixin):
     Args:
         image_processor: a [`TCLImageProcessor`] or [`TCLImageProcessorPil`].
         tokenizer: a [`TCLTokenizer`].
-        clean_text: clean texts as the original does (lower case, no punctuation, 30 words); on by default.
+        clean_text: clean texts as the original does (lower case, no punctuation, 30 words); None as the tokenizer does.
     """
 
     valid_processor_kwargs = TCLProcessorKwargs
 
-    def __init__(self, image_processor=None, tokenizer=None, clean_text: bool = True, **kwargs):
-        self.clean_text = clean_text
+    def __init__(self, image_processor=None, tokenizer=None, clean_text: bool | None = None, **kwargs):
         super().__init__(image_processor, tokenizer, **kwargs)
+        if clean_text is not None:
+            self.clean_text = clean_text
+
+    @property
+    def clean_text(self) -> bool:
+        """Whether texts are cleaned; the tokenizer's `clean_up_text`."""
+        return self.tokenizer.clean_up_text
+
+    @clean_text.setter
+    def clean_text(self, clean_text: bool) -> None:
+        if clean_text != self.clean_text:
+            self.tokenizer = copy.deepcopy(self.tokenizer)  # another processor may share it
+            self.tokenizer.clean_up_text = clean_text
 
     def __call__(self, images=None, text=None, **kwargs: Unpack[TCLProcessorKwargs]) -> BatchEncoding:
         """Make `pixel_values` of images and `input_ids`, `attention_mask` of texts.

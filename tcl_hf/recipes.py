@@ -21,6 +21,7 @@ from .collators import TCLAugmentation, TCLPreTrainingCollator, why_unusable
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
 from .convert import read_text_encoder, read_vision_encoder, start_from_encoders
 from .data import DataError, load_pairs, train_tokenizer
+from .encoders import TCLPreTrainedModel
 from .image_processing_tcl import TCLImageProcessorPil
 from .modeling_tcl import TCLForPreTraining
 from .processing_tcl import TCLProcessor
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 _SIZES = ("vision_config", "text_config", "projection_dim")  # fields of a config that a checkpoint decides
+_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")  # but not these, within them
 
 
 class RecipeError(ValueError):
@@ -60,6 +62,7 @@ class DataArguments:
     )
     color_jitter: bool = field(default=True, metadata={"help": "Jitter, grey and blur (ALBEF: no)."})
     flip: bool = field(default=True, metadata={"help": "Mirror every other view."})
+    num_operations: int = field(default=2, metadata={"help": "Further image operations drawn for a view."})
     eval_images: int = field(default=1000, metadata={"help": "Evaluate on at most so many images."})
     eval_k: int = field(default=32, metadata={"help": "Candidates re-ranked by matching."})
 
@@ -229,12 +232,44 @@ def load_data(args: DataArguments) -> tuple[Dataset | IterableDataset, list[dict
     return pairs, records
 
 
+def open_model(args: ModelArguments, model_class: type[TCLPreTrainedModel]) -> tuple[Any, TCLProcessor]:
+    """Open a TCL checkpoint as a head of `model_class`, with its processor.
+
+    The checkpoint keeps the sizes of its encoders; `config` has the last word on the other fields, `image_size` on the
+    size of images.
+
+    Raises:
+        RecipeError: if there is no checkpoint, or the arguments contradict it.
+    """
+    if args.model is None:
+        raise RecipeError("No checkpoint was named: say with --model what to start from.")
+    if args.vision_model or args.text_model or args.tokenizer:
+        raise RecipeError("--model brings its encoders and tokenizer: leave out the others.")
+    try:
+        processor = TCLProcessor.from_pretrained(args.model)
+        fields = {name: value for name, value in args.config_fields.items() if name not in _SIZES}
+        config = TCLConfig.from_pretrained(args.model, **fields)
+        for part, known in (("vision_config", config.vision_config), ("text_config", config.text_config)):
+            for name, value in args.config_fields.get(part, {}).items():
+                if name in _DROPOUT:
+                    setattr(known, name, value)
+        if args.image_size is not None:
+            config.vision_config = TCLVisionConfig(**config.vision_config.to_dict() | {"image_size": args.image_size})
+        config.text_config.bos_token_id = processor.tokenizer.cls_token_id
+        config.text_config.eos_token_id = processor.tokenizer.sep_token_id
+        size = config.vision_config.image_size
+        processor.image_processor.size = {"height": size, "width": size}
+        return model_class.from_pretrained(args.model, config=config), processor
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise RecipeError(f"{args.model} can not be opened: {error}") from error
+
+
 def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPreTraining, TCLProcessor]:
     """Make the model to pre-train and its processor.
 
-    The model goes on from a TCL checkpoint, starts from encoders of transformers, or is new; `config` has the last
-    word on its fields, `image_size` on the size. A checkpoint keeps the sizes of its encoders. The normalisation of
-    images follows the vision encoder.
+    The model goes on from a TCL checkpoint (see `open_model`), starts from encoders of transformers, or is new;
+    `config` has the last word on its fields, `image_size` on the size. The normalisation of images follows the vision
+    encoder.
 
     Args:
         captions: texts to train a tokenizer on, where none is given; read only then.
@@ -242,21 +277,9 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
     Raises:
         RecipeError: if the arguments contradict each other or the parts do not fit.
     """
+    if args.model is not None:
+        return open_model(args, TCLForPreTraining)
     try:
-        if args.model is not None:
-            if args.vision_model or args.text_model or args.tokenizer:
-                raise RecipeError("--model brings its encoders and tokenizer: leave out the others.")
-            processor = TCLProcessor.from_pretrained(args.model)
-            fields = {name: value for name, value in args.config_fields.items() if name not in _SIZES}
-            config = TCLConfig.from_pretrained(args.model, **fields)
-            if args.image_size is not None:
-                config.vision_config = TCLVisionConfig(
-                    **config.vision_config.to_dict() | {"image_size": args.image_size}
-                )
-            size = config.vision_config.image_size
-            processor.image_processor.size = {"height": size, "width": size}
-            return TCLForPreTraining.from_pretrained(args.model, config=config), processor
-
         vision = read_vision_encoder(args.vision_model, args.image_size) if args.vision_model else None
         text = None
         if args.text_model:
@@ -269,10 +292,9 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
         text_fields = (text.config if text else {}) | fields.pop("text_config", {})
         text_fields |= {"vocab_size": max(len(tokenizer), text_fields.get("vocab_size", 0) if text else 0)}
         text_fields |= {"pad_token_id": tokenizer.pad_token_id}
+        text_fields |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
         config = TCLConfig(vision_config=vision_fields, text_config=text_fields, **fields)
         model = start_from_encoders(TCLForPreTraining(config), vision, text)
-    except RecipeError:
-        raise
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise RecipeError(str(error)) from error
     size = config.vision_config.image_size
@@ -284,23 +306,28 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
     return model, TCLProcessor(image_processor, tokenizer)
 
 
-def build_collator(data: DataArguments, config: TCLConfig, processor: TCLProcessor) -> TCLPreTrainingCollator:
-    """Make the collator of a pre-training run."""
+def build_augmentation(data: DataArguments, processor: TCLProcessor) -> TCLAugmentation:
+    """Make the augmentation that the arguments describe."""
     pixels = processor.image_processor
-    augmentation = TCLAugmentation(
-        config.vision_config.image_size,
+    return TCLAugmentation(
+        pixels.size["height"],
         pixels.image_mean,
         pixels.image_std,
         crop_scale=tuple(data.crop_scale),
         color_jitter=data.color_jitter,
         flip=data.flip,
+        num_operations=data.num_operations,
     )
+
+
+def build_collator(data: DataArguments, config: TCLConfig, processor: TCLProcessor) -> TCLPreTrainingCollator:
+    """Make the collator of a pre-training run."""
     return TCLPreTrainingCollator(
         processor,
-        augmentation,
+        build_augmentation(data, processor),
+        data.max_tokens,
         two_views=data.two_views,
         mlm_probability=config.mlm_probability if config.mlm_weight else 0.0,
-        max_tokens=data.max_tokens,
     )
 
 

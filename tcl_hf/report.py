@@ -1,10 +1,15 @@
 """What a run leaves besides weights: a table of results, curves, a sheet of retrieved pictures, a model card."""
 
+import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image, ImageOps
 
 from .collators import open_image
 from .evaluation import chance_recall, encode_pairs, matching_scores
@@ -15,6 +20,8 @@ from .training import METRICS, read_metrics
 
 CURVES = "training.png"
 SHEET = "retrieved.png"
+PREDICTIONS = "predictions.png"
+SHEET_SIDE, FRAME = 160, 2  # pixels of a picture on the sheet of predictions, and of the line around it
 
 CITATION = """\
 @inproceedings{yang2022vision,
@@ -250,7 +257,7 @@ For research and for trying the package. It knows what its training data shows a
 recognises colours and coarse shapes. It has learned whatever bias is in its captions. It was not tested for any
 decision about people.
 
-{f"## Pictures{chr(10)}{chr(10)}{ATTRIBUTION}{chr(10)}{chr(10)}" if embedded else ""}## Citation
+{_credits(embedded)}## Citation
 
 ```bibtex
 {CITATION}
@@ -259,6 +266,157 @@ decision about people.
     card = ModelCard(content)
     card.save(output_dir / "README.md")
     return card
+
+
+def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Path, columns: int = 6) -> None:
+    """Draw pictures with what was asked or said of them, and the prediction, as a PNG; right ones are framed green.
+
+    The records are spread evenly over all: none is chosen for its result. Grounded phrases show their point and best
+    box beside the true ones.
+
+    Args:
+        records: what was evaluated.
+        predictions: those of an evaluator; several of one record share its `image_id`.
+    """
+    plt = _pyplot()
+    by_id = {record["image_id"]: record for record in records}
+    one_each = len(predictions) == len(records)
+    chosen = [number * len(predictions) // (2 * columns) for number in range(min(2 * columns, len(predictions)))]
+    figure, axes = plt.subplots(2, columns, figsize=(1.9 * columns, 5.2), squeeze=False, constrained_layout=True)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, number in zip(axes.flat, chosen, strict=False):
+        prediction = predictions[number]
+        record = records[number] if one_each else by_id[prediction["image_id"]]
+        pictures = [open_image(image).convert("RGB") for image in record.get("images") or [record["image"]]]
+        axis.imshow(np.concatenate([np.asarray(_framed(picture)) for picture in pictures], axis=1))
+        if "point" in prediction:
+            asked, said, right = prediction["phrase"], "", None
+            size = pictures[0].size
+            scale = SHEET_SIDE / max(size)
+            x, y = (
+                (SHEET_SIDE - scale * side) / 2 + scale * at for side, at in zip(size, prediction["point"], strict=True)
+            )
+            axis.plot(x + FRAME, y + FRAME, marker="+", color="red", markersize=12)
+        else:
+            asked = record.get("question") or record["captions"][0]
+            said = prediction.get("answer") or prediction["label"]
+            true = (record.get("answers") or [record.get("label")])[0]
+            right = said == true
+            said = said if right else f"{said} ({true})"
+        color = "black" if right is None else "tab:green" if right else "tab:red"
+        axis.set_title(textwrap.fill(asked, 24), fontsize=8)
+        axis.text(0.5, -0.08, said, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=color)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _framed(picture: Image.Image) -> Image.Image:
+    """A picture at the size of the sheet, on grey where it is not square."""
+    return ImageOps.expand(ImageOps.pad(picture, (SHEET_SIDE, SHEET_SIDE), color="lightgrey"), FRAME, "lightgrey")
+
+
+def task_table(metrics: dict[str, float], said: dict[str, Any]) -> str:
+    """A Markdown table of a task's metrics under a line that says how they were measured."""
+    line = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in said.items() if value is not False)
+    rows = [f"| {name} | {value:.2f} |" for name, value in metrics.items() if name not in ("step", "epoch")]
+    return "\n".join([f"Measured with: {line}.", "", "| metric | value |", "|---|---|", *rows])
+
+
+def plot_task(lines: list[dict[str, float]], metric: str, path: Path) -> None:
+    """Plot the loss and one metric of the lines of a `metrics.jsonl` as a PNG."""
+    plt = _pyplot()
+    figure, (loss, measured) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    for axis, name in ((loss, "loss"), (measured, metric)):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o" if axis is measured else None)
+        axis.set(xlabel="step", ylabel=name, title="Training loss" if axis is loss else "Held-out data")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_task_report(
+    output_dir: Path,
+    metrics: dict[str, float],
+    said: dict[str, Any],
+    num_train: int,
+    base_model: str,
+    command: str,
+    metric: str,
+) -> str:
+    """Write curve and model card of a fine-tuning run into its folder; return its table of results.
+
+    Args:
+        metrics: those of the run's last evaluation; the table shows those of the model that was kept.
+        said: how they were measured, see `tasks.statement`.
+        num_train: records trained on.
+        metric: the one that the model was kept by; the first one if empty.
+    """
+    evaluated = [line for line in read_metrics(output_dir / METRICS) if "loss" not in line]
+    metric = metric or next((name for name in metrics if name not in ("step", "epoch")), "loss")
+    best = max(evaluated, key=lambda line: line.get(metric, -math.inf), default=metrics)
+    plot_task(read_metrics(output_dir / METRICS), metric, output_dir / CURVES)
+    table = task_table(best, said)
+    results = [
+        EvalResult(
+            task_type=said["task"],
+            dataset_type=said["dataset"],
+            dataset_name=said["dataset"],
+            dataset_split=said["split"],
+            metric_type=name,
+            metric_value=round(value, 2),
+            metric_args={key: said[key] for key in ("protocol", "k", "resolution") if key in said},
+        )
+        for name, value in best.items()
+        if name not in ("step", "epoch") and said["split"] and "/" not in name
+    ]
+    name = output_dir.resolve().name
+    card_data = ModelCardData(
+        library_name="transformers",
+        license="cc-by-sa-4.0" if said["dataset"] in ("scenes", "openmoji") else None,
+        tags=["tcl", "vision-language", said["task"].replace("_", "-")],
+        model_name=name,
+        eval_results=results or None,
+    )
+    base = Path(base_model).resolve().name if Path(base_model).exists() else base_model
+    card = ModelCard(f"""---
+{card_data.to_yaml()}
+---
+
+# {name}
+
+A TCL model (vision-language pre-training with triple contrastive learning, CVPR 2022) for
+{said["task"].replace("_", " ")}, fine-tuned by `tcl_hf` on {num_train} records of {said["dataset"]} from `{base}`.
+
+## Results
+
+{table}
+
+![loss and metric]({CURVES})
+
+## Training
+
+`{command}`
+
+## Intended use and limits
+
+For research. It knows what its training data shows and no more, and has learned whatever bias is in it. It was not
+tested for any decision about people.
+
+{_credits(said["dataset"] in ("scenes", "openmoji"))}## Citation
+
+```bibtex
+{CITATION}
+```
+""")
+    card.save(output_dir / "README.md")
+    return table
+
+
+def _credits(shows_emojis: bool) -> str:
+    """The section that the licence of the pictures asks for."""
+    return f"## Pictures\n\n{ATTRIBUTION}\n\n" if shows_emojis else ""
 
 
 def _pyplot():

@@ -2,8 +2,8 @@
 
 import re
 
-from tokenizers import processors
-from transformers import BertTokenizer
+from tokenizers import Regex, normalizers, processors
+from transformers import BatchEncoding, BertTokenizer
 
 _DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 _WHITE_SPACE_RUN = re.compile(r"\s{2,}")
@@ -58,18 +58,31 @@ def _first_words(text: str, max_words: int) -> str:
 
 
 class TCLTokenizer(BertTokenizer):
-    """BERT's tokenizer without [SEP]: the input of TCL is `[CLS] tokens`.
+    """BERT's tokenizer without [SEP]: the input of TCL is `[CLS] tokens`, of texts cleaned as captions are.
+
+    The clean-up is part of the tokenizer's normalizer, so that it holds for whoever passes texts straight to the
+    tokenizer. Offsets are those of the text as given; special tokens such as [MASK] stay. Only the limit of words is
+    left to `clean_caption` and `clean_question`.
 
     Args:
         add_sep_token: end texts with [SEP] after all, as VQA answers do.
+        clean_up_text: delete punctuation as `clean_caption` does; on by default. An argument of a call of the same
+            name goes before it: VQA answers are read as they stand.
 
     The other arguments are those of `BertTokenizer`.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
 
-    def __init__(self, vocab: str | dict[str, int] | None = None, *args, add_sep_token: bool = False, **kwargs):
-        super().__init__(vocab, *args, add_sep_token=add_sep_token, **kwargs)
+    def __init__(
+        self,
+        vocab: str | dict[str, int] | None = None,
+        *args,
+        add_sep_token: bool = False,
+        clean_up_text: bool = True,
+        **kwargs,
+    ):
+        super().__init__(vocab, *args, add_sep_token=add_sep_token, clean_up_text=clean_up_text, **kwargs)
         self.add_sep_token = add_sep_token
         sep = f" {self.sep_token}" if add_sep_token else ""
         self._tokenizer.post_processor = processors.TemplateProcessing(
@@ -77,6 +90,37 @@ class TCLTokenizer(BertTokenizer):
             pair=f"{self.cls_token} $A{sep} $B{sep}",
             special_tokens=[(self.cls_token, self.cls_token_id), (self.sep_token, self.sep_token_id)],
         )
+        self._normalizer_of_bert = self._tokenizer.normalizer
+        self.clean_up_text = clean_up_text
+
+    @property
+    def clean_up_text(self) -> bool:
+        """Whether texts are cleaned as captions are."""
+        return self._clean_up_text
+
+    @clean_up_text.setter
+    def clean_up_text(self, clean_up_text: bool) -> None:
+        self._clean_up_text = clean_up_text
+        steps = [self._normalizer_of_bert]
+        if clean_up_text:
+            steps = [
+                *([normalizers.Lowercase()] if self.do_lower_case else []),
+                *(
+                    normalizers.Replace(Regex(pattern.pattern), replacement)
+                    for pattern, replacement in ((_DELETED, ""), (_COMPOUND, " "), (_PERSON_BRACKET, ""))
+                ),
+                self._normalizer_of_bert,
+            ]
+        self._tokenizer.normalizer = normalizers.Sequence(steps)
+
+    def _encode_plus(self, *args, clean_up_text: bool | None = None, **kwargs) -> BatchEncoding:
+        if clean_up_text in (None, self.clean_up_text):
+            return super()._encode_plus(*args, **kwargs)
+        self.clean_up_text = clean_up_text
+        try:
+            return super()._encode_plus(*args, **kwargs)
+        finally:
+            self.clean_up_text = not clean_up_text
 
 
 __all__ = ["TCLTokenizer", "clean_caption", "clean_caption_with_origins", "clean_question"]

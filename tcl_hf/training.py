@@ -82,7 +82,13 @@ class TrainingArguments:
     torch_compile: bool = field(default=False, metadata={"help": "Compile the forward."})
     num_workers: int = field(default=4, metadata={"help": "Processes that prepare batches."})
     logging_steps: int = field(default=50, metadata={"help": "Write the mean losses each so many steps."})
+    alpha_ramp: bool = field(
+        default=True, metadata={"help": "Raise alpha from 0 over the first epoch (paper: not for visual entailment)."}
+    )
     eval_steps: int = field(default=0, metadata={"help": "Evaluate each so many steps; 0 for the end only."})
+    keep_best: str = field(
+        default="", metadata={"help": "Keep the model with the highest value of this metric; that of the end if empty."}
+    )
     save_steps: int = field(default=0, metadata={"help": "Write a checkpoint each so many steps; 0 for none."})
     save_total_limit: int = field(default=2, metadata={"help": "Keep so many checkpoints."})
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in output_dir."})
@@ -99,11 +105,12 @@ class Progress:
     step: int = 0  # optimizer steps done
     epoch: int = 0
     batch: int = 0  # batches of this epoch done, per process
+    best: float = -math.inf  # of the metric by which the model is kept
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, float]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         vars(self).update(state)
 
 
@@ -115,13 +122,13 @@ def train(
     args: TrainingArguments,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> dict[str, float]:
-    """Train a head with a momentum teacher; save it with its processor, metrics and checkpoints in `output_dir`.
+    """Train a head; save it with its processor, metrics and checkpoints in `output_dir`.
 
     Args:
-        model: a model with `update_teacher()`, whose output has `loss` and losses by name.
+        model: a `TCLTaughtModel`, whose output has `loss`, and perhaps losses by name.
         pairs: records, map-style or a stream.
         collator: makes batches of records; its `skipped`, if any, notes bad samples.
-        evaluate: called with the model each `eval_steps` and at the end; returns metrics by name.
+        evaluate: called with the model each `eval_steps` and at the end, by every process; returns metrics by name.
 
     Returns:
         The last line of `metrics.jsonl`.
@@ -175,6 +182,8 @@ def train(
         broadcast(buffer)
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
+    if args.keep_best and evaluate is None:
+        raise TrainingError(f"keep_best={args.keep_best} needs data to evaluate on: name some, or leave it out.")
     if args.report_to:
         accelerator.init_trackers("tcl_hf", config={k: str(v) for k, v in vars(args).items()})
 
@@ -216,7 +225,8 @@ def train(
                 lr = learning_rate(args, progress.step, progress.epoch, num_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                alpha = bare_model.config.alpha * min(1.0, progress.step / steps_per_epoch)
+                ramp = min(1.0, progress.step / steps_per_epoch) if args.alpha_ramp else 1.0
+                alpha = bare_model.config.alpha * ramp
                 # A compiled forward takes a tensor: each new number would compile it again.
                 share = torch.full((), alpha, device=accelerator.device) if args.torch_compile else alpha
             with accelerator.accumulate(model):
@@ -244,15 +254,16 @@ def train(
                 skipped.check()
                 log.write(line)
                 bar.set_postfix({k: f"{line[k]:.3g}" for k in ("loss", "pairs_per_second") if k in line})
-            if last:  # before the evaluation, which may fail
-                accelerator.wait_for_everyone()
+            if last and not args.keep_best:  # before the evaluation, which may fail
                 guard.check(newest_checkpoint(output_dir))
-                if accelerator.is_main_process:
-                    accelerator.unwrap_model(model).save_pretrained(output_dir)
-                    processor.save_pretrained(output_dir)
+                _save_model(accelerator, model, processor, output_dir)
             if evaluate and (last or (args.eval_steps and progress.step % args.eval_steps == 0)):
-                metrics = evaluate(accelerator.unwrap_model(model)) if accelerator.is_main_process else {}
+                guard.check(newest_checkpoint(output_dir))
+                metrics = evaluate(accelerator.unwrap_model(model))
                 accelerator.wait_for_everyone()
+                if args.keep_best and _metric(metrics, args.keep_best) > progress.best:
+                    progress.best = metrics[args.keep_best]
+                    _save_model(accelerator, model, processor, output_dir)
                 line = {"step": progress.step, "epoch": progress.epoch, **metrics}
                 log.write(line)
                 model.train()
@@ -274,6 +285,19 @@ def train(
     bar.close()
     accelerator.end_training()
     return line
+
+
+def _save_model(accelerator: Accelerator, model: nn.Module, processor: TCLProcessor, output_dir: Path) -> None:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+
+
+def _metric(metrics: dict[str, float], name: str) -> float:
+    if name not in metrics:
+        raise TrainingError(f"keep_best: there is no metric '{name}' among {', '.join(metrics)}.")
+    return metrics[name]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, rule: str = "matrices") -> list[dict]:

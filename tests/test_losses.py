@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 from tcl_hf.losses import (
     NO_IMAGE_ID,
+    answer_loss,
     cma_loss,
+    distilled_cross_entropy,
+    draw_image_pairs,
     imc_loss,
     itm_loss,
     lmi_loss,
@@ -295,6 +298,127 @@ def test_soft_cross_entropy_with_one_hot_targets_is_cross_entropy():
     logits, labels = torch.randn(5, V), torch.randint(V, (5,))
     expected = F.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(soft_cross_entropy(logits, F.one_hot(labels, V).float()), expected)
+
+
+def slow_distilled(logits, label, teacher, alpha):
+    """One row, one class at a time."""
+    log_p = [logit - torch.log(sum(other.exp() for other in logits)) for logit in logits]
+    if label == -100:
+        return 0 * log_p[0]
+    total = sum(math.exp(other) for other in teacher.tolist())
+    soft = -sum(math.exp(other) / total * log_p[number] for number, other in enumerate(teacher.tolist()))
+    return (1 - alpha) * -log_p[label] + alpha * soft
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_distilled_cross_entropy_equals_slow_loop(as_tensor):
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(5, V, requires_grad=True), torch.randn(5, V)
+    labels = torch.tensor([3, -100, 0, 10, -100])
+    for alpha in (0.0, 0.3, 1.0):
+        given = torch.tensor(alpha) if as_tensor else alpha
+        computed = distilled_cross_entropy(logits, labels, teacher, given)
+        slow = torch.stack([slow_distilled(logits[i], int(labels[i]), teacher[i], alpha) for i in range(5)])
+        torch.testing.assert_close(computed, slow, rtol=1e-5, atol=1e-6)
+        assert_same(computed.sum(), slow.sum(), logits)
+        assert (computed[labels == -100] == 0).all()
+    hard = [slow_distilled(logits[i], int(labels[i]), teacher[i], 0.0) for i in range(5)]
+    torch.testing.assert_close(distilled_cross_entropy(logits, labels), torch.stack(hard), rtol=1e-5, atol=1e-6)
+
+
+def test_distilled_cross_entropy_of_equal_logits_is_the_log_of_the_classes():
+    loss = distilled_cross_entropy(torch.zeros(2, V), torch.tensor([1, 2]), torch.randn(2, V), 0.4)
+    torch.testing.assert_close(loss, torch.full((2,), math.log(V)))
+
+
+def test_distilled_cross_entropy_gives_the_teacher_no_gradient():
+    logits, teacher = torch.randn(2, V, requires_grad=True), torch.randn(2, V, requires_grad=True)
+    distilled_cross_entropy(logits, torch.tensor([1, 2]), teacher, 0.4).sum().backward()
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_answer_loss_equals_slow_loop(alpha):
+    """Summed over tokens, not averaged: a longer answer counts for more."""
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(N, L, V, requires_grad=True), torch.randn(N, L, V)
+    labels = torch.tensor([[1, 2, 3], [4, -100, -100], [5, 6, -100], [-100, -100, -100]])
+    weights, num_questions, slow = torch.tensor([1.0, 0.5, 0.2, 0.7]), 2, 0.0
+    for answer in range(N):
+        for token in range(L):
+            loss = slow_distilled(logits[answer, token], int(labels[answer, token]), teacher[answer, token], alpha)
+            slow = slow + weights[answer] * loss / num_questions
+    assert_same(answer_loss(logits, labels, weights, num_questions, teacher, alpha), slow, logits)
+    if alpha == 0:
+        assert_same(answer_loss(logits, labels, weights, num_questions), slow, logits)
+
+
+def test_answer_loss_of_equal_logits_counts_the_weighted_tokens():
+    labels = torch.tensor([[1, 2, -100], [3, 4, 5]])
+    loss = answer_loss(torch.zeros(2, 3, V), labels, torch.tensor([0.5, 1.0]), 4)
+    assert loss.item() == pytest.approx((0.5 * 2 + 1.0 * 3) * math.log(V) / 4, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def drawn_pairs():
+    """4,000 draws for a batch of four: first and second images and labels, each (4000, 4), and the similarities."""
+    torch.manual_seed(0)
+    features = unit(N, D, seed=1)
+    draws = [torch.stack(draw_image_pairs(features, temperature=0.5)) for _ in range(4000)]
+    return (*torch.stack(draws, dim=1), features @ features.T / 0.5)
+
+
+def chi_square(counts: torch.Tensor, shares: torch.Tensor) -> float:
+    expected = shares.double() / shares.sum() * counts.sum()
+    possible = expected > 0
+    assert (counts[~possible] == 0).all()
+    return ((counts[possible] - expected[possible]) ** 2 / expected[possible]).sum().item()
+
+
+def test_drawn_pairs_have_the_own_image_where_the_label_says(drawn_pairs):
+    first, second, labels, _ = drawn_pairs
+    own = torch.arange(N).expand_as(first)
+    assert torch.equal(first == own, labels == 0)
+    assert torch.equal(second == own, labels == 1)
+    assert (first != second).all()  # without replacement
+    counts = torch.bincount(labels.flatten(), minlength=3)
+    assert chi_square(counts, torch.ones(3)) < 13.8  # 99.9 % quantile with 2 degrees of freedom
+
+
+def test_drawn_others_follow_the_softmax_without_the_own(drawn_pairs):
+    """One other by the softmax; two by the softmax and then by that of those left: by a chi-square test."""
+    first, second, labels, logits = drawn_pairs
+    for row in range(N):
+        share = logits[row].exp() * (torch.arange(N) != row)
+        share = share / share.sum()
+        one = torch.cat([second[labels[:, row] == 0, row], first[labels[:, row] == 1, row]])
+        assert chi_square(torch.bincount(one, minlength=N), share) < 13.8  # 2 degrees of freedom
+        neither = labels[:, row] == 2
+        pairs = first[neither, row] * N + second[neither, row]
+        both = share[:, None] * share / (1 - share[:, None]) * (1 - torch.eye(N))
+        assert chi_square(torch.bincount(pairs, minlength=N * N), both.flatten()) < 20.5  # 5 degrees of freedom
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_batches_with_too_few_images_have_no_pair(number):
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(60):
+        first, second, labels = draw_image_pairs(unit(number, D, seed=1))
+        own = torch.arange(number)
+        for indices in (first, second):
+            assert ((indices >= 0) & (indices < number)).all()
+        for row in range(number):
+            seen.add(int(labels[row]))
+            if labels[row] >= 0:
+                pair = (own[row], 1 - own[row])
+                assert (first[row], second[row]) == (pair if labels[row] == 0 else pair[::-1])
+    assert seen == ({-100} if number == 1 else {0, 1, -100})
+
+
+def test_drawn_pairs_survive_features_that_are_all_equal():
+    first, second, labels = draw_image_pairs(unit(1, D, seed=0).expand(3, D))
+    assert (first != second).all() and (labels >= 0).all()
 
 
 def test_losses_are_float32_under_autocast(tau):

@@ -1,6 +1,7 @@
 """Recipes and command line: the paper's numbers, overrides, and clear refusals."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tcl_hf.recipes import (
     load_data,
     parse_recipe,
 )
+from tcl_hf.tasks import TaskArguments
 from tcl_hf.training import TrainingArguments
 
 RECIPES = Path(__file__).parents[1] / "scripts" / "recipes"
@@ -31,9 +33,39 @@ TINY = [
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
-    data, model, training = parse_recipe(TYPES, recipe, [])
+    of_a_task = re.search(r"^task: ", recipe.read_text(), flags=re.MULTILINE)
+    types = (TaskArguments, *TYPES[1:]) if of_a_task else TYPES
+    data, model, training = parse_recipe(types, recipe, [])
     assert data.data and training.output_dir.startswith("runs/")
     assert isinstance(model.config_fields, dict)
+
+
+@pytest.mark.parametrize(
+    ("name", "learning_rate", "warmup", "epochs", "batch_size"),
+    [
+        ("tcl_retrieval_coco", 1e-5, 100, 5, 32),
+        ("tcl_retrieval_flickr30k", 1e-5, 100, 10, 32),
+        ("tcl_vqa", 2e-5, 400, 8, 32),
+        ("tcl_snli_ve", 2e-5, 100, 5, 32),
+        ("tcl_nlvr2", 2e-5, 100, 10, 16),
+        ("tcl_refcoco_plus", 1e-5, 100, 5, 32),
+    ],
+)
+def test_the_paper_s_fine_tuning_has_the_paper_s_numbers(name, learning_rate, warmup, epochs, batch_size):
+    data, model, training = parse_recipe((TaskArguments, *TYPES[1:]), RECIPES / f"{name}.yaml", [])
+    assert (training.epochs, training.batch_size, training.warmup_steps) == (epochs, batch_size, warmup)
+    assert (training.learning_rate, training.min_learning_rate) == (learning_rate, 1e-6)
+    assert (training.warmup_learning_rate, training.weight_decay, training.schedule) == (1e-5, 0.02, "paper")
+    assert model.image_size == 384 and model.config_fields["alpha"] == 0.4
+    assert training.alpha_ramp == (name != "tcl_snli_ve")
+    assert data.crop_scale == ([1.0, 1.0] if name == "tcl_refcoco_plus" else [0.5, 1.0])
+    k = {"tcl_retrieval_coco": 256, "tcl_retrieval_flickr30k": 128, "tcl_vqa": 128}
+    assert data.eval_k == k.get(name, data.eval_k)
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones():
+    with pytest.raises(RecipeError, match=r"no task 'captioning'.*visual_entailment"):
+        parse_recipe((TaskArguments, *TYPES[1:]), RECIPES / "easy_vqa.yaml", ["--task", "captioning"])
 
 
 def test_the_paper_s_recipe_has_the_paper_s_numbers():

@@ -19,9 +19,10 @@ FLOORS = [
     {"configuration_tcl", "losses", "metrics"},
     {"momentum", "encoders"},
     {"modeling_tcl", "modeling_tcl_tasks", "processing_tcl", "image_processing_tcl", "tokenization_tcl"},
-    {"convert", "grounding", "openmoji", "data", "collators"},
-    {"evaluation", "baselines"},
+    {"convert", "grounding", "openmoji", "data", "annotations", "easy_vqa", "scenes", "collators"},
+    {"evaluation", "pipelines", "baselines"},
     {"training", "recipes", "report"},
+    {"tasks"},
 ]
 # Within a floor, these modules stand on others of it.
 BESIDE = {
@@ -29,8 +30,9 @@ BESIDE = {
     "processing_tcl": {"tokenization_tcl"},
     "data": {"openmoji"},
     "annotations": {"data"},
+    "easy_vqa": {"annotations"},
+    "scenes": {"annotations", "openmoji"},
     "collators": {"data"},
-    "baselines": {"evaluation"},
     "report": {"training"},
 }
 EXPORTED = {"configuration_tcl", "losses", "momentum", "encoders", "modeling_tcl", "modeling_tcl_tasks"}

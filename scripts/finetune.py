@@ -1,0 +1,63 @@
+"""Fine-tune TCL for a task: `accelerate launch scripts/finetune.py --recipe FILE [--name value ...]`."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import set_seed
+
+from tcl_hf.data import DataError
+from tcl_hf.recipes import ModelArguments, RecipeError, open_model, parse_recipe
+from tcl_hf.report import write_task_report
+from tcl_hf.tasks import (
+    ANSWERS,
+    TASKS,
+    TaskArguments,
+    add_words,
+    build_task_collator,
+    candidate_answers,
+    load_task,
+    statement,
+)
+from tcl_hf.training import NonFiniteError, TrainingArguments, TrainingError, train
+
+DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "easy_vqa.yaml"
+
+
+def main() -> None:
+    data, parts, args = parse_recipe((TaskArguments, ModelArguments, TrainingArguments), DEFAULT_RECIPE)
+    task, output_dir = TASKS[data.task], Path(args.output_dir)
+    set_seed(args.seed)
+    records = load_task(data)
+    held_out = load_task(data, validation=True) if data.validation_split and task.evaluate else None
+    model, processor = open_model(parts, task.model_class)
+    if data.add_words:
+        add_words(model, processor, records)
+    answers = candidate_answers(data, records)
+    model.config.trained_on = [*(model.config.trained_on or []), {"task": data.task, "data": [data.dataset_name]}]
+    collator = build_task_collator(data, model.config, processor)
+
+    def evaluate(model):
+        return task.evaluate(model, processor, held_out, data, answers).metrics
+
+    metrics = train(model, records, collator, processor, args, evaluate if held_out else None)
+
+    if PartialState().is_main_process:
+        if answers:
+            (output_dir / ANSWERS).write_text(json.dumps(answers, ensure_ascii=False) + "\n")
+        said = statement(data, model.config, len(held_out) if held_out else 0)
+        command = " ".join(["accelerate launch", *sys.argv])
+        print(write_task_report(output_dir, metrics, said, len(records), parts.model, command, args.keep_best))
+        print(f"Model, processor, metrics and card are in {output_dir}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("accelerate", "httpx", "httpx2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        main()
+    except (DataError, RecipeError, TrainingError, NonFiniteError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,304 @@
+"""Small embedded data for the tasks: scenes composed of OpenMoji pictures, with statements whose truth follows.
+
+A scene is white, and shows 2 to 4 different objects, out of 20 pictures that pre-training saw. For statements they
+stand in a 2 x 2 grid. One of the cells may hold a closed card, which hides one more object, different from those that
+show: what it hides nobody can tell, and this alone makes a statement *neutral*. For grounding, the objects
+have random sizes and lie anywhere without overlap.
+
+A fifth of all pairs of objects is held out, drawn with a fixed seed: no training scene shows both objects of such a
+pair, and every validation scene does. In each template the labels are equally frequent, and so are cards in the
+pictures of both labels that allow one, so that the statement alone says nothing.
+"""
+
+import functools
+import io
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from datasets import Dataset
+from PIL import Image, ImageDraw
+
+from .annotations import ENTAILMENT_FEATURES, PHRASE_FEATURES, REASONING_FEATURES
+from .openmoji import load_openmoji
+
+OBJECTS = (
+    *("balloon", "banana", "bicycle", "bus", "butterfly", "cactus", "camera", "crab", "frog", "guitar"),
+    *("helicopter", "house", "key", "lemon", "lion", "mushroom", "penguin", "pizza", "rose", "sunflower"),
+)
+SIDE = 64  # pixels of a scene
+CELL = SIDE // 2
+HELD_OUT_SHARE = 0.2
+SEED = 0
+NUM_SCENES = {"train": 20_000, "validation": 1_800}
+
+_SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What lies in the cells 0 to 3 (row by row): an object's number, `CARD`, or None."""
+
+    cells: tuple[int | None, ...]
+
+    @property
+    def objects(self) -> set[int]:
+        """The objects that show."""
+        return {cell for cell in self.cells if cell is not None and cell != CARD}
+
+    def row_of(self, item: int) -> int:
+        """0 if it lies in the upper row, 1 if in the lower one."""
+        return self.cells.index(item) // 2
+
+
+CARD = -1
+LABELS = ("contradiction", "neutral", "entailment")
+
+
+@functools.cache
+def _pictures() -> list[Image.Image]:
+    """The objects' pictures."""
+    rows = load_openmoji("train", size=CELL)
+    pictures = {row["captions"][0]: row["image"]["bytes"] for row in rows}
+    return [Image.open(io.BytesIO(pictures[name])).convert("RGB") for name in OBJECTS]
+
+
+class _Composer:
+    """Draws objects, arrangements and pictures of one split."""
+
+    def __init__(self, split: str):
+        if split not in _SPLITS:
+            raise ValueError(f"scenes have no split '{split}': choose one of {', '.join(_SPLITS)}.")
+        self.split = split
+        self.random = random.Random(f"{SEED}-{split}")
+        pairs = list(itertools.combinations(range(len(OBJECTS)), 2))
+        random.Random(SEED).shuffle(pairs)
+        self.held_out = {frozenset(pair) for pair in pairs[: round(HELD_OUT_SHARE * len(pairs))]}
+        self.pictures = _pictures()
+
+    def objects(self, number: int, *, including: Iterable[int] = (), excluding: Iterable[int] = ()) -> set[int]:
+        """Draw so many objects, in a combination that the split may show."""
+        including = set(including)
+        others = [item for item in range(len(OBJECTS)) if item not in including.union(excluding)]
+        while True:
+            drawn = including.union(self.random.sample(others, number - len(including)))
+            pairs = (frozenset(pair) for pair in itertools.combinations(drawn, 2))
+            if any(pair in self.held_out for pair in pairs) == (self.split == "validation"):
+                return drawn
+
+    def arrange(self, objects: set[int], card: bool) -> Scene:
+        """Lay objects, and perhaps a card, into cells."""
+        cells: list[int | None] = [*sorted(objects), *([CARD] if card else [])]
+        cells += [None] * (4 - len(cells))
+        self.random.shuffle(cells)
+        return Scene(tuple(cells))
+
+    def draw(self, scene: Scene) -> Image.Image:
+        """The scene's picture; everything lies up to 2 pixels off its place."""
+        picture = Image.new("RGB", (SIDE, SIDE), "white")
+        for number, cell in enumerate(scene.cells):
+            if cell is None:
+                continue
+            shift_x, shift_y = self.random.randint(-2, 2), self.random.randint(-2, 2)
+            corner = (number % 2 * CELL + 2 + shift_x, number // 2 * CELL + 2 + shift_y)
+            if cell == CARD:
+                box = (*corner, corner[0] + CELL - 5, corner[1] + CELL - 5)
+                ImageDraw.Draw(picture).rectangle(box, fill=(90, 90, 90), outline=(30, 30, 30), width=2)
+            else:
+                picture.paste(self.pictures[cell].resize((CELL - 4, CELL - 4)), corner)
+        return picture
+
+
+Statement = tuple[str, Scene]
+
+
+def _there_is(composer: _Composer, label: str, number: int, card: bool) -> Statement:
+    """ "there is a X": shown; not shown and no card; not shown, but there is a card."""
+    item = composer.random.randrange(len(OBJECTS))
+    shown = {"including": {item}} if label == "entailment" else {"excluding": {item}}
+    objects = composer.objects(number, **shown)
+    hidden = {"entailment": card, "contradiction": False, "neutral": True}[label]
+    return f"there is a {OBJECTS[item]}", composer.arrange(objects, hidden)
+
+
+def _there_is_no(composer: _Composer, label: str, number: int, card: bool) -> Statement:
+    """The negation: what was entailed is contradicted."""
+    opposite = {"entailment": "contradiction", "contradiction": "entailment"}.get(label, label)
+    text, scene = _there_is(composer, opposite, number, card)
+    return text.replace(" a ", " no "), scene
+
+
+def _there_are_both(composer: _Composer, label: str, number: int, card: bool) -> Statement:
+    """ "there is a X and a Y": both shown; one is not and there is no card; one is not, but there is a card."""
+    first, second = composer.random.sample(range(len(OBJECTS)), 2)
+    while (frozenset((first, second)) in composer.held_out) != (composer.split == "validation"):
+        first, second = composer.random.sample(range(len(OBJECTS)), 2)
+    if label == "entailment":
+        objects = composer.objects(number, including={first, second})
+    else:
+        objects = composer.objects(number, including={first}, excluding={second})
+    hidden = {"entailment": card, "contradiction": False, "neutral": True}[label]
+    names = [OBJECTS[first], OBJECTS[second]]
+    composer.random.shuffle(names)
+    return f"there is a {names[0]} and a {names[1]}", composer.arrange(objects, hidden)
+
+
+def _in_row(composer: _Composer, label: str, number: int, card: bool) -> Statement:
+    """ "there is a X in the top row": it lies there; in the other row; it does not show, and a card lies there."""
+    item, row = composer.random.randrange(len(OBJECTS)), composer.random.randrange(2)
+    shown = {"excluding": {item}} if label == "neutral" else {"including": {item}}
+    objects = composer.objects(number, **shown)
+    while True:
+        scene = composer.arrange(objects, card or label == "neutral")
+        place = scene.row_of(CARD if label == "neutral" else item)
+        if place == (row if label != "contradiction" else 1 - row):
+            return f"there is a {OBJECTS[item]} in the {('top', 'bottom')[row]} row", scene
+
+
+ENTAILMENT_TEMPLATES: tuple[Callable[[_Composer, str, int, bool], Statement], ...] = (
+    _there_is,
+    _there_is_no,
+    _there_are_both,
+    _in_row,
+)
+
+
+def load_scene_entailment(split: str = "train") -> Dataset:
+    """Statements about one scene each, as records of visual entailment: `image`, `captions`, `label`.
+
+    An object that shows is a fact, one that does not is absent, unless a card may hide it: then the statement is
+    neutral. Templates and labels come in turn, so that each is equally frequent in each.
+    """
+
+    def rows() -> Iterator[dict]:
+        composer = _Composer(split)
+        turns = itertools.cycle(itertools.product(ENTAILMENT_TEMPLATES, LABELS, (False, True)))
+        for number, (template, label, card) in enumerate(itertools.islice(turns, NUM_SCENES[split])):
+            text, scene = template(composer, label, composer.random.randint(2, 3), card)
+            yield {
+                "image": _png(composer.draw(scene)),
+                "image_id": f"{split}-{number}",
+                "captions": [text],
+                "label": label,
+                "pair_id": f"{split}-{number}",
+            }
+
+    return Dataset.from_list(list(rows()), features=ENTAILMENT_FEATURES)
+
+
+def _both(left: bool, right: bool) -> bool:
+    return left and right
+
+
+def _only_left(left: bool, right: bool) -> bool:
+    return left and not right
+
+
+def _only_right(left: bool, right: bool) -> bool:
+    return right and not left
+
+
+def _neither(left: bool, right: bool) -> bool:
+    return not left and not right
+
+
+REASONING_TEMPLATES: tuple[tuple[str, Callable[[bool, bool], bool]], ...] = (
+    ("both pictures show a {}", _both),
+    ("only the left picture shows a {}", _only_left),
+    ("only the right picture shows a {}", _only_right),
+    ("neither picture shows a {}", _neither),
+)
+
+
+def load_scene_reasoning(split: str = "train") -> Dataset:
+    """Statements about two scenes each, as records of two-image reasoning: `images`, `captions`, `label`, `pair_id`.
+
+    Where a statement is false, the ways in which it can be are equally frequent.
+    """
+
+    def rows() -> Iterator[dict]:
+        composer = _Composer(split)
+        shown = list(itertools.product((False, True), repeat=2))
+        turns = itertools.cycle(itertools.product(REASONING_TEMPLATES, (True, False)))
+        for number, ((text, rule), label) in enumerate(itertools.islice(turns, NUM_SCENES[split])):
+            sides = composer.random.choice([sides for sides in shown if rule(*sides) == label])
+            item = composer.random.randrange(len(OBJECTS))
+            pictures = []
+            for side in sides:
+                key = {"including": {item}} if side else {"excluding": {item}}
+                objects = composer.objects(composer.random.randint(2, 4), **key)
+                pictures.append(_png(composer.draw(composer.arrange(objects, card=False))))
+            yield {
+                "images": pictures,
+                "image_id": f"{split}-{number}",
+                "captions": [text.format(OBJECTS[item])],
+                "label": str(label),
+                "pair_id": f"{split}-{number}-0-0",
+            }
+
+    return Dataset.from_list(list(rows()), features=REASONING_FEATURES)
+
+
+def load_scene_phrases(split: str = "train") -> Dataset:
+    """Scenes with a caption that names their objects, as records of grounding: `image`, `captions`, `phrases`.
+
+    Sides of the boxes are uniform from 18 to 30 pixels, and places uniform among those without overlap.
+    """
+
+    def rows() -> Iterator[dict]:
+        composer = _Composer(split)
+        for number in range(NUM_SCENES[split]):
+            objects = sorted(composer.objects(composer.random.randint(2, 4)))
+            composer.random.shuffle(objects)
+            picture = Image.new("RGB", (SIDE, SIDE), "white")
+            boxes = _places(composer.random, len(objects))
+            for item, (left, top, right, _) in zip(objects, boxes, strict=True):
+                picture.paste(composer.pictures[item].resize((right - left, right - left)), (left, top))
+            caption, phrases = "", []
+            for place, item in enumerate(objects):
+                caption += "" if not place else " and " if place == len(objects) - 1 else " "
+                phrase = f"a {OBJECTS[item]}"
+                phrases.append(
+                    {
+                        "caption_index": 0,
+                        "start": len(caption),
+                        "end": len(caption) + len(phrase),
+                        "types": [],
+                        "boxes": [[float(corner) for corner in boxes[place]]],
+                        "phrase_id": f"{split}-{number}-{place}",
+                    }
+                )
+                caption += phrase
+            yield {
+                "image": _png(picture),
+                "image_id": f"{split}-{number}",
+                "captions": [caption],
+                "phrases": phrases,
+                "proposals": [],
+                "width": SIDE,
+                "height": SIDE,
+            }
+
+    return Dataset.from_list(list(rows()), features=PHRASE_FEATURES)
+
+
+def _places(generator: random.Random, number: int) -> list[tuple[int, int, int, int]]:
+    """Boxes of random sizes and places that do not overlap; all are drawn anew when one does."""
+    while True:
+        boxes = []
+        for _ in range(number):
+            side = generator.randint(18, 30)
+            left, top = generator.randint(0, SIDE - side), generator.randint(0, SIDE - side)
+            boxes.append((left, top, left + side, top + side))
+        overlap = any(
+            a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a, b in itertools.combinations(boxes, 2)
+        )
+        if not overlap:
+            return boxes
+
+
+def _png(picture: Image.Image) -> dict:
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return {"bytes": file.getvalue(), "path": None}

@@ -287,7 +287,7 @@ def candidate_answers(args: TaskArguments, records: Dataset | None, folder: str 
 
 
 def add_words(model: PreTrainedModel, processor: TCLProcessor, records: Dataset) -> list[str]:
-    """Add the words of a task's texts and answers that the tokenizer cuts to pieces, and embed them anew.
+    """Add the words of a task's texts and answers that the tokenizer cuts to pieces or does not know; return them.
 
     For small vocabularies: what was trained on names of things lacks the words of questions.
     """
@@ -298,7 +298,8 @@ def add_words(model: PreTrainedModel, processor: TCLProcessor, records: Dataset)
             texts = [record[column]] if isinstance(record[column], str) else record[column]
             for text in texts:
                 words.update((clean_question(text) if column == "question" else clean_caption(text)).split())
-    new = sorted(word for word in words if len(processor.tokenizer.tokenize(word)) != 1)
+    pieces = {word: processor.tokenizer.tokenize(word) for word in words}
+    new = sorted(word for word, own in pieces.items() if len(own) != 1 or own[0] == processor.tokenizer.unk_token)
     processor.tokenizer.add_tokens([AddedToken(word, single_word=True) for word in new])
     model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
     return new

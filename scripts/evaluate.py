@@ -49,11 +49,9 @@ def main() -> None:
     accelerator = Accelerator()
     records = load_task(data, validation=True)
     model, processor = open_model(parts, task.model_class)
-    train_records = None
-    if data.add_words and not model.config.trained_on:
-        train_records = load_task(data)
-        add_words(model, processor, train_records)
-    answers = candidate_answers(data, train_records, parts.model)
+    if data.add_words:  # a fine-tuned model has them
+        add_words(model, processor, records)
+    answers = candidate_answers(data, None, parts.model)
     if how.shuffle_images:
         records = shuffle_images(records)
     evaluation = task.evaluate(model.to(accelerator.device), processor, records, data, answers)

@@ -17,6 +17,7 @@ from tcl_hf.recipes import (
     build_collator,
     build_model,
     load_data,
+    name_of,
     parse_recipe,
 )
 from tcl_hf.report import RunFacts, write_report
@@ -30,6 +31,8 @@ def main() -> None:
     set_seed(args.seed)
     pairs, records = load_data(data)
     model, processor = build_model(parts, captions_of(pairs))
+    learned = {"task": "pretraining", "data": [name_of([source]) for source in data.data]}
+    model.config.trained_on = [*(model.config.trained_on or []), learned]
     collator = build_collator(data, model.config, processor)
 
     def evaluate(model):

@@ -330,6 +330,7 @@ class TCLPreTrainingCollator(_Collator):
         DataError: if nothing is left of a batch, unless `empty_batches`.
     """
 
+    augmentation: TCLAugmentation = None  # type: ignore[assignment]  # made in __post_init__
     two_views: bool = True
     mlm_probability: float = 0.15
     with_image_ids: bool = False

@@ -306,6 +306,13 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
     return model, TCLProcessor(image_processor, tokenizer)
 
 
+def name_of(sources: Sequence[str]) -> str:
+    """What data is called in results: the first source's name without folder, ending and split."""
+    stem = Path(sources[0].rstrip("/")).name.split(".")[0].split("*")[0] if sources else "?"
+    words = [word for word in stem.replace("-", "_").split("_") if word not in ("train", "val", "dev", "test")]
+    return "_".join(word for word in words if word) or stem
+
+
 def build_augmentation(data: DataArguments, processor: TCLProcessor) -> TCLAugmentation:
     """Make the augmentation that the arguments describe."""
     pixels = processor.image_processor

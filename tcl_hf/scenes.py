@@ -1,13 +1,16 @@
 """Small embedded data for the tasks: scenes composed of OpenMoji pictures, with statements whose truth follows.
 
-A scene is white, and shows 2 to 4 different objects, out of 20 pictures that pre-training saw. For statements they
+A scene is white, and shows 2 to 4 different objects, out of 12 pictures that pre-training saw. For statements they
 stand in a 2 x 2 grid. One of the cells may hold a closed card, which hides one more object, different from those that
-show: what it hides nobody can tell, and this alone makes a statement *neutral*. For grounding, the objects
-have random sizes and lie anywhere without overlap.
+show: what it hides nobody can tell, and this alone makes a statement *neutral*. For grounding, the objects have random
+sizes and lie anywhere without overlap.
 
-A fifth of all pairs of objects is held out, drawn with a fixed seed: no training scene shows both objects of such a
-pair, and every validation scene does. In each template the labels are equally frequent, and so are cards in the
-pictures of both labels that allow one, so that the statement alone says nothing.
+Some pairs of objects are held out, 12 of 66: the objects are put on a circle in a random order of fixed seed, and each
+is held out with its neighbours. No training scene shows both objects of such a pair, and every validation scene does.
+
+In each template the labels are equally frequent, so that the statement alone says nothing, and half of the pictures of
+entailed statements have a card. Statements begin with the object, as the names that pre-training read: from there a
+small model learns them in minutes, from "there is a ..." it does not.
 """
 
 import functools
@@ -24,12 +27,11 @@ from .annotations import ENTAILMENT_FEATURES, PHRASE_FEATURES, REASONING_FEATURE
 from .openmoji import load_openmoji
 
 OBJECTS = (
-    *("balloon", "banana", "bicycle", "bus", "butterfly", "cactus", "camera", "crab", "frog", "guitar"),
-    *("helicopter", "house", "key", "lemon", "lion", "mushroom", "penguin", "pizza", "rose", "sunflower"),
+    *("banana", "bicycle", "bus", "cactus", "camera", "frog"),
+    *("guitar", "house", "lion", "mushroom", "penguin", "pizza"),
 )
 SIDE = 64  # pixels of a scene
 CELL = SIDE // 2
-HELD_OUT_SHARE = 0.2
 SEED = 0
 NUM_SCENES = {"train": 20_000, "validation": 1_800}
 
@@ -72,9 +74,9 @@ class _Composer:
             raise ValueError(f"scenes have no split '{split}': choose one of {', '.join(_SPLITS)}.")
         self.split = split
         self.random = random.Random(f"{SEED}-{split}")
-        pairs = list(itertools.combinations(range(len(OBJECTS)), 2))
-        random.Random(SEED).shuffle(pairs)
-        self.held_out = {frozenset(pair) for pair in pairs[: round(HELD_OUT_SHARE * len(pairs))]}
+        circle = list(range(len(OBJECTS)))
+        random.Random(SEED).shuffle(circle)
+        self.held_out = {frozenset(pair) for pair in zip(circle, [*circle[1:], circle[0]], strict=True)}
         self.pictures = _pictures()
 
     def objects(self, number: int, *, including: Iterable[int] = (), excluding: Iterable[int] = ()) -> set[int]:
@@ -95,18 +97,15 @@ class _Composer:
         return Scene(tuple(cells))
 
     def draw(self, scene: Scene) -> Image.Image:
-        """The scene's picture; everything lies up to 2 pixels off its place."""
+        """The scene's picture."""
         picture = Image.new("RGB", (SIDE, SIDE), "white")
         for number, cell in enumerate(scene.cells):
-            if cell is None:
-                continue
-            shift_x, shift_y = self.random.randint(-2, 2), self.random.randint(-2, 2)
-            corner = (number % 2 * CELL + 2 + shift_x, number // 2 * CELL + 2 + shift_y)
+            left, top = number % 2 * CELL, number // 2 * CELL
             if cell == CARD:
-                box = (*corner, corner[0] + CELL - 5, corner[1] + CELL - 5)
+                box = (left + 3, top + 3, left + CELL - 4, top + CELL - 4)
                 ImageDraw.Draw(picture).rectangle(box, fill=(90, 90, 90), outline=(30, 30, 30), width=2)
-            else:
-                picture.paste(self.pictures[cell].resize((CELL - 4, CELL - 4)), corner)
+            elif cell is not None:
+                picture.paste(self.pictures[cell], (left, top))
         return picture
 
 
@@ -114,51 +113,47 @@ Statement = tuple[str, Scene]
 
 
 def _there_is(composer: _Composer, label: str, number: int, card: bool) -> Statement:
-    """ "there is a X": shown; not shown and no card; not shown, but there is a card."""
+    """ "X is there": shown; not shown and no card; not shown, but there is a card."""
     item = composer.random.randrange(len(OBJECTS))
     shown = {"including": {item}} if label == "entailment" else {"excluding": {item}}
     objects = composer.objects(number, **shown)
     hidden = {"entailment": card, "contradiction": False, "neutral": True}[label]
-    return f"there is a {OBJECTS[item]}", composer.arrange(objects, hidden)
-
-
-def _there_is_no(composer: _Composer, label: str, number: int, card: bool) -> Statement:
-    """The negation: what was entailed is contradicted."""
-    opposite = {"entailment": "contradiction", "contradiction": "entailment"}.get(label, label)
-    text, scene = _there_is(composer, opposite, number, card)
-    return text.replace(" a ", " no "), scene
+    return f"{OBJECTS[item]} is there", composer.arrange(objects, hidden)
 
 
 def _there_are_both(composer: _Composer, label: str, number: int, card: bool) -> Statement:
-    """ "there is a X and a Y": both shown; one is not and there is no card; one is not, but there is a card."""
+    """ "X and Y are there": both shown; one or both not and no card; one not, but there is a card."""
     first, second = composer.random.sample(range(len(OBJECTS)), 2)
     while (frozenset((first, second)) in composer.held_out) != (composer.split == "validation"):
         first, second = composer.random.sample(range(len(OBJECTS)), 2)
+    shown = {"including": {first}, "excluding": {second}}
     if label == "entailment":
-        objects = composer.objects(number, including={first, second})
-    else:
-        objects = composer.objects(number, including={first}, excluding={second})
+        shown = {"including": {first, second}}
+    elif label == "contradiction" and composer.random.random() < 0.5:
+        shown = {"excluding": {first, second}}
     hidden = {"entailment": card, "contradiction": False, "neutral": True}[label]
     names = [OBJECTS[first], OBJECTS[second]]
     composer.random.shuffle(names)
-    return f"there is a {names[0]} and a {names[1]}", composer.arrange(objects, hidden)
+    return f"{names[0]} and {names[1]} are there", composer.arrange(composer.objects(number, **shown), hidden)
 
 
 def _in_row(composer: _Composer, label: str, number: int, card: bool) -> Statement:
-    """ "there is a X in the top row": it lies there; in the other row; it does not show, and a card lies there."""
+    """ "X is in the top row": it lies there; in the other row, or nowhere and no card in this row; it does not
+    show, and a card lies in this row."""
     item, row = composer.random.randrange(len(OBJECTS)), composer.random.randrange(2)
-    shown = {"excluding": {item}} if label == "neutral" else {"including": {item}}
+    elsewhere = label == "contradiction" and composer.random.random() < 0.5
+    shown = {"including": {item}} if label == "entailment" or elsewhere else {"excluding": {item}}
     objects = composer.objects(number, **shown)
     while True:
         scene = composer.arrange(objects, card or label == "neutral")
-        place = scene.row_of(CARD if label == "neutral" else item)
-        if place == (row if label != "contradiction" else 1 - row):
-            return f"there is a {OBJECTS[item]} in the {('top', 'bottom')[row]} row", scene
+        card_here = CARD in scene.cells and scene.row_of(CARD) == row
+        item_here = item in scene.objects and scene.row_of(item) == row
+        if item_here == (label == "entailment") and (elsewhere or item_here or card_here == (label == "neutral")):
+            return f"{OBJECTS[item]} is in the {('top', 'bottom')[row]} row", scene
 
 
 ENTAILMENT_TEMPLATES: tuple[Callable[[_Composer, str, int, bool], Statement], ...] = (
     _there_is,
-    _there_is_no,
     _there_are_both,
     _in_row,
 )
@@ -187,27 +182,11 @@ def load_scene_entailment(split: str = "train") -> Dataset:
     return Dataset.from_list(list(rows()), features=ENTAILMENT_FEATURES)
 
 
-def _both(left: bool, right: bool) -> bool:
-    return left and right
-
-
-def _only_left(left: bool, right: bool) -> bool:
-    return left and not right
-
-
-def _only_right(left: bool, right: bool) -> bool:
-    return right and not left
-
-
-def _neither(left: bool, right: bool) -> bool:
-    return not left and not right
-
-
 REASONING_TEMPLATES: tuple[tuple[str, Callable[[bool, bool], bool]], ...] = (
-    ("both pictures show a {}", _both),
-    ("only the left picture shows a {}", _only_left),
-    ("only the right picture shows a {}", _only_right),
-    ("neither picture shows a {}", _neither),
+    ("{} in both pictures", lambda left, right: left and right),
+    ("{} in one of the pictures or in both", lambda left, right: left or right),
+    ("{} in the left picture", lambda left, right: left),
+    ("{} in the right picture", lambda left, right: right),
 )
 
 

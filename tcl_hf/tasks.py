@@ -39,7 +39,7 @@ from .modeling_tcl_tasks import (
     TCLForVisualReasoning,
 )
 from .processing_tcl import TCLProcessor
-from .recipes import DataArguments, RecipeError, build_augmentation
+from .recipes import DataArguments, RecipeError, build_augmentation, name_of
 from .scenes import load_scene_entailment, load_scene_phrases, load_scene_reasoning
 from .tokenization_tcl import clean_caption, clean_question
 
@@ -78,13 +78,6 @@ class TaskArguments(DataArguments):
             raise RecipeError(f"There is no task '{self.task}': choose one of {', '.join(TASKS)}.")
         if self.dataset_name is None:
             self.dataset_name = name_of(self.data)
-
-
-def name_of(sources: Sequence[str]) -> str:
-    """What data is called in results: the first source's name without folder, ending and split."""
-    stem = Path(sources[0].rstrip("/")).name.split(".")[0].split("*")[0] if sources else "?"
-    words = [word for word in stem.replace("-", "_").split("_") if word not in ("train", "val", "dev", "test")]
-    return "_".join(word for word in words if word) or stem
 
 
 Evaluator = Callable[[Any, TCLProcessor, Sequence[dict], TaskArguments, list[str]], Evaluation]

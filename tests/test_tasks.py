@@ -30,7 +30,7 @@ from tcl_hf.evaluation import (
     evaluate_retrieval,
 )
 from tcl_hf.grounding import heat_point, matching_heat_map
-from tcl_hf.recipes import RecipeError
+from tcl_hf.recipes import RecipeError, name_of
 from tcl_hf.tasks import (
     TASKS,
     TaskArguments,
@@ -38,7 +38,6 @@ from tcl_hf.tasks import (
     build_task_collator,
     candidate_answers,
     load_task,
-    name_of,
     protocol,
     shuffle_images,
 )
@@ -231,7 +230,14 @@ def phrases(number: int = 4) -> list[dict]:
                 "image_id": str(i),
                 "captions": ["not looked at", caption],
                 "phrases": [
-                    {"caption_index": 1, "start": a, "end": b, "types": ["animals"], "boxes": boxes, "phrase_id": f"{i}-{a}"}
+                    {
+                        "caption_index": 1,
+                        "start": a,
+                        "end": b,
+                        "types": ["animals"],
+                        "boxes": boxes,
+                        "phrase_id": f"{i}-{a}",
+                    }
                     for a, b, boxes in spans
                 ],
                 "proposals": [[0.0, 0.0, 10.0, 10.0], [2.0, 2.0, 20.0, 20.0]] if i % 2 else [],
@@ -306,7 +312,9 @@ def test_processes_share_the_work_and_all_get_the_whole_result(tmp_path):
             if isinstance(mine, dict):
                 assert mine == pytest.approx(alone, abs=1e-5)
             else:
-                assert [p.get("label", p.get("answer")) for p in mine] == [p.get("label", p.get("answer")) for p in alone]
+                assert [p.get("label", p.get("answer")) for p in mine] == [
+                    p.get("label", p.get("answer")) for p in alone
+                ]
 
 
 # The table

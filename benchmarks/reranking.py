@@ -1,0 +1,121 @@
+"""Time re-ranked retrieval against the plain two loops, on the same model and data: `python benchmarks/reranking.py`.
+
+The plain way is that of the original: for each image its k texts, for each text its k images, every pair with keys and
+values of its own, all texts padded to the longest. Scores must agree; times are those of scoring, without encoding.
+
+Without `--model` and `--data` a random model of the small size reads random images and texts.
+"""
+
+import argparse
+import time
+
+import torch
+from torch import Tensor
+
+from tcl_hf import TCLConfig, TCLForImageTextRetrieval
+from tcl_hf.data import load_pairs
+from tcl_hf.evaluation import NOT_SCORED, EncodedPairs, candidates, encode_pairs, matching_scores
+from tcl_hf.modeling_tcl import MATCHES
+from tcl_hf.processing_tcl import TCLProcessor
+
+
+def random_pairs(images: int, texts: int) -> tuple[TCLForImageTextRetrieval, EncodedPairs]:
+    """A 384-wide model with three fusion layers, and states as its encoders would give them."""
+    torch.manual_seed(0)
+    config = TCLConfig(
+        vision_config={"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 6, "intermediate_size": 1536},
+        text_config={
+            "hidden_size": 384,
+            "num_hidden_layers": 9,
+            "fusion_layer": 6,
+            "num_attention_heads": 12,
+            "intermediate_size": 1536,
+        },
+        use_momentum_teacher=False,
+    )
+    model = TCLForImageTextRetrieval(config).eval()
+    lengths = torch.randint(8, 31, (texts,))
+    mask = (torch.arange(30) < lengths[:, None]).long()
+    unit = torch.nn.functional.normalize
+    return model, EncodedPairs(
+        image_rows=list(range(images)),
+        image_states=torch.randn(images, 65, 384),
+        text_states=torch.randn(texts, 30, 384),
+        attention_mask=mask,
+        image_embeds=unit(torch.randn(images, 64), dim=-1),
+        text_embeds=unit(torch.randn(texts, 64), dim=-1),
+        image_of_text=torch.arange(texts) % images,
+        texts=[],
+    )
+
+
+@torch.no_grad()
+def plain_scores(
+    model: TCLForImageTextRetrieval, pairs: EncodedPairs, k: int, images: list[int], texts: list[int]
+) -> tuple[dict[tuple[int, int], float], int]:
+    """Scores of pairs (image, text) by two loops over some images and texts, and how many were computed."""
+    similarity = pairs.image_embeds @ pairs.text_embeds.mT
+    scores, computed = {}, 0
+
+    def match(image: Tensor, text: Tensor) -> None:
+        nonlocal computed
+        logits = model.match(pairs.text_states[text], pairs.attention_mask[text], pairs.image_states[image])
+        computed += len(logits)
+        for i, t, score in zip(image.tolist(), text.tolist(), logits[:, MATCHES].tolist(), strict=True):
+            scores[i, t] = score
+
+    for i in images:
+        top = similarity[i].topk(k).indices
+        match(torch.full_like(top, i), top)
+    for t in texts:
+        top = similarity[:, t].topk(k).indices
+        match(top, torch.full_like(top, t))
+    return scores, computed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", help="folder of a TCL model")
+    parser.add_argument("--data", help="source of pairs")
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--texts", type=int, default=5000, help="of a random model; real data has its own")
+    parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--part", type=float, default=0.02, help="share of the plain loops that is run")
+    args = parser.parse_args()
+    if args.model:
+        model = TCLForImageTextRetrieval.from_pretrained(args.model, use_momentum_teacher=False).eval()
+        records = list(load_pairs(args.data, args.split).take(args.images))
+        start = time.perf_counter()
+        pairs = encode_pairs(model, TCLProcessor.from_pretrained(args.model), records, progress=True)
+        print(f"encoding: {time.perf_counter() - start:.1f} s")
+    else:
+        model, pairs = random_pairs(args.images, args.texts)
+    num_images, num_texts = len(pairs.image_embeds), len(pairs.text_embeds)
+
+    start = time.perf_counter()
+    ours = matching_scores(model, pairs, args.k, progress=True)
+    seconds = time.perf_counter() - start
+    scored = int((ours != NOT_SCORED).sum())
+    images = list(range(0, num_images, max(round(1 / args.part), 1)))
+    texts = list(range(0, num_texts, max(round(1 / args.part), 1)))
+    start = time.perf_counter()
+    plain, computed = plain_scores(model, pairs, args.k, images, texts)
+    plain_seconds = (time.perf_counter() - start) * (num_images + num_texts) / (len(images) + len(texts))
+    difference = max(abs(ours[i, t].item() - score) for (i, t), score in plain.items())
+
+    all_pairs = args.k * (num_images + num_texts)
+    chosen = candidates(pairs.image_embeds @ pairs.text_embeds.mT, args.k)
+    assert scored == sum(len(row) for row in chosen)
+    print(f"{num_images} images x {num_texts} texts, k = {args.k}, {torch.get_num_threads()} threads")
+    print("| | pairs | seconds | pairs / s |\n|---|---|---|---|")
+    print(f"| ours | {scored} | {seconds:.1f} | {scored / seconds:.0f} |")
+    print(
+        f"| two loops (from {computed} pairs) | {all_pairs} | {plain_seconds:.1f} | {all_pairs / plain_seconds:.0f} |"
+    )
+    print(f"| ratio | {all_pairs / scored:.2f} | {plain_seconds / seconds:.2f} | |")
+    print(f"largest difference of a score: {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -47,8 +47,8 @@ def main() -> None:
         raise RecipeError(f"The task {data.task} has nothing to evaluate: fine-tune its model for another one.")
     set_seed(args.seed)
     accelerator = Accelerator()
-    records = load_task(data, validation=True)
     model, processor = open_model(parts, task.model_class)
+    records = load_task(data, validation=True)
     if data.add_words:  # a fine-tuned model has them
         add_words(model, processor, records)
     answers = candidate_answers(data, None, parts.model)

@@ -30,9 +30,9 @@ def main() -> None:
     data, parts, args = parse_recipe((TaskArguments, ModelArguments, TrainingArguments), DEFAULT_RECIPE)
     task, output_dir = TASKS[data.task], Path(args.output_dir)
     set_seed(args.seed)
+    model, processor = open_model(parts, task.model_class)
     records = load_task(data)
     held_out = load_task(data, validation=True) if data.validation_split and task.evaluate else None
-    model, processor = open_model(parts, task.model_class)
     if data.add_words:
         add_words(model, processor, records)
     answers = candidate_answers(data, records)

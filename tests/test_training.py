@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import Trainer
 from transformers import TrainingArguments as TrainerArguments
 
-from tcl_hf import TCLForPreTraining, TCLModel
+from tcl_hf import TCLForPreTraining, TCLForTextAssignment, TCLModel
 from tcl_hf.collators import TCLPreTrainingCollator
 from tcl_hf.data import DataError
 from tcl_hf.training import (
@@ -433,3 +433,38 @@ def test_transformers_trainer_trains_with_model_collator_and_callback(tmp_path, 
     assert not any("stands still" in record.message for record in caplog.records)
     trainer.save_model(tmp_path / "model")
     TCLForPreTraining.from_pretrained(tmp_path / "model")
+
+
+def test_the_model_of_the_best_evaluation_is_kept(tmp_path):
+    scores = iter([1.0, 3.0, 2.0])
+    kept = {}
+
+    def evaluate(model):
+        score = next(scores)
+        kept[score] = model.itm_head.weight.detach().clone()
+        return {"accuracy": score}
+
+    tiny_run(tmp_path, evaluate=evaluate, eval_steps=2, max_steps=6, keep_best="accuracy")
+    saved = TCLForPreTraining.from_pretrained(tmp_path).itm_head.weight
+    assert torch.equal(saved, kept[3.0])
+    assert not torch.equal(saved, kept[2.0])
+
+
+def test_keeping_the_best_needs_something_to_measure(tmp_path):
+    with pytest.raises(TrainingError, match="needs data to evaluate on"):
+        tiny_run(tmp_path, keep_best="accuracy")
+    with pytest.raises(TrainingError, match="no metric 'accuracy' among recall"):
+        tiny_run(tmp_path / "other", evaluate=lambda model: {"recall": 1.0}, keep_best="accuracy")
+
+
+@pytest.mark.parametrize(("ramp", "expected"), [(True, [0.0, 0.4 / 3, 0.8 / 3, 0.4]), (False, [0.4] * 4)])
+def test_alpha_rises_over_the_first_epoch_unless_it_shall_not(tmp_path, ramp, expected):
+    tiny_run(tmp_path, max_steps=4, alpha_ramp=ramp)
+    assert [line["alpha"] for line in read_metrics(tmp_path / "metrics.jsonl")] == pytest.approx(expected)
+
+
+def test_a_head_without_teacher_trains(tmp_path):
+    torch.manual_seed(0)
+    collator = TCLPreTrainingCollator(tiny_processor(), two_views=False, mlm_probability=0)
+    tiny_run(tmp_path, model=TCLForTextAssignment(small_patches()), collator=collator)
+    assert all(math.isfinite(loss) for loss in losses(tmp_path))

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Seq
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_tcl import TCLConfig, TCLTextConfig
-from .encoders import KeyValue, TCLLMHead, TCLTextModel, TCLTextPreTrainedModel, copy_of
+from .encoders import KeyValue, TCLLMHead, TCLTextModel, TCLTextPreTrainedModel, copy_of, shape_of
 from .losses import answer_loss, distilled_cross_entropy, draw_image_pairs
 from .modeling_tcl import TCLModel, TCLTaughtModel, has_no_share
 
@@ -68,6 +68,14 @@ class _FusedClassifier(TCLTaughtModel):
         """Tie the weights, fill the teacher, and keep still what has no part in the loss."""
         super().tie_weights(*args, **kwargs)
         freeze_contrast(self.tcl)
+
+    def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return the entries of a TCL checkpoint as this model needs them; a head for other classes starts new."""
+        last = "cls_head.2.weight"
+        if last in state_dict and shape_of(state_dict[last])[0] != self.config.num_labels:
+            heads = ("cls_head.", "teacher.cls_head.")
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(heads)}
+        return super().fit_state_dict(state_dict)
 
     @can_return_tuple
     def forward(

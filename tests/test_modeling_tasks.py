@@ -988,3 +988,14 @@ def test_transformers_trainer_trains_a_head_with_the_callback(model_class, tmp_p
     assert not torch.equal(model.teacher.get_parameter(head), taught_before)
     trainer.save_model(tmp_path / "model")
     model_class.from_pretrained(tmp_path / "model")
+
+
+def test_a_head_for_other_classes_starts_new(tmp_path):
+    """Fine-tuning for one task goes on from a checkpoint of another, whose classes mean something else."""
+    entailment = TCLForVisualEntailment(small_patches())
+    entailment.save_pretrained(tmp_path)
+    model = TCLForVisualReasoning.from_pretrained(tmp_path)
+    assert model.config.id2label == {0: "False", 1: "True"}
+    assert model.cls_head[2].weight.shape[0] == 2
+    assert torch.equal(model.tcl.visual_projection.weight, entailment.tcl.visual_projection.weight)
+    assert torch.equal(model.teacher.cls_head[2].weight, model.cls_head[2].weight)

@@ -1,6 +1,7 @@
 """What a run leaves besides weights: a table of results, curves, a sheet of retrieved pictures, a model card."""
 
 import math
+import random
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -271,7 +272,7 @@ decision about people.
 def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Path, columns: int = 6) -> None:
     """Draw pictures with what was asked or said of them, and the prediction, as a PNG; right ones are framed green.
 
-    The records are spread evenly over all: none is chosen for its result. Grounded phrases show their point and best
+    The records are drawn with a fixed seed: none is chosen for its result. Grounded phrases show their point and best
     box beside the true ones.
 
     Args:
@@ -281,7 +282,7 @@ def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Pat
     plt = _pyplot()
     by_id = {record["image_id"]: record for record in records}
     one_each = len(predictions) == len(records)
-    chosen = [number * len(predictions) // (2 * columns) for number in range(min(2 * columns, len(predictions)))]
+    chosen = random.Random(0).sample(range(len(predictions)), min(2 * columns, len(predictions)))
     figure, axes = plt.subplots(2, columns, figsize=(1.9 * columns, 5.2), squeeze=False, constrained_layout=True)
     for axis in axes.flat:
         axis.set_axis_off()

@@ -317,7 +317,7 @@ def test_entailment_of_a_table_whose_labels_are_numbers_with_names(tmp_path):
 @pytest.mark.parametrize("label", ["entails", "", 2])
 def test_another_label_is_named(tmp_path, label):
     rows = [{"image": "1", "sentence": "a", "label": "neutral"}, {"image": "1", "sentence": "a", "label": label}]
-    message = rf"rows.json, row 2: its label is {label!r}: it must be one of entailment, neutral, contradiction\."
+    message = rf"rows.json, row 2: its label is {label!r}: it must be one of contradiction, neutral, entailment\."
     with pytest.raises(DataError, match=message):
         load_entailment(write_json(tmp_path, rows))
 
@@ -450,7 +450,7 @@ def test_images_of_nlvr2_are_joined_by_id(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"label": "maybe"}, "its label is 'maybe': it must be one of True, False"),
+        ({"label": "maybe"}, "its label is 'maybe': it must be one of False, True"),
         ({"label": "True", "images": ["0.png"]}, r"its images are \['0.png'\]: there must be two paths"),
         ({"label": "True", "image_0": "0.png"}, "it has no 'image_1'"),
         ({"label": "True"}, "it has no 'images'"),

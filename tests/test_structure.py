@@ -109,11 +109,12 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
         runpy.run_path(str(file), run_name="__main__")
 
 
-def test_the_readme_is_finished_and_its_links_lead_somewhere():
-    text = (ROOT / "README.md").read_text()
-    assert not re.search(r"\b[A-Z]+_[A-Z_]+\b", text.replace("FOLDER_OR_HUB_NAME", ""))
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_a_page_is_finished_and_its_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    assert not re.search(r"\b(RESULTS|RERANK|GROUNDING)_[A-Z]+\b", text)
     for target in re.findall(r"\]\(([^)]+)\)", text):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+        assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
 
 
 def test_training_batches_of_the_tests_are_what_they_say():

@@ -36,6 +36,9 @@ def main() -> None:
     if data.add_words:
         add_words(model, processor, records)
     answers = candidate_answers(data, records)
+    if answers and PartialState().is_main_process:  # with the model, also if the run is stopped
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ANSWERS).write_text(json.dumps(answers, ensure_ascii=False) + "\n")
     model.config.trained_on = [*(model.config.trained_on or []), {"task": data.task, "data": [data.dataset_name]}]
     collator = build_task_collator(data, model.config, processor)
 
@@ -45,8 +48,6 @@ def main() -> None:
     metrics = train(model, records, collator, processor, args, evaluate if held_out else None)
 
     if PartialState().is_main_process:
-        if answers:
-            (output_dir / ANSWERS).write_text(json.dumps(answers, ensure_ascii=False) + "\n")
         said = statement(data, model.config, len(held_out) if held_out else 0)
         command = " ".join(["accelerate launch", *sys.argv])
         print(write_task_report(output_dir, metrics, said, len(records), parts.model, command, args.keep_best))

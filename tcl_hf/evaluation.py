@@ -410,7 +410,6 @@ def _ground(
                     "boxes": torch.tensor(phrase["boxes"]),
                     "types": phrase["types"],
                     "size": image.size,
-                    "upper_bound": proposals,
                 }
             )
         results.append(own)

@@ -180,17 +180,24 @@ def distilled_cross_entropy(
     return (1 - alpha) * hard + alpha * soft
 
 
+def classification_loss(
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor = 0.0
+) -> Tensor:
+    """Mean of `distilled_cross_entropy` over the rows that count, 0 if there is none; arguments as there."""
+    return _masked_mean(distilled_cross_entropy(logits, labels, teacher_logits, alpha), labels != -100)
+
+
 def mlm_loss(
     logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor = 0.0
 ) -> Tensor:
-    """Masked language modelling: mean of `distilled_cross_entropy` over the masked tokens, 0 if there is none.
+    """Masked language modelling: `classification_loss` of the masked tokens.
 
     Args:
         logits: student logits (M, V).
         labels: the words that were masked (M,), -100 for rows that do not count.
         teacher_logits: the teacher's for the same tokens (M, V).
     """
-    return _masked_mean(distilled_cross_entropy(logits, labels, teacher_logits, alpha), labels != -100)
+    return classification_loss(logits, labels, teacher_logits, alpha)
 
 
 def answer_loss(

@@ -303,6 +303,7 @@ class TCLTaughtModel(TCLPreTrainedModel):
 
     accepts_loss_kwargs = False  # every loss is a mean over its own batch
     has_teacher = True  # where the config wants one
+    contrasts = False  # whether its losses use the projections and the temperature
 
     def __init__(self, config: TCLConfig, **taught_heads: nn.Module):
         """Build the model; `taught_heads` are the heads that the teacher copies besides the encoders."""
@@ -327,8 +328,14 @@ class TCLTaughtModel(TCLPreTrainedModel):
             self.teacher.copy_from(self)
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
-        """Tie the weights; of a checkpoint without (all of) the teacher, fill the teacher with the student."""
+        """Tie the weights, keep still what no loss uses, and fill what a checkpoint lacks of the teacher."""
         super().tie_weights(missing_keys, recompute_mapping)
+        if not self.contrasts:
+            # They stay, so that a fine-tuned checkpoint opens as a TCLModel, but a parameter that never has a gradient
+            # would stop a distributed run.
+            self.tcl.visual_projection.requires_grad_(False)
+            self.tcl.text_projection.requires_grad_(False)
+            self.tcl.temperature.requires_grad_(False)
         if self.teacher is None:
             return
         missing_from_teacher = sorted(key for key in missing_keys or () if key.startswith("teacher."))
@@ -393,6 +400,8 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
 
     For training it holds queues of the momentum teacher's features.
     """
+
+    contrasts = True
 
     def __init__(self, config: TCLConfig, **taught_heads: nn.Module):
         """Build the model; `taught_heads` are heads of a subclass that the teacher copies besides the encoders."""

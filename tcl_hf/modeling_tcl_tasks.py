@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_tcl import TCLConfig, TCLTextConfig
 from .encoders import KeyValue, TCLLMHead, TCLTextModel, TCLTextPreTrainedModel, copy_of, shape_of
-from .losses import answer_loss, distilled_cross_entropy, draw_image_pairs
+from .losses import answer_loss, classification_loss, draw_image_pairs
 from .modeling_tcl import TCLModel, TCLTaughtModel, has_no_share
 
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")  # in the order of the paper's code
@@ -63,11 +63,6 @@ class _FusedClassifier(TCLTaughtModel):
         head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.num_labels))
         super().__init__(config, cls_head=head)
         self.post_init()
-
-    def tie_weights(self, *args, **kwargs) -> None:
-        """Tie the weights, fill the teacher, and keep still what has no part in the loss."""
-        super().tie_weights(*args, **kwargs)
-        freeze_contrast(self.tcl)
 
     def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the entries of a TCL checkpoint as this model needs them; a head for other classes starts new."""
@@ -124,8 +119,7 @@ class _FusedClassifier(TCLTaughtModel):
                 with torch.no_grad():
                     taught = _fused(self.teacher.tcl, input_ids, attention_mask, *images)
                     teacher_logits = self.teacher.cls_head(taught.pooler_output)
-            per_text = distilled_cross_entropy(logits, labels, teacher_logits, alpha)
-            loss = per_text.sum() / (labels != -100).sum().clamp(min=1)
+            loss = classification_loss(logits, labels, teacher_logits, alpha)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )
@@ -150,17 +144,6 @@ def _fused(
         output_attentions=output_attentions,
         output_hidden_states=output_hidden_states,
     )
-
-
-def freeze_contrast(tcl: TCLModel) -> None:
-    """Keep still the projections and the temperature, which only contrastive objectives use.
-
-    They stay in the model, so that a fine-tuned checkpoint still opens as a `TCLModel`. Parameters without gradient
-    would stop a distributed run.
-    """
-    for unused in (tcl.visual_projection, tcl.text_projection):
-        unused.requires_grad_(False)
-    tcl.temperature.requires_grad_(False)
 
 
 class TCLForVisualEntailment(_FusedClassifier):
@@ -192,11 +175,6 @@ class TCLForTextAssignment(TCLTaughtModel):
         super().__init__(_with_labels(config, ASSIGNMENT_LABELS, images_per_text=2))
         self.ta_head = nn.Linear(self.config.text_config.hidden_size, len(ASSIGNMENT_LABELS))
         self.post_init()
-
-    def tie_weights(self, *args, **kwargs) -> None:
-        """Tie the weights, and keep still what has no part in the loss."""
-        super().tie_weights(*args, **kwargs)
-        freeze_contrast(self.tcl)
 
     @can_return_tuple
     def forward(
@@ -245,10 +223,7 @@ class TCLForTextAssignment(TCLTaughtModel):
         images = (states[first_image_index], states[second_image_index])
         fused = self.tcl.text_model(input_ids, attention_mask, encoder_hidden_states=images)
         logits = self.ta_head(fused.pooler_output)
-        loss = None
-        if labels is not None:
-            per_text = distilled_cross_entropy(logits, labels)
-            loss = per_text.sum() / (labels != -100).sum().clamp(min=1)
+        loss = None if labels is None else classification_loss(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
@@ -433,11 +408,6 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         decoder_config._attn_implementation = text._attn_implementation
         super().__init__(config, text_decoder=TCLAnswerDecoder._from_config(decoder_config))
         self.post_init()
-
-    def tie_weights(self, *args, **kwargs) -> None:
-        """Tie the weights, fill the teacher, and keep still what has no part in the loss."""
-        super().tie_weights(*args, **kwargs)
-        freeze_contrast(self.tcl)
 
     def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the entries of a TCL checkpoint as this model needs them; its fusion layers fill the decoder."""

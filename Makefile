@@ -13,8 +13,8 @@ demo: $(VENV)/.demo ## pre-train on the embedded data (minutes on two cores), ev
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/accelerate launch --cpu --num_processes 1 \
 		--num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1 scripts/pretrain.py
 
-test: $(VENV)/.test ## run the tests, offline
-	$(BIN)/python -m pytest
+test: $(VENV)/.test ## run the tests, offline, in two processes
+	$(BIN)/python -m pytest --numprocesses 2
 
 test-slow: $(VENV)/.test ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

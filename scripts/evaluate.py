@@ -47,7 +47,7 @@ def main() -> None:
         raise RecipeError(f"The task {data.task} has nothing to evaluate: fine-tune its model for another one.")
     set_seed(args.seed)
     accelerator = Accelerator()
-    model, processor = open_model(parts, task.model_class)
+    model, processor = open_model(parts, task.model_class, to_train=False)
     records = load_task(data, validation=True)
     if data.add_words:  # a fine-tuned model has them
         add_words(model, processor, records)

@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import set_seed
 
-from tcl_hf.data import DataError
+from tcl_hf.data import DataError, SharedImages
 from tcl_hf.recipes import ModelArguments, RecipeError, open_model, parse_recipe
 from tcl_hf.report import write_task_report
 from tcl_hf.tasks import (
@@ -45,7 +45,8 @@ def main() -> None:
     def evaluate(model):
         return task.evaluate(model, processor, held_out, data, answers).metrics
 
-    metrics = train(model, records, collator, processor, args, evaluate if held_out else None)
+    items = SharedImages(records) if data.share_images else records
+    metrics = train(model, items, collator, processor, args, evaluate if held_out else None)
 
     if PartialState().is_main_process:
         said = statement(data, model.config, len(held_out) if held_out else 0)

@@ -6,6 +6,7 @@ not depend on which worker makes them; other records draw from PyTorch's global 
 
 import hashlib
 import io
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -402,7 +403,8 @@ class TCLTaskCollator(_Collator):
     """Make batches for the heads of the tasks; what a record has decides what is made of it.
 
     `image`, or several as `images`; a `question`, or else one of the `captions`; a `label`, or `answers` with the
-    `weight` that they share in proportion to how often each was given.
+    `weight` that they share in proportion to how often each was given. Records of the same image may come together,
+    as the `records` of one: they get one view of it, and the model reads it once.
 
     Args:
         processor: gives tokenizer, clean-up, image size and normalisation.
@@ -424,19 +426,34 @@ class TCLTaskCollator(_Collator):
 
     def __call__(self, records: list[dict]) -> dict[str, Tensor]:
         """Return `pixel_values`, `input_ids`, `attention_mask`; for classes `labels`; for answers `labels`,
-        `answer_weights` and `question_index`."""
+        `answer_weights` and `question_index`; where an image has several texts `image_index`."""
         return super().__call__(records)
 
-    def _sample(self, record: dict) -> tuple[Tensor, str, int | None, Counter]:
-        """Pixels, text, class, and weights of the answers of one record."""
+    def _sample(self, record: dict) -> tuple[Tensor, list[tuple[str, int | None, Counter]]]:
+        """Pixels of one image, or of several for each text; and of each text about them itself, class and answers."""
+        records = record.get("records") or [record]
+        first, texts = records[0], []
+        for one in records:
+            try:
+                texts.append(self._text(one))
+            except ValueError as error:
+                if isinstance(error, DataError) or len(records) == 1:
+                    raise
+                self.skipped.add(one.get("image_id", "?"), f"ValueError: {error}")
+        if not texts:
+            raise ValueError("no text")
+        images = first["images"] if "images" in first else [first.get("image")]
+        pixels = torch.stack([self._pixels(image) for image in images])
+        return pixels if "images" in first else pixels[0], texts
+
+    def _text(self, record: dict) -> tuple[str, int | None, Counter]:
+        """Text, class, and weights of the answers of one record."""
         if "question" in record:
             text = clean_question(record["question"] or "", self.max_question_words)
             if not text.strip():
                 raise ValueError("no question")
         else:
             text = self._caption(record)
-        images = record["images"] if "images" in record else [record.get("image")]
-        pixels = torch.stack([self._pixels(image) for image in images])
         label = None
         if self.label2id is not None:
             label = self.label2id.get(record["label"])
@@ -449,8 +466,7 @@ class TCLTaskCollator(_Collator):
         if self.with_answers and "question" in record and not given:
             raise ValueError("no answer")
         total = record.get("weight", 1.0) / max(given.total(), 1)
-        weights = Counter({answer: count * total for answer, count in given.items()})
-        return pixels if "images" in record else pixels[0], text, label, weights
+        return text, label, Counter({answer: count * total for answer, count in given.items()})
 
     def _pixels(self, source: object) -> Tensor:
         with open_image(source) as image:
@@ -459,9 +475,12 @@ class TCLTaskCollator(_Collator):
             return self.processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
     def _batch(self, samples: list) -> dict[str, Tensor]:
-        pixels, texts, labels, weights = zip(*samples, strict=True)
+        pixels, about = zip(*samples, strict=True)
+        texts, labels, weights = zip(*itertools.chain(*about), strict=True)
         batch = self._tokens(texts)
         batch["pixel_values"] = torch.stack(pixels)
+        if len(texts) > len(pixels):
+            batch["image_index"] = torch.tensor([row for row, own in enumerate(about) for _ in own])
         if self.label2id is not None:
             batch["labels"] = torch.tensor(labels)
         answers = [(answer, weight, row) for row, own in enumerate(weights) for answer, weight in own.items()]

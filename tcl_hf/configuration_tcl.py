@@ -142,6 +142,21 @@ class TCLConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Make a config of its dictionary, as transformers does.
+
+        Raises:
+            ValueError: for the dictionary of another model, of which transformers would take what fits.
+        """
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"{config_dict.get('_name_or_path') or 'The checkpoint'} holds a '{found}' model and not a TCL: "
+                "TCLModel.from_vision_text_pretrained starts a new TCL from encoders."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.text_config.encoder_hidden_size = self.vision_config.hidden_size

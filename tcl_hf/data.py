@@ -5,6 +5,7 @@ A record has `image` (undecoded: bytes, a path, or both), `captions` (a list) an
 """
 
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -395,6 +396,34 @@ class VisitedPairs(torch.utils.data.Dataset):
 
     def __getitem__(self, visit: Visit) -> dict:
         return {**self.pairs[visit.index], "visit": visit}
+
+
+class SharedImages(torch.utils.data.Dataset):
+    """Records by image: an item holds as `records` all that are about the same one (or the same several).
+
+    Images are the same where their path is, or without a path their bytes.
+    """
+
+    def __init__(self, records: Dataset):
+        self.records = records
+        rows: dict[tuple, list[int]] = {}
+        column = "images" if "images" in records.column_names else "image"
+        for row, sources in enumerate(records.select_columns([column])[column]):
+            sources = sources if isinstance(sources, list) else [sources]
+            rows.setdefault(tuple(map(_identity, sources)), []).append(row)
+        self.groups = list(rows.values())
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> dict:
+        columns = self.records[self.groups[index]]
+        records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return {"image_id": records[0].get("image_id"), "records": records}
+
+
+def _identity(image: dict) -> str | bytes:
+    return image.get("path") or hashlib.blake2b(image["bytes"], digest_size=16).digest()
 
 
 class StreamedPairs(torch.utils.data.IterableDataset):

@@ -6,6 +6,7 @@ H heads.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
 from transformers.utils import can_return_tuple
 
+from .checksums import verify_checksums, write_checksums
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
 
 KeyValue = tuple[Tensor, Tensor]
@@ -52,6 +54,12 @@ class TCLPreTrainedModel(PreTrainedModel):
     # Every class opens every checkpoint of a whole model, whatever heads were saved with it.
     _keys_to_ignore_on_load_unexpected = [r"^(teacher|queue|itm_head|lm_head|cls_head|ta_head|text_decoder)\."]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights: not that of the temperature, which comes first and stays float32 in any."""
+        weights = (weight for name, weight in self.named_parameters() if not name.endswith("temperature"))
+        return next(weight.dtype for weight in weights if weight.is_floating_point())
+
     def _init_weights(self, module: nn.Module) -> None:
         """PyTorch's own starting values for everything that is not a part of an encoder."""
         if isinstance(module, nn.Linear):
@@ -62,6 +70,24 @@ class TCLPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, is_main_process: bool = True, **kwargs) -> None:
+        """Save as transformers does, with the checksums of the weights beside them; arguments as there."""
+        super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            write_checksums(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs) -> Any:
+        """Open as transformers does; a folder's weights are compared with their checksums first. Arguments as there.
+
+        Raises:
+            OSError: if there is no such checkpoint, or a file of it is damaged.
+            ValueError: if it is another model's.
+        """
+        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+            verify_checksums(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder", "")))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(
@@ -82,7 +108,10 @@ class TCLPreTrainedModel(PreTrainedModel):
                 else:
                     state_dict.update(load_state_dict(file))
         if state_dict is not None:
-            state_dict = model.fit_state_dict(state_dict)
+            fitted = model.fit_state_dict(state_dict)
+            if any(fitted.get(name) is not entry for name, entry in state_dict.items()):
+                checkpoint_files = None  # weights left on disk (`device_map`) would be read from there, not fitted
+            state_dict = fitted
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +267,8 @@ class TCLAttention(nn.Module):
         """
         num_rows, length, _ = hidden_states.shape
         key, value = key_value if key_value is not None else self.key_value(hidden_states)
-        query = self.q_proj(hidden_states).view(len(key), -1, key.shape[1], self.head_dim).transpose(1, 2)
+        # Shapes and not `len`, which would fix the number for torch.export.
+        query = self.q_proj(hidden_states).view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(1, 2)
 
         implementation = self.config._attn_implementation
         if output_attentions:
@@ -255,7 +285,7 @@ class TCLAttention(nn.Module):
             is_causal=self.is_causal,
         )
         output = self.out_proj(output.reshape(num_rows, length, -1))
-        if output_attentions and len(key) != num_rows:  # (B, H, r * L, P) -> (N, H, L, P)
+        if output_attentions and key.shape[0] != num_rows:  # (B, H, r * L, P) -> (N, H, L, P)
             weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
         return output, weights if output_attentions else None
 
@@ -302,7 +332,7 @@ class TCLVisionEmbeddings(nn.Module):
         positions = self.position_embeddings
         if interpolate_pos_encoding:
             positions = resize_positions(positions, (height // patch, width // patch))
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + positions
+        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + positions
 
 
 class TCLVisionLayer(GradientCheckpointingLayer):
@@ -423,7 +453,10 @@ class TCLTextEmbeddings(nn.Module):
         length, limit = num_past + words.shape[1], self.position_embeddings.num_embeddings
         if length > limit:
             raise ValueError(f"The text has {length} tokens and the model {limit} positions: truncate the text.")
-        words = words + self.position_embeddings.weight[num_past:length] + self.token_type_embeddings.weight[0]
+        # Looked up and not sliced from the weights, which may be elsewhere until a layer is called (`device_map`).
+        positions = self.position_embeddings(torch.arange(num_past, length, device=words.device))  # (L, D)
+        token_type = self.token_type_embeddings(torch.zeros(1, dtype=torch.long, device=words.device))  # (1, D)
+        words = words + positions + token_type
         return self.dropout(self.layer_norm(words))
 
 
@@ -595,6 +628,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
         encoder_hidden_states: Tensor | tuple[Tensor, ...] | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        image_index: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Encode texts and, if images are given, fuse them.
@@ -603,7 +637,8 @@ class TCLTextModel(TCLTextPreTrainedModel):
             input_ids: token ids (N, L).
             attention_mask: 1 for tokens, 0 for padding (N, L).
             inputs_embeds: embedded words (N, L, D) in place of `input_ids`.
-            encoder_hidden_states: states of the images (B, P, D), N a multiple of B; several per text as a tuple.
+            encoder_hidden_states: states of the images (B, P, D); several per text as a tuple.
+            image_index: the image of each text (N,). Without it every image serves N / B neighbouring texts.
             output_attentions: return the weights of every layer that ran, (N, H, L, L) and (N, H, L, P).
             output_hidden_states: return the states before the first and after every layer that ran.
 
@@ -615,7 +650,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
         if encoder_hidden_states is None:
             return text
         images = self.project_images(encoder_hidden_states)
-        fused = self.fuse(text.last_hidden_state, attention_mask, images, None, *what)
+        fused = self.fuse(text.last_hidden_state, attention_mask, images, image_index, *what)
         if text.hidden_states is not None:
             fused.hidden_states = text.hidden_states + fused.hidden_states[1:]
         if text.attentions is not None:
@@ -635,7 +670,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
         """Which image states (B, P) the texts see: neighbours that share an image are one row of queries."""
         if image_index is not None:
             image_mask = image_mask.index_select(0, image_index)
-        queries = states.reshape(len(image_mask), -1, states.shape[-1])
+        queries = states.reshape(image_mask.shape[0], -1, states.shape[-1])
         keys = states.new_empty(*image_mask.shape, 0)
         return create_bidirectional_mask(self.config, queries, image_mask, keys, allow_is_bidirectional_skip=False)
 

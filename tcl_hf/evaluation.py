@@ -458,12 +458,27 @@ def _inputs(
     rows = own_share(len(records))
     bar = tqdm(total=len(rows), desc="Evaluating", disable=not progress, leave=False)
     for some in batches(rows, batch_size):
-        batch = collator([records[row] for row in some])
+        batch = collator(_by_image([records[row] for row in some]))
         if len(batch["input_ids"]) < len(some):
             raise ValueError(f"A record can not be evaluated: {collator.skipped.last}. Leave it out of the data.")
         yield {name: value.to(device) for name, value in batch.items()}
         bar.update(len(some))
     bar.close()
+
+
+def _by_image(records: list[dict]) -> list[dict]:
+    """Neighbours about the same image as one, which is then read and encoded once."""
+
+    def image(record: dict) -> object:
+        return record["images"] if "images" in record else record.get("image")
+
+    groups: list[list[dict]] = []
+    for record in records:
+        if groups and image(groups[-1][0]) == image(record):
+            groups[-1].append(record)
+        else:
+            groups.append([record])
+    return [{"image_id": own[0].get("image_id"), "records": own} for own in groups]
 
 
 class evaluating:

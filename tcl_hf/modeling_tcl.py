@@ -9,6 +9,7 @@ Shapes: B images, N texts, P patches, L tokens, D feature dimensions, V words.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from .losses import (
     similarity,
 )
 from .momentum import FeatureQueue, MomentumTeacher
+from .starting_points import StartingPoint, read_text_encoder, read_vision_encoder
 
 logger = logging.get_logger(__name__)
 
@@ -122,7 +124,67 @@ class TCLMaskedLMOutput(ModelOutput):
     cross_attentions: tuple[Tensor, ...] | None = None
 
 
-class TCLModel(TCLPreTrainedModel):
+def features_of(states: Tensor, projection: nn.Module) -> Tensor:
+    """Project states (..., width) to L2-normalised float32 features (..., D)."""
+    return F.normalize(projection(states).float(), dim=-1)
+
+
+class StartsFromEncoders:
+    """What makes a new TCL of encoders that were trained alone."""
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model: str | StartingPoint | None = None,
+        text_model: str | StartingPoint | None = None,
+        *,
+        image_size: int | None = None,
+        fusion_layer: int | None = None,
+        num_fusion_layers: int = 6,
+        vision_config: dict[str, Any] | None = None,
+        text_config: dict[str, Any] | None = None,
+        **fields,
+    ) -> Any:
+        """Make a new model whose encoders are those of transformers models, student and teacher alike.
+
+        `TCLProcessor.from_vision_text_pretrained` makes the processor that goes with it.
+
+        Args:
+            vision_model: folder or Hub name of a ViT, DeiT, MAE, MSN or DINOv2; None starts it new.
+            text_model: folder or Hub name of a BERT; None starts it new.
+            image_size: pixels of a side of the images; the vision model's own if None.
+            fusion_layer: how many of the BERT's layers encode the text; all if None.
+            num_fusion_layers: layers that fuse, on top of these. They take what BERT layers are left; the others, and
+                all cross-attention, start new.
+            vision_config, text_config: further fields of the encoders, or all of one that starts new.
+            fields: of [`TCLConfig`].
+
+        Raises:
+            ValueError: for an encoder whose states ours can not reproduce.
+        """
+        vision = read_vision_encoder(vision_model, image_size) if isinstance(vision_model, str) else vision_model
+        text = text_model
+        if isinstance(text_model, str):
+            text = read_text_encoder(text_model, fusion_layer, num_fusion_layers)
+        vision_fields = (vision.config if vision else {}) | (vision_config or {})
+        if image_size is not None:
+            vision_fields["image_size"] = image_size
+        text_fields = (text.config if text else {}) | (text_config or {})
+        model = cls(TCLConfig(vision_config=vision_fields, text_config=text_fields, **fields))  # type: ignore[call-arg]
+        tcl = model.base_model  # type: ignore[attr-defined]
+        for part, encoder in ((vision, tcl.vision_model), (text, tcl.text_model)):
+            if part is not None:
+                result = encoder.load_state_dict(part.state_dict, strict=False)
+                if result.unexpected_keys:
+                    raise ValueError(f"The model has no place for {', '.join(result.unexpected_keys[:5])}.")
+        if text is not None and text.lm_head and hasattr(model, "lm_head"):
+            model.lm_head.load_state_dict(text.lm_head)
+        if getattr(model, "teacher", None) is not None:
+            model.teacher.copy_from(model)  # type: ignore[attr-defined]
+        return model
+
+
+class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
     """The two encoders of TCL, projected to one space: features of images and texts, and their fusion."""
 
     def __init__(self, config: TCLConfig):
@@ -176,11 +238,11 @@ class TCLModel(TCLPreTrainedModel):
 
     def image_features(self, states: Tensor) -> Tensor:
         """Project image states (..., width) to L2-normalised float32 features (..., D)."""
-        return F.normalize(self.visual_projection(states).float(), dim=-1)
+        return features_of(states, self.visual_projection)
 
     def text_features(self, states: Tensor) -> Tensor:
         """Project text states (..., width) to L2-normalised float32 features (..., D)."""
-        return F.normalize(self.text_projection(states).float(), dim=-1)
+        return features_of(states, self.text_projection)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -294,7 +356,7 @@ class _View:
     masked_states: Tensor = None  # (N, L, width)
 
 
-class TCLTaughtModel(TCLPreTrainedModel):
+class TCLTaughtModel(StartsFromEncoders, TCLPreTrainedModel):
     """What all heads share: `self.tcl`, heads on it, and a momentum teacher that holds copies of them.
 
     The teacher's outputs soften the targets by `alpha`. It moves when `update_teacher` is called: once for each

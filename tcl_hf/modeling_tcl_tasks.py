@@ -78,6 +78,7 @@ class _FusedClassifier(TCLTaughtModel):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
         labels: Tensor | None = None,
         alpha: float | Tensor | None = None,
         interpolate_pos_encoding: bool = False,
@@ -89,8 +90,10 @@ class _FusedClassifier(TCLTaughtModel):
 
         Args:
             input_ids: token ids (N, L).
-            pixel_values: an image for each text (N, 3, height, width); several as (N, images, 3, height, width).
+            pixel_values: images (B, 3, height, width); several for each text as (B, images, 3, height, width).
             attention_mask: 1 for tokens, 0 for padding (N, L).
+            image_index: which of the B each text is about (N,); without it text n is about the n-th. An image that
+                several texts share is encoded once.
             labels: classes (N,), by number; -100 for texts that do not count.
             alpha: share of the teacher's targets; `self.alpha` if None, which starts as the config's.
             interpolate_pos_encoding: resize the image positions to images of another size.
@@ -100,24 +103,26 @@ class _FusedClassifier(TCLTaughtModel):
             `logits` (N, classes) and, with labels, `loss`.
 
         Raises:
-            ValueError: if texts or images are missing, or there are not as many images as the model reads.
+            ValueError: if texts or images are missing, there are not as many images as the model reads, or it is not
+                told which text is about which.
         """
         name = type(self).__name__
         if input_ids is None or pixel_values is None:
             raise ValueError(f"{name} reads texts about images: pass both input_ids and pixel_values.")
         expected = self.images_per_text
         if pixel_values.ndim != (5 if expected > 1 else 4) or (expected > 1 and pixel_values.shape[1] != expected):
-            shape = "(N, 3, height, width)" if expected == 1 else f"(N, {expected}, 3, height, width)"
+            shape = "(B, 3, height, width)" if expected == 1 else f"(B, {expected}, 3, height, width)"
             raise ValueError(f"{name} reads pixel_values {shape}, but got {tuple(pixel_values.shape)}.")
-        images, what = (pixel_values, interpolate_pos_encoding), (output_attentions, output_hidden_states)
-        output = _fused(self.tcl, input_ids, attention_mask, *images, *what)
+        inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
+        what: dict[str, Any] = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        output = _fused(self.tcl, *inputs, **what)
         logits = self.cls_head(output.pooler_output)
         loss = None
         if labels is not None:
             alpha, teacher_logits = self.soft_target_share(alpha), None
             if not has_no_share(alpha):
                 with torch.no_grad():
-                    taught = _fused(self.teacher.tcl, input_ids, attention_mask, *images)
+                    taught = _fused(self.teacher.tcl, *inputs)
                     teacher_logits = self.teacher.cls_head(taught.pooler_output)
             loss = classification_loss(logits, labels, teacher_logits, alpha)
         return SequenceClassifierOutput(
@@ -130,20 +135,20 @@ def _fused(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     pixel_values: Tensor,
+    image_index: Tensor | None,
     interpolate_pos_encoding: bool,
-    output_attentions: bool | None = None,
-    output_hidden_states: bool | None = None,
+    **what: Any,
 ) -> Any:
-    """The text model's output for texts (N, L) about images (N, ..., 3, height, width)."""
+    """The text model's output for texts (N, L) about images (B, ..., 3, height, width), text n about B's n-th or as
+    `image_index` (N,) says."""
+    if image_index is None and len(input_ids) != len(pixel_values):
+        raise ValueError(
+            f"There are {len(input_ids)} texts about {len(pixel_values)} images: say with image_index which image "
+            "each is about."
+        )
     states = tcl.encode_image(pixel_values.flatten(0, -4), interpolate_pos_encoding=interpolate_pos_encoding)
-    images = states.unflatten(0, (len(pixel_values), -1)).unbind(1)  # per slot (N, 1 + P, width)
-    return tcl.text_model(
-        input_ids,
-        attention_mask,
-        encoder_hidden_states=images,
-        output_attentions=output_attentions,
-        output_hidden_states=output_hidden_states,
-    )
+    images = states.unflatten(0, (len(pixel_values), -1)).unbind(1)  # per slot (B, 1 + P, width)
+    return tcl.text_model(input_ids, attention_mask, encoder_hidden_states=images, image_index=image_index, **what)
 
 
 class TCLForVisualEntailment(_FusedClassifier):
@@ -427,6 +432,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         labels: Tensor | None = None,
         answer_weights: Tensor | None = None,
         question_index: Tensor | None = None,
+        image_index: Tensor | None = None,
         alpha: float | Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs,
@@ -435,18 +441,21 @@ class TCLForQuestionAnswering(TCLTaughtModel):
 
         Args:
             input_ids: token ids of the questions (N, L).
-            pixel_values: an image for each question (N, 3, height, width).
+            pixel_values: images (B, 3, height, width).
             attention_mask: 1 for tokens, 0 for padding (N, L).
             labels: token ids of answers (A, L), from [CLS] to [SEP], -100 for padding.
             answer_weights: share of the people who gave the answer (A,); 1 if None.
             question_index: the question of each answer (A,); without it answer n belongs to question n.
+            image_index: the image of each question (N,); without it question n is about image n. An image that
+                several questions share is encoded once.
             alpha: share of the teacher's targets; `self.alpha` if None, which starts as the config's.
             interpolate_pos_encoding: resize the image positions to images of another size.
 
         Raises:
             ValueError: if questions or images are missing, or answers can not be told to belong to questions.
         """
-        questions = self._read(self.tcl, input_ids, pixel_values, attention_mask, interpolate_pos_encoding)
+        inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
+        questions = self._read(self.tcl, *inputs)
         if labels is None:
             return TCLQuestionAnsweringOutput(encoder_last_hidden_state=questions)
         if question_index is None and len(labels) != len(questions):
@@ -465,7 +474,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         teacher_logits = None
         if not has_no_share(alpha):
             with torch.no_grad():
-                taught = self._read(self.teacher.tcl, input_ids, pixel_values, attention_mask, interpolate_pos_encoding)
+                taught = self._read(self.teacher.tcl, *inputs)
                 teacher_logits = self._answer(self.teacher, taught, attention_mask, answer_ids, question_index)
         if answer_weights is None:
             answer_weights = torch.ones(len(labels), device=labels.device)
@@ -476,14 +485,16 @@ class TCLForQuestionAnswering(TCLTaughtModel):
     def _read(
         tcl: TCLModel,
         input_ids: Tensor | None,
-        pixel_values: Tensor | None,
         attention_mask: Tensor | None,
-        interpolate_pos_encoding: bool = False,
+        pixel_values: Tensor | None,
+        image_index: Tensor | None,
+        interpolate_pos_encoding: bool,
     ) -> Tensor:
         """States of questions fused with their images (N, L, width), by student or teacher."""
         if input_ids is None or pixel_values is None:
             raise ValueError("A question is asked about an image: pass both input_ids and pixel_values.")
-        return _fused(tcl, input_ids, attention_mask, pixel_values, interpolate_pos_encoding).last_hidden_state
+        inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
+        return _fused(tcl, *inputs).last_hidden_state
 
     @staticmethod
     def _answer(
@@ -507,6 +518,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         candidate_mask: Tensor,
         k: int = 128,
         attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         chunk_size: int = 2048,
     ) -> TCLRankedAnswers:
@@ -518,7 +530,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         are not read.
 
         Args:
-            input_ids, pixel_values, attention_mask: N questions, as in `forward`.
+            input_ids, pixel_values, attention_mask, image_index: N questions, as in `forward`.
             candidate_ids: token ids of C answers (C, L), [CLS] to [SEP], padded.
             candidate_mask: their tokens (C, L).
             k: candidates scored in full; all of them if there are fewer.
@@ -527,7 +539,9 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         was_training = self.training
         self.eval()
         try:
-            questions = self._read(self.tcl, input_ids, pixel_values, attention_mask, interpolate_pos_encoding)
+            questions = self._read(
+                self.tcl, input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding
+            )
             return self._rank(questions, attention_mask, candidate_ids, candidate_mask, k, chunk_size)
         finally:
             self.train(was_training)
@@ -577,13 +591,14 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         input_ids: Tensor,
         pixel_values: Tensor,
         attention_mask: Tensor | None = None,
+        image_index: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         **generation_kwargs,
     ) -> Tensor:
         """Write answers to questions about images, through transformers' generation.
 
         Args:
-            input_ids, pixel_values, attention_mask: N questions, as in `forward`.
+            input_ids, pixel_values, attention_mask, image_index: N questions, as in `forward`.
             generation_kwargs: what `GenerationMixin.generate` takes: `max_new_tokens` (10 if nothing is said),
                 `num_beams`, `do_sample`, and so on.
 
@@ -591,7 +606,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
             Token ids from [CLS] to [SEP], as `generate` of transformers returns them.
         """
         text = self.config.text_config
-        questions = self._read(self.tcl, input_ids, pixel_values, attention_mask, interpolate_pos_encoding)
+        questions = self._read(self.tcl, input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
         if not {"max_new_tokens", "max_length", "generation_config"} & generation_kwargs.keys():
             generation_kwargs["max_new_tokens"] = 10
         ends = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": text.pad_token_id}

@@ -27,7 +27,7 @@ class MomentumTeacher(nn.Module):
 
     def _pairs(self, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         """Own parameters, and the student's of the same names; a parameter we do not hold is not followed."""
-        students = dict(student.named_parameters(remove_duplicate=False))
+        students = weights_of(student)
         own = dict(self.named_parameters())
         return list(own.values()), [students[name] for name in own]
 
@@ -54,9 +54,31 @@ class MomentumTeacher(nn.Module):
 
     @torch.no_grad()
     def update(self, student: nn.Module, momentum: float) -> None:
-        """Move every parameter in place: `momentum * teacher + (1 - momentum) * student`."""
+        """Move every parameter in place: `momentum * teacher + (1 - momentum) * student`.
+
+        Adapters of PEFT on the student count as the weights they amount to.
+
+        Raises:
+            ValueError: if there are adapters on the teacher: an average of their factors is not that of the weights.
+        """
+        if any(hasattr(module, "get_base_layer") for module in self.modules()):
+            raise ValueError(
+                "The momentum teacher has adapters of its own, but follows the student's weights with theirs: leave it "
+                r"out with exclude_modules=r'teacher\..*' in the config of the adapters."
+            )
         teacher, students = self._pairs(student)
         torch._foreach_lerp_(teacher, students, 1 - momentum)
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name; a layer with adapters of PEFT also has, by its former names, the weights they amount to."""
+    weights = dict(module.named_parameters(remove_duplicate=False))
+    for name, layer in module.named_modules():
+        if hasattr(layer, "get_base_layer"):
+            merged = copy.deepcopy(layer)  # each kind of adapter knows how to merge, and does so in place
+            merged.merge()
+            weights |= {f"{name}.{own}": weight for own, weight in merged.get_base_layer().named_parameters()}
+    return weights
 
 
 class FeatureQueue(nn.Module):

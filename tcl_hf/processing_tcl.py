@@ -5,7 +5,9 @@ import copy
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import BatchEncoding
 
-from .tokenization_tcl import clean_caption
+from .image_processing_tcl import TCLImageProcessorPil
+from .starting_points import read_image_format
+from .tokenization_tcl import TCLTokenizer, clean_caption
 
 MAX_WORDS = 30  # of a caption, as in the original
 MAX_TOKENS = 30  # [CLS] included, as in the original's retrieval evaluation
@@ -32,6 +34,24 @@ class TCLProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
         if clean_text is not None:
             self.clean_text = clean_text
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision_model: str, text_model: str, *, image_size: int | None = None
+    ) -> "TCLProcessor":
+        """Make the processor of a model that starts from a vision and a text model of transformers.
+
+        Images are normalised as the vision model's were, and texts cut into the text model's words.
+
+        Args:
+            vision_model, text_model: folders or Hub names.
+            image_size: pixels of a side of the images; the vision model's own if None.
+
+        Raises:
+            ValueError: for a vision model that TCL can not start from.
+        """
+        image_processor = TCLImageProcessorPil(**read_image_format(vision_model, image_size))
+        return cls(image_processor, TCLTokenizer.from_pretrained(text_model))
 
     @property
     def clean_text(self) -> bool:

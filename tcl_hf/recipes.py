@@ -19,12 +19,12 @@ from transformers import HfArgumentParser
 
 from .collators import TCLAugmentation, TCLPreTrainingCollator, why_unusable
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
-from .convert import read_text_encoder, read_vision_encoder, start_from_encoders
 from .data import DataError, load_pairs, train_tokenizer
 from .encoders import TCLPreTrainedModel
 from .image_processing_tcl import TCLImageProcessorPil
 from .modeling_tcl import TCLForPreTraining
 from .processing_tcl import TCLProcessor
+from .starting_points import read_text_encoder, read_vision_encoder
 from .tokenization_tcl import TCLTokenizer
 
 logger = logging.getLogger(__name__)
@@ -232,8 +232,10 @@ def load_data(args: DataArguments) -> tuple[Dataset | IterableDataset, list[dict
     return pairs, records
 
 
-def open_model(args: ModelArguments, model_class: type[TCLPreTrainedModel]) -> tuple[Any, TCLProcessor]:
-    """Open a TCL checkpoint as a head of `model_class`, with its processor.
+def open_model(
+    args: ModelArguments, model_class: type[TCLPreTrainedModel], to_train: bool = True
+) -> tuple[Any, TCLProcessor]:
+    """Open a TCL checkpoint as a head of `model_class`, with its processor; with a teacher if it is to be trained.
 
     The checkpoint keeps the sizes of its encoders; `config` has the last word on the other fields, `image_size` on the
     size of images.
@@ -248,6 +250,8 @@ def open_model(args: ModelArguments, model_class: type[TCLPreTrainedModel]) -> t
     try:
         processor = TCLProcessor.from_pretrained(args.model)
         fields = {name: value for name, value in args.config_fields.items() if name not in _SIZES}
+        # A checkpoint for inference has no teacher, but whoever trains wants one; who evaluates does not.
+        fields["use_momentum_teacher"] = to_train and fields.get("use_momentum_teacher", True)
         config = TCLConfig.from_pretrained(args.model, **fields)
         for part, known in (("vision_config", config.vision_config), ("text_config", config.text_config)):
             for name, value in args.config_fields.get(part, {}).items():
@@ -286,18 +290,14 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
             text = read_text_encoder(args.text_model, args.fusion_layer, args.num_fusion_layers)
         tokenizer = _tokenizer(args, captions)
         fields = dict(args.config_fields)
-        vision_fields = (vision.config if vision else {}) | fields.pop("vision_config", {})
-        if args.image_size is not None:
-            vision_fields["image_size"] = args.image_size
-        text_fields = (text.config if text else {}) | fields.pop("text_config", {})
-        text_fields |= {"vocab_size": max(len(tokenizer), text_fields.get("vocab_size", 0) if text else 0)}
-        text_fields |= {"pad_token_id": tokenizer.pad_token_id}
-        text_fields |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
-        config = TCLConfig(vision_config=vision_fields, text_config=text_fields, **fields)
-        model = start_from_encoders(TCLForPreTraining(config), vision, text)
+        known = text.config["vocab_size"] if text else 0
+        ids = {"vocab_size": max(len(tokenizer), known), "pad_token_id": tokenizer.pad_token_id}
+        ids |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+        fields["text_config"] = fields.get("text_config", {}) | ids
+        model = TCLForPreTraining.from_vision_text_pretrained(vision, text, image_size=args.image_size, **fields)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise RecipeError(str(error)) from error
-    size = config.vision_config.image_size
+    size = model.config.vision_config.image_size
     image_processor = TCLImageProcessorPil(size={"height": size, "width": size})
     if vision is not None:
         image_processor.image_mean, image_processor.image_std = vision.image_mean, vision.image_std

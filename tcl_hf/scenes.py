@@ -34,6 +34,7 @@ SIDE = 64  # pixels of a scene
 CELL = SIDE // 2
 SEED = 0
 NUM_SCENES = {"train": 20_000, "validation": 1_800}
+NUM_PAIRS = {"train": 5_000, "validation": 225}  # of scenes, with 8 statements each
 
 _SPLITS = ("train", "validation")
 
@@ -193,30 +194,38 @@ REASONING_TEMPLATES: tuple[tuple[str, Callable[[bool, bool], bool]], ...] = (
 def load_scene_reasoning(split: str = "train") -> Dataset:
     """Statements about two scenes each, as records of two-image reasoning: `images`, `captions`, `label`, `pair_id`.
 
-    Where a statement is false, the ways in which it can be are equally frequent.
+    The scenes of a pair share an object, and each has one of its own. Of each template there is a true statement and
+    a false one about every pair, so that neither the statement nor the pictures alone tell; the ways in which it can
+    be so are equally frequent.
     """
 
     def rows() -> Iterator[dict]:
         composer = _Composer(split)
-        shown = list(itertools.product((False, True), repeat=2))
-        turns = itertools.cycle(itertools.product(REASONING_TEMPLATES, (True, False)))
-        for number, ((text, rule), label) in enumerate(itertools.islice(turns, NUM_SCENES[split])):
-            sides = composer.random.choice([sides for sides in shown if rule(*sides) == label])
-            item = composer.random.randrange(len(OBJECTS))
-            pictures = []
-            for side in sides:
-                key = {"including": {item}} if side else {"excluding": {item}}
-                objects = composer.objects(composer.random.choice((2, 2, 2, 3, 4)), **key)
-                pictures.append(_png(composer.draw(composer.arrange(objects, card=False))))
-            yield {
-                "images": pictures,
-                "image_id": f"{split}-{number}",
-                "captions": [text.format(OBJECTS[item])],
-                "label": str(label),
-                "pair_id": f"{split}-{number}-0-0",
-            }
+        ways = list(itertools.product((False, True), repeat=2))
+        for number in range(NUM_PAIRS[split]):
+            left, right = _two_that_share(composer)
+            pictures = [_png(composer.draw(composer.arrange(objects, card=False))) for objects in (left, right)]
+            for place, ((text, rule), label) in enumerate(itertools.product(REASONING_TEMPLATES, (True, False))):
+                way = composer.random.choice([way for way in ways if rule(*way) == label])
+                items = [item for item in range(len(OBJECTS)) if (item in left, item in right) == way]
+                yield {
+                    "images": pictures,
+                    "image_id": f"{split}-{number}",
+                    "captions": [text.format(OBJECTS[composer.random.choice(items)])],
+                    "label": str(label),
+                    "pair_id": f"{split}-{number}-0-{place}",
+                }
 
     return Dataset.from_list(list(rows()), features=REASONING_FEATURES)
+
+
+def _two_that_share(composer: _Composer) -> tuple[set[int], set[int]]:
+    """The objects of two scenes: at least one in both, and at least one in each alone."""
+    shared = composer.random.randrange(len(OBJECTS))
+    while True:
+        left, right = (composer.objects(composer.random.choice((2, 2, 2, 3, 4)), including={shared}) for _ in range(2))
+        if left - right and right - left:
+            return left, right
 
 
 def load_scene_phrases(split: str = "train") -> Dataset:

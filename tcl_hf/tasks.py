@@ -66,6 +66,10 @@ class TaskArguments(DataArguments):
     add_words: bool = field(
         default=False, metadata={"help": "Add words of the data that the tokenizer would cut to pieces."}
     )
+    share_images: bool = field(
+        default=False,
+        metadata={"help": "Train on all texts about an image together, and count images in a batch: it is read once."},
+    )
     eval_batch_size: int = field(default=64, metadata={"help": "Samples in a forward of the evaluation."})
     heat_layer: int | None = field(default=None, metadata={"help": "Fusion layer whose attention shows where."})
     half_precision_states: bool = field(
@@ -76,6 +80,8 @@ class TaskArguments(DataArguments):
     def __post_init__(self):
         if self.task not in TASKS:
             raise RecipeError(f"There is no task '{self.task}': choose one of {', '.join(TASKS)}.")
+        if self.share_images and TASKS[self.task].makes_pairs:
+            raise RecipeError(f"share_images: '{self.task}' draws one caption of an image; leave it out.")
         if self.dataset_name is None:
             self.dataset_name = name_of(self.data)
 

@@ -391,6 +391,7 @@ class TCLMomentumCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         model = getattr(model, "module", model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
         model.alpha = model.config.alpha * min(1.0, state.epoch or 0.0)
         model.update_teacher()
 

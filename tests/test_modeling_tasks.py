@@ -25,6 +25,7 @@ from tcl_hf import (
     TCLModel,
     TCLTextModel,
 )
+from tcl_hf.checksums import CHECKSUMS
 from tcl_hf.losses import draw_image_pairs
 from tcl_hf.training import TCLMomentumCallback
 
@@ -191,6 +192,7 @@ def test_a_checkpoint_without_teacher_gives_one_equal_to_the_student(model_class
     pre_trained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if not k.startswith("teacher.")}, file, {"format": "pt"})
+    (tmp_path / CHECKSUMS).unlink()
     model, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert_teacher_equals_student(model)
     assert not any(key.startswith("teacher.") for key in info["missing_keys"])
@@ -608,6 +610,30 @@ def test_texts_without_label_leave_the_mean(model_class, alpha):
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients_of(model).values())
 
 
+@pytest.mark.parametrize("model_class", TAUGHT)
+def test_texts_that_share_an_image_give_what_they_give_with_a_copy_each(model_class):
+    model = stirred(model_class).train()
+    batch = batch_of(model, number=5)
+    index = torch.tensor([1, 0, 1, 1, 0])
+    losses, gradients = [], []
+    for pixels, which in ((batch["pixel_values"][:2], index), (batch["pixel_values"][index], None)):
+        model.zero_grad()
+        loss = model(**batch | {"pixel_values": pixels, "image_index": which}, alpha=0.4).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: gradient.clone() for name, gradient in gradients_of(model).items()})
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+    assert_same_gradients(*gradients)
+
+
+@pytest.mark.parametrize("model_class", TAUGHT)
+def test_as_many_texts_as_images_or_an_index_are_asked_for(model_class):
+    model = stirred(model_class)
+    batch = batch_of(model, number=4)
+    with pytest.raises(ValueError, match="4 texts about 2 images: say with image_index which"):
+        model(**batch | {"pixel_values": batch["pixel_values"][:2]})
+
+
 def test_the_order_of_two_images_matters():
     model = stirred(TCLForVisualReasoning).eval()
     batch = batch_of(model)
@@ -648,10 +674,10 @@ def test_interpolated_positions_equal_those_of_a_model_of_that_size(model_class,
 @pytest.mark.parametrize(
     ("model_class", "shape", "message"),
     [
-        (TCLForVisualEntailment, (3, 1, 3, 32, 32), r"reads pixel_values \(N, 3, height, width\), but got \(3, 1, 3"),
-        (TCLForVisualEntailment, (3, 2, 3, 32, 32), r"TCLForVisualEntailment reads pixel_values \(N, 3"),
-        (TCLForVisualReasoning, (3, 3, 32, 32), r"reads pixel_values \(N, 2, 3, height, width\), but got \(3, 3, 32"),
-        (TCLForVisualReasoning, (3, 3, 3, 32, 32), r"TCLForVisualReasoning reads pixel_values \(N, 2, 3"),
+        (TCLForVisualEntailment, (3, 1, 3, 32, 32), r"reads pixel_values \(B, 3, height, width\), but got \(3, 1, 3"),
+        (TCLForVisualEntailment, (3, 2, 3, 32, 32), r"TCLForVisualEntailment reads pixel_values \(B, 3"),
+        (TCLForVisualReasoning, (3, 3, 32, 32), r"reads pixel_values \(B, 2, 3, height, width\), but got \(3, 3, 32"),
+        (TCLForVisualReasoning, (3, 3, 3, 32, 32), r"TCLForVisualReasoning reads pixel_values \(B, 2, 3"),
     ],
 )
 def test_another_number_of_images_is_refused_with_a_sentence(model_class, shape, message):

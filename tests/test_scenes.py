@@ -35,6 +35,7 @@ def composer(request):
 @pytest.fixture
 def few(monkeypatch):
     monkeypatch.setattr("tcl_hf.scenes.NUM_SCENES", {"train": 288, "validation": 288})
+    monkeypatch.setattr("tcl_hf.scenes.NUM_PAIRS", {"train": 36, "validation": 36})
 
 
 def truth(text: str, scene) -> str:
@@ -101,14 +102,21 @@ def test_statements_about_two_scenes_are_true_or_false_as_labelled_and_balanced(
         _Composer, "arrange", lambda self, objects, card: shown.append(objects) or arrange(self, objects, card)
     )
     rows = load_scene_reasoning("validation")
-    counts = Counter()
-    for row, left, right in zip(rows, shown[::2], shown[1::2], strict=True):
-        item = OBJECTS.index(row["captions"][0].split()[0])
-        rules = {text.format(OBJECTS[item]): (text, rule) for text, rule in REASONING_TEMPLATES}
-        text, rule = rules[row["captions"][0]]
-        assert str(rule(item in left, item in right)) == row["label"]
-        counts[text, row["label"]] += 1
-    assert set(counts.values()) == {288 // 8} and len(counts) == 8
+    assert len(rows) == 8 * 36 == 4 * len(shown)
+    ways = Counter()
+    for pair, (left, right) in enumerate(zip(shown[::2], shown[1::2], strict=True)):
+        assert left & right and left - right and right - left
+        kinds = set()
+        for row in rows.select(range(8 * pair, 8 * pair + 8)):
+            item = OBJECTS.index(row["captions"][0].split()[0])
+            rules = {text.format(OBJECTS[item]): (text, rule) for text, rule in REASONING_TEMPLATES}
+            text, rule = rules[row["captions"][0]]
+            assert str(rule(item in left, item in right)) == row["label"]
+            assert row["images"] == rows[8 * pair]["images"] and row["image_id"] == f"validation-{pair}"
+            kinds.add((text, row["label"]))
+            ways[text, item in left, item in right] += 1
+        assert len(kinds) == 8  # of each template a true one and a false one
+    assert len(ways) == 4 * 4
 
 
 def test_boxes_hold_the_pictures_and_do_not_overlap(few):

@@ -18,10 +18,11 @@ from tcl_hf import (
     TCLForQuestionAnswering,
     TCLForVisualEntailment,
     TCLForVisualReasoning,
+    TCLModel,
 )
 from tcl_hf.annotations import QUESTION_FEATURES
 from tcl_hf.collators import TCLPreTrainingCollator, TCLTaskCollator, encode_answers, image_number, open_image
-from tcl_hf.data import DataError
+from tcl_hf.data import DataError, SharedImages
 from tcl_hf.evaluation import (
     answer_metrics,
     answer_questions,
@@ -99,6 +100,54 @@ def test_a_batch_of_statements_has_labels_by_name():
 def test_two_images_are_stacked_side_by_side():
     batch = TCLTaskCollator(tiny_processor(), label2id={"True": 1, "False": 0})(statements(("True",), 2, images=2))
     assert batch["pixel_values"].shape == (2, 2, 3, 32, 32)
+
+
+def test_texts_about_the_same_image_share_it():
+    """Where they come as one record, as from `SharedImages`, they get one view."""
+    processor = tiny_processor()
+    rows = questions(5)
+    for row, source in ((1, 0), (4, 0)):
+        rows[row] |= {"image": rows[source]["image"]}
+    shared = SharedImages(Dataset.from_list(rows))
+    assert [[r["question_id"] for r in item["records"]] for item in shared] == [["0", "1", "4"], ["2"], ["3"]]
+    together, apart = (
+        TCLTaskCollator(processor)(list(shared)),
+        TCLTaskCollator(processor)([rows[i] for i in (0, 1, 4, 2, 3)]),
+    )
+    assert together.pop("image_index").tolist() == [0, 0, 0, 1, 2]
+    assert torch.equal(together.pop("pixel_values"), apart.pop("pixel_values")[[0, 3, 4]])
+    assert together.keys() == apart.keys()
+    assert all(torch.equal(together[name], apart[name]) for name in apart)
+
+
+def test_of_texts_that_share_an_image_a_bad_one_is_left_out_alone():
+    rows = questions(3)
+    rows[1] |= {"question": " ", "image": rows[0]["image"]}
+    collator = TCLTaskCollator(tiny_processor())
+    batch = collator(list(SharedImages(Dataset.from_list(rows))))
+    assert len(batch["input_ids"]) == 2 and "image_index" not in batch
+    assert collator.skipped.count == 1 and "no question" in collator.skipped.last
+
+
+def test_sharing_images_is_for_tasks_with_one_text_after_the_other():
+    with pytest.raises(RecipeError, match="share_images: 'retrieval' draws one caption"):
+        TaskArguments(task="retrieval", share_images=True)
+
+
+def test_neighbours_about_one_image_are_evaluated_together_with_the_same_result(monkeypatch):
+    model, processor = tiny(TCLForVisualReasoning)
+    rows = statements(("True", "False"), 6, images=2)
+    for row in (1, 2, 4):
+        rows[row] |= {"images": rows[row - 1]["images"]}
+    encoded = []
+    encode = TCLModel.encode_image
+    monkeypatch.setattr(TCLModel, "encode_image", lambda self, p, **k: encoded.append(len(p)) or encode(self, p, **k))
+    found = evaluate_classes(model, processor, rows, batch_size=5)
+    assert encoded == [2 * 2, 2]  # rows 0 to 2, and 3 and 4; row 5
+    for row, prediction in zip(rows, found.predictions, strict=True):
+        with torch.no_grad():
+            shares = model(**TCLTaskCollator(processor)([row])).logits.softmax(-1)[0]
+        torch.testing.assert_close(torch.tensor(list(prediction["scores"].values())), shares, rtol=0, atol=1e-5)
 
 
 def test_a_label_of_another_spelling_is_refused_with_its_record():

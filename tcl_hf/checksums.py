@@ -1,0 +1,41 @@
+"""Checksums of weight files: `SHA256SUMS` beside them, as `sha256sum --check` reads it."""
+
+import hashlib
+import os
+from pathlib import Path
+
+CHECKSUMS = "SHA256SUMS"
+_WEIGHTS = "*.safetensors"
+
+
+def write_checksums(folder: str | os.PathLike) -> None:
+    """Write the checksums of a folder's weight files."""
+    lines = [f"{checksum(path)}  {path.name}\n" for path in sorted(Path(folder).glob(_WEIGHTS))]
+    (Path(folder) / CHECKSUMS).write_text("".join(lines))
+
+
+def verify_checksums(folder: str | os.PathLike) -> None:
+    """Compare a folder's weight files with their checksums, where it has any.
+
+    Safetensors carry none of their own: a flipped bit would load as another number.
+
+    Raises:
+        OSError: if a file is not what was saved.
+    """
+    sums = Path(folder) / CHECKSUMS
+    if not sums.is_file():
+        return
+    for line in sums.read_text(errors="replace").splitlines():
+        expected, _, name = line.partition("  ")
+        path = Path(folder) / os.path.basename(name)
+        if path.is_file() and checksum(path) != expected:
+            raise OSError(
+                f"{path} is not the file that was saved: its checksum differs from {CHECKSUMS}. Get it again, or "
+                f"remove {CHECKSUMS} if you changed the weights yourself."
+            )
+
+
+def checksum(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import set_seed
 
+from tcl_hf.cards import add_results
 from tcl_hf.data import DataError
 from tcl_hf.recipes import ModelArguments, RecipeError, open_model, parse_recipe
 from tcl_hf.report import PREDICTIONS, prediction_sheet, task_table
@@ -49,16 +50,19 @@ def main() -> None:
     accelerator = Accelerator()
     model, processor = open_model(parts, task.model_class, to_train=False)
     records = load_task(data, validation=True)
-    if data.add_words:  # a fine-tuned model has them
-        add_words(model, processor, records)
+    if data.add_words:
+        add_words(model, processor, records)  # a fine-tuned model has them
     answers = candidate_answers(data, None, parts.model)
     if how.shuffle_images:
         records = shuffle_images(records)
     evaluation = task.evaluate(model.to(accelerator.device), processor, records, data, answers)
     if accelerator.is_main_process:
-        said = statement(data, model.config, len(records)) | {"images_shuffled": how.shuffle_images}
+        said = statement(data, model.config, data.dataset_name, data.task, len(records))
+        said["images_shuffled"] = how.shuffle_images
         folder = Path(how.results or parts.model)
         write_results(folder, evaluation, said)
+        if not how.shuffle_images:
+            add_results(folder, data.task, evaluation.metrics, said)
         if evaluation.predictions:
             prediction_sheet(records, evaluation.predictions, folder / PREDICTIONS)
         print(task_table(evaluation.metrics, said))

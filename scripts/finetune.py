@@ -10,7 +10,7 @@ from transformers import set_seed
 
 from tcl_hf.data import DataError, SharedImages
 from tcl_hf.recipes import ModelArguments, RecipeError, open_model, parse_recipe
-from tcl_hf.report import write_task_report
+from tcl_hf.report import Run, write_task_report
 from tcl_hf.tasks import (
     ANSWERS,
     TASKS,
@@ -49,9 +49,9 @@ def main() -> None:
     metrics = train(model, items, collator, processor, args, evaluate if held_out else None)
 
     if PartialState().is_main_process:
-        said = statement(data, model.config, len(held_out) if held_out else 0)
-        command = " ".join(["accelerate launch", *sys.argv])
-        print(write_task_report(output_dir, metrics, said, len(records), parts.model, command, args.keep_best))
+        said = statement(data, model.config, data.dataset_name, data.task, len(held_out) if held_out else 0)
+        run = Run([data.dataset_name], len(records), [parts.model], " ".join(["accelerate launch", *sys.argv]))
+        print(write_task_report(output_dir, metrics, said, run, args.keep_best, held_out[0] if held_out else None))
         print(f"Model, processor, metrics and card are in {output_dir}")
 
 

@@ -20,7 +20,8 @@ from tcl_hf.recipes import (
     name_of,
     parse_recipe,
 )
-from tcl_hf.report import RunFacts, write_report
+from tcl_hf.report import Run, write_report
+from tcl_hf.tasks import statement
 from tcl_hf.training import NonFiniteError, TrainingArguments, TrainingError, train
 
 DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "openmoji.yaml"
@@ -31,7 +32,8 @@ def main() -> None:
     set_seed(args.seed)
     pairs, records = load_data(data)
     model, processor = build_model(parts, captions_of(pairs))
-    learned = {"task": "pretraining", "data": [name_of([source]) for source in data.data]}
+    names = [name_of([source]) for source in data.data]
+    learned = {"task": "pretraining", "data": names}
     model.config.trained_on = [*(model.config.trained_on or []), learned]
     collator = build_collator(data, model.config, processor)
 
@@ -43,17 +45,13 @@ def main() -> None:
     if not PartialState().is_main_process:
         return
     if records:
-        facts = RunFacts(
-            data=data.data,
-            split=data.validation_split,
-            num_train=None if data.streaming else len(pairs),
-            k=data.eval_k,
-            base_models=[name for name in (parts.model, parts.vision_model, parts.text_model) if name],
-            command=" ".join(["accelerate launch", *sys.argv]),
-        )
+        bases = [name for name in (parts.model, parts.vision_model, parts.text_model) if name]
+        command = " ".join(["accelerate launch", *sys.argv])
+        run = Run(names, None if data.streaming else len(pairs), bases, command)
+        said = statement(data, model.config, names[0], "retrieval", len(records))
         embedded = data.data == ["openmoji"] and not data.streaming
         baseline = ridge_baseline(list(pairs), records) if embedded else None
-        print(write_report(model, processor, records, metrics, facts, Path(args.output_dir), baseline))
+        print(write_report(model, processor, records, metrics, said, run, Path(args.output_dir), baseline))
     print(f"Model, processor, metrics and card are in {args.output_dir}")
 
 

@@ -143,8 +143,12 @@ class TCLConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
+    def from_dict(cls, config_dict: dict, image_size: int | None = None, **kwargs):
         """Make a config of its dictionary, as transformers does.
+
+        Args:
+            image_size: pixels of a side of the images in place of the dictionary's. So a checkpoint opens at another
+                resolution, by any `from_pretrained`: its positions are resized.
 
         Raises:
             ValueError: for the dictionary of another model, of which transformers would take what fits.
@@ -155,6 +159,10 @@ class TCLConfig(PreTrainedConfig):
                 f"{config_dict.get('_name_or_path') or 'The checkpoint'} holds a '{found}' model and not a TCL: "
                 "TCLModel.from_vision_text_pretrained starts a new TCL from encoders."
             )
+        if image_size is not None:
+            config_dict = config_dict | {
+                "vision_config": dict(config_dict["vision_config"]) | {"image_size": image_size}
+            }
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):

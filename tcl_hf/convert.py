@@ -520,13 +520,13 @@ def convert(
         raise CheckpointError(f"{folder} is not empty: choose another folder.")
     model, report = load_original(read_checkpoint(source), vision_heads, text_heads, **fields)
     if processor is not None:
-        size, vocabulary = model.config.vision_config.image_size, model.config.text_config.vocab_size
+        vocabulary = model.config.text_config.vocab_size
         if len(processor.tokenizer) != vocabulary:
             raise CheckpointError(
                 f"The checkpoint knows {vocabulary} words and the tokenizer {len(processor.tokenizer)}: name the "
                 "tokenizer that it was trained with."
             )
-        processor.image_processor.size = {"height": size, "width": size}
+        processor.image_size = model.config.vision_config.image_size
         model.config.text_config.pad_token_id = processor.tokenizer.pad_token_id
         model.config.text_config.bos_token_id = processor.tokenizer.cls_token_id
         model.config.text_config.eos_token_id = processor.tokenizer.sep_token_id

@@ -54,6 +54,15 @@ class TCLProcessor(ProcessorMixin):
         return cls(image_processor, TCLTokenizer.from_pretrained(text_model))
 
     @property
+    def image_size(self) -> int:
+        """Pixels of a side of the images that it makes; set it to those of a model opened at another resolution."""
+        return self.image_processor.size["height"]
+
+    @image_size.setter
+    def image_size(self, image_size: int) -> None:
+        self.image_processor.size = {"height": image_size, "width": image_size}
+
+    @property
     def clean_text(self) -> bool:
         """Whether texts are cleaned; the tokenizer's `clean_up_text`."""
         return self.tokenizer.clean_up_text

@@ -252,17 +252,14 @@ def open_model(
         fields = {name: value for name, value in args.config_fields.items() if name not in _SIZES}
         # A checkpoint for inference has no teacher, but whoever trains wants one; who evaluates does not.
         fields["use_momentum_teacher"] = to_train and fields.get("use_momentum_teacher", True)
-        config = TCLConfig.from_pretrained(args.model, **fields)
+        config = TCLConfig.from_pretrained(args.model, image_size=args.image_size, **fields)
         for part, known in (("vision_config", config.vision_config), ("text_config", config.text_config)):
             for name, value in args.config_fields.get(part, {}).items():
                 if name in _DROPOUT:
                     setattr(known, name, value)
-        if args.image_size is not None:
-            config.vision_config = TCLVisionConfig(**config.vision_config.to_dict() | {"image_size": args.image_size})
         config.text_config.bos_token_id = processor.tokenizer.cls_token_id
         config.text_config.eos_token_id = processor.tokenizer.sep_token_id
-        size = config.vision_config.image_size
-        processor.image_processor.size = {"height": size, "width": size}
+        processor.image_size = config.vision_config.image_size
         return model_class.from_pretrained(args.model, config=config), processor
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise RecipeError(f"{args.model} can not be opened: {error}") from error

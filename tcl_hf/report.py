@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image, ImageOps
 
+from .cards import METHOD, Card
 from .collators import open_image
 from .evaluation import chance_recall, encode_pairs, matching_scores
 from .modeling_tcl import TCLForImageTextRetrieval
-from .openmoji import ATTRIBUTION
 from .processing_tcl import TCLProcessor
 from .training import METRICS, read_metrics
 
@@ -24,35 +23,52 @@ SHEET = "retrieved.png"
 PREDICTIONS = "predictions.png"
 SHEET_SIDE, FRAME = 160, 2  # pixels of a picture on the sheet of predictions, and of the line around it
 
-CITATION = """\
-@inproceedings{yang2022vision,
-  title={Vision-Language Pre-Training with Triple Contrastive Learning},
-  author={Yang, Jinyu and Duan, Jiali and Tran, Son and Xu, Yi and Chanda, Sampath and Chen, Liqun and
-          Zeng, Belinda and Chilimbi, Trishul and Huang, Junzhou},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year={2022}
-}"""
-
 
 @dataclass(frozen=True)
-class RunFacts:
-    """What a card says about a run besides its results.
+class Run:
+    """How a model was trained, for its card.
 
     Args:
-        data: the sources trained on.
-        split: the split evaluated on.
-        num_train: pairs trained on; None if they were a stream.
-        k: candidates re-ranked.
-        base_models: what the encoders started from.
+        data: names of what it was trained on.
+        num_train: pairs or records trained on; None if they were a stream.
+        base_models: what it started from: Hub names or folders.
         command: how the run was started.
     """
 
     data: list[str]
-    split: str
     num_train: int | None
-    k: int
     base_models: list[str]
     command: str
+
+    def card(
+        self,
+        task: str,
+        results: str,
+        metrics: dict[str, float],
+        said: dict[str, Any],
+        pictures: list[tuple[str, str]],
+        example: dict[str, Any] | None,
+        output_dir: Path,
+    ) -> None:
+        """Write the run's card; see `cards.Card`."""
+        what = "pairs" if task == "pretraining" else "records"
+        learned = f"{self.num_train} {what}" if self.num_train is not None else f"a stream of {what}"
+        names = [Path(name).resolve().name if Path(name).exists() else name for name in self.base_models]
+        started = f"It started from {', '.join(names)}." if names else "It was trained from scratch."
+        how = "pre-trained" if task == "pretraining" else f"fine-tuned for {task.replace('_', ' ')}"
+        Card(
+            name=output_dir.resolve().name,
+            task=task,
+            datasets=self.data,
+            summary=f"A model of {METHOD}, {how} by `tcl_hf` on {learned} of {', '.join(self.data)}. {started}",
+            results=results,
+            training=f"`{self.command}`; losses and metrics along the run are in `{METRICS}`.",
+            metrics=metrics,
+            said=said,
+            base_models=self.base_models,
+            pictures=pictures,
+            example=example,
+        ).write(output_dir)
 
 
 def results_table(metrics: dict[str, float], num_images: int, k: int, baseline: dict[str, float] | None = None) -> str:
@@ -160,113 +176,37 @@ def write_report(
     processor: TCLProcessor,
     records: list[dict],
     metrics: dict[str, float],
-    facts: RunFacts,
+    said: dict[str, Any],
+    run: Run,
     output_dir: Path,
     baseline: dict[str, float] | None = None,
 ) -> str:
-    """Write curves, picture sheet and model card into a run's folder; return its table of results.
+    """Write curves, picture sheet and model card of pre-training into its folder; return its table of results.
 
     Args:
         records: the held-out images, with captions.
         metrics: those of `evaluate_retrieval` on them.
+        said: how they were measured; its `k` are the candidates re-ranked.
         baseline: metrics of `ridge_baseline` on them.
     """
-    table = results_table(metrics, len(records), facts.k, baseline)
+    k = said["k"]
+    table = results_table(metrics, len(records), k, baseline)
     plot_training(read_metrics(output_dir / METRICS), output_dir / CURVES)
-    picture_sheet(model, processor, records, output_dir / SHEET, facts.k)
-    write_card(output_dir, table, metrics, len(records), facts)
-    return table
+    picture_sheet(model, processor, records, output_dir / SHEET, k)
+    results = f"""\
+Split `{said["split"]}`, which this run did not train on, one caption per image, measured at its end. Similarity is the
+cosine of both encoders' features; re-ranking scores the {k} most similar candidates of each query by the matching head
+alone. Pixels were made by the PIL backend of the image processor.
 
-
-def write_card(
-    output_dir: Path, table: str, metrics: dict[str, float], num_validation: int, facts: RunFacts
-) -> ModelCard:
-    """Write the model card of a run, `README.md` with its metadata, from measured results.
-
-    Args:
-        table: the results, from `results_table`.
-        metrics: the same as numbers, for the card's metadata.
-        num_validation: images evaluated on.
-    """
-    data, split, k = facts.data, facts.split, facts.k
-    num_train, base_models, command = facts.num_train, facts.base_models, facts.command
-    embedded = data == ["openmoji"]
-    results = [
-        EvalResult(
-            task_type="image-text-retrieval",
-            dataset_type=",".join(data),
-            dataset_name=f"{', '.join(data)} ({num_validation} held-out images)",
-            dataset_split=split,
-            metric_type="recall",
-            metric_name=name,
-            metric_value=round(value, 2),
-            metric_args={"k": k} if name.startswith("reranked") else None,
-        )
-        for name, value in metrics.items()
-        if name in ("recall@1", "recall@5", "recall@10", "reranked_recall@1", "reranked_recall@5", "reranked_recall@10")
+{table}"""
+    pictures = [
+        (CURVES, "Losses and recall along the run."),
+        (SHEET, "Retrieved pictures; the right one is framed. The captions are spread evenly over the split."),
     ]
-    card_data = ModelCardData(
-        license="cc-by-sa-4.0" if embedded else None,
-        library_name="transformers",
-        pipeline_tag="zero-shot-image-classification",
-        tags=["tcl", "vision-language", "image-text-retrieval"],
-        base_model=[name for name in base_models if not Path(name).exists()] or None,
-        model_name=output_dir.resolve().name,
-        eval_results=results,
-    )
-    names = [Path(name).resolve().name if Path(name).exists() else name for name in base_models]
-    started = f"Its encoders started from {', '.join(names)}." if base_models else "It was trained from scratch."
-    trained_on = f"{num_train} pairs" if num_train is not None else "a stream of pairs"
-    content = f"""---
-{card_data.to_yaml()}
----
-
-# {output_dir.resolve().name}
-
-A TCL model (vision-language pre-training with triple contrastive learning, CVPR 2022), pre-trained by `tcl_hf` on
-{trained_on} of {", ".join(data)}. {started}
-
-```python
-import tcl_hf  # registers TCL with transformers
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{output_dir}")
-processor = AutoProcessor.from_pretrained("{output_dir}")
-```
-
-## Results
-
-Split `{split}`, which this run did not train on, one caption per image, measured at its end. Similarity is the cosine
-of both encoders' features; re-ranking scores the {k} most similar candidates of each query by the matching head alone.
-Pixels were made by the PIL backend of the image processor.
-
-{table}
-
-![losses and recall]({CURVES})
-
-The captions of this sheet are spread evenly over the split; the right picture is framed.
-
-![retrieved pictures]({SHEET})
-
-## Training
-
-`{command}`; mean losses and recall along the run are in `metrics.jsonl`.
-
-## Intended use and limits
-
-For research and for trying the package. It knows what its training data shows and no more; with little data it
-recognises colours and coarse shapes. It has learned whatever bias is in its captions. It was not tested for any
-decision about people.
-
-{_credits(embedded)}## Citation
-
-```bibtex
-{CITATION}
-```
-"""
-    card = ModelCard(content)
-    card.save(output_dir / "README.md")
-    return card
+    of_both_directions = {n: v for n, v in metrics.items() if n.removeprefix("reranked_").startswith("recall@")}
+    example = records[0] | {"captions": [record["captions"][0] for record in records[:4]]}
+    run.card("pretraining", results, of_both_directions, said, pictures, example, output_dir)
+    return table
 
 
 def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Path, columns: int = 6) -> None:
@@ -341,83 +281,26 @@ def write_task_report(
     output_dir: Path,
     metrics: dict[str, float],
     said: dict[str, Any],
-    num_train: int,
-    base_model: str,
-    command: str,
+    run: Run,
     metric: str,
+    example: dict[str, Any] | None = None,
 ) -> str:
     """Write curve and model card of a fine-tuning run into its folder; return its table of results.
 
     Args:
         metrics: those of the run's last evaluation; the table shows those of the model that was kept.
         said: how they were measured, see `tasks.statement`.
-        num_train: records trained on.
         metric: the one that the model was kept by; the first one if empty.
+        example: a record of the held-out data, for the card's widget.
     """
     evaluated = [line for line in read_metrics(output_dir / METRICS) if "loss" not in line]
     metric = metric or next((name for name in metrics if name not in ("step", "epoch")), "loss")
     best = max(evaluated, key=lambda line: line.get(metric, -math.inf), default=metrics)
     plot_task(read_metrics(output_dir / METRICS), metric, output_dir / CURVES)
     table = task_table(best, said)
-    results = [
-        EvalResult(
-            task_type=said["task"],
-            dataset_type=said["dataset"],
-            dataset_name=said["dataset"],
-            dataset_split=said["split"],
-            metric_type=name,
-            metric_value=round(value, 2),
-            metric_args={key: said[key] for key in ("protocol", "k", "resolution") if key in said},
-        )
-        for name, value in best.items()
-        if name not in ("step", "epoch") and said["split"] and "/" not in name
-    ]
-    name = output_dir.resolve().name
-    card_data = ModelCardData(
-        library_name="transformers",
-        license="cc-by-sa-4.0" if said["dataset"] in ("scenes", "openmoji") else None,
-        tags=["tcl", "vision-language", said["task"].replace("_", "-")],
-        model_name=name,
-        eval_results=results or None,
-    )
-    base = Path(base_model).resolve().name if Path(base_model).exists() else base_model
-    card = ModelCard(f"""---
-{card_data.to_yaml()}
----
-
-# {name}
-
-A TCL model (vision-language pre-training with triple contrastive learning, CVPR 2022) for
-{said["task"].replace("_", " ")}, fine-tuned by `tcl_hf` on {num_train} records of {said["dataset"]} from `{base}`.
-
-## Results
-
-{table}
-
-![loss and metric]({CURVES})
-
-## Training
-
-`{command}`
-
-## Intended use and limits
-
-For research. It knows what its training data shows and no more, and has learned whatever bias is in it. It was not
-tested for any decision about people.
-
-{_credits(said["dataset"] in ("scenes", "openmoji"))}## Citation
-
-```bibtex
-{CITATION}
-```
-""")
-    card.save(output_dir / "README.md")
+    pictures = [(CURVES, "Loss and metric along the run.")]
+    run.card(said["task"], table, best, said, pictures, example, output_dir)
     return table
-
-
-def _credits(shows_emojis: bool) -> str:
-    """The section that the licence of the pictures asks for."""
-    return f"## Pictures\n\n{ATTRIBUTION}\n\n" if shows_emojis else ""
 
 
 def _pyplot():

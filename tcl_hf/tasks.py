@@ -329,17 +329,17 @@ def protocol(config: TCLConfig, task: str, dataset_name: str) -> str:
     return f"zero_shot_from_{tuned[-1]}" if tuned else "zero_shot"
 
 
-def statement(args: TaskArguments, config: TCLConfig, num_records: int) -> dict[str, Any]:
+def statement(args: DataArguments, config: TCLConfig, dataset: str, task: str, num_records: int) -> dict[str, Any]:
     """What every result must be read with: protocol, data, split, candidates and resolution."""
     said: dict[str, Any] = {
-        "task": args.task,
-        "dataset": args.dataset_name,
+        "task": task,
+        "dataset": dataset,
         "split": args.validation_split,
         "records": num_records,
-        "protocol": protocol(config, args.task, args.dataset_name or "?"),
+        "protocol": protocol(config, task, dataset),
         "resolution": config.vision_config.image_size,
     }
-    if args.task in ("retrieval", "question_answering"):
+    if task in ("retrieval", "question_answering"):
         said["k"] = args.eval_k
     return said
 

@@ -27,6 +27,7 @@ from tcl_hf import (
 )
 from tcl_hf.checksums import CHECKSUMS
 from tcl_hf.collators import masked_positions
+from tcl_hf.encoders import resize_positions
 
 HEADS = [TCLForPreTraining, TCLForImageTextRetrieval]
 CLASSES = [*HEADS, TCLForMaskedLM, TCLModel]
@@ -112,6 +113,21 @@ def test_round_trip_keeps_every_tensor(model_class, tmp_path):
         assert torch.equal(state[name], value), name
     trained = {n for n, p in loaded.named_parameters() if p.requires_grad}
     assert trained == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("model_class", [TCLModel, *HEADS])
+def test_a_checkpoint_opens_at_another_resolution(model_class, tmp_path):
+    model = model_class(small_patches())
+    model.save_pretrained(tmp_path)
+    larger = model_class.from_pretrained(tmp_path, image_size=64)
+    assert larger.config.vision_config.image_size == 64
+    places = [name for name in model.state_dict() if name.endswith("vision_model.embeddings.position_embeddings")]
+    assert places
+    for name in places:
+        old, new = model.state_dict()[name], larger.state_dict()[name]
+        torch.testing.assert_close(new, resize_positions(old, 8), rtol=0, atol=0)
+    with torch.no_grad():
+        larger(pixel_values=torch.zeros(1, 3, 64, 64), input_ids=torch.tensor([[2, 5]]))
 
 
 @pytest.mark.parametrize("missing", ["teacher", "queue", "both"])

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from tcl_hf import TCLForImageTextRetrieval
-from tcl_hf.report import RunFacts, plot_training, results_table, write_report
+from tcl_hf.report import Run, plot_training, results_table, write_report
 
 ROOT = Path(__file__).parents[1]
 NAMES = [f"{way}_recall@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)] + ["recall@1", "recall@5", "recall@10"]
@@ -41,9 +41,16 @@ def report(tmp_path_factory):
     lines = [{"step": 1, "loss": 3.0, "loss_cma": 2.0}, {"step": 1, "recall@1": 5.0, "reranked_recall@1": 6.0}]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     torch.manual_seed(0)
-    facts = RunFacts(["openmoji"], "validation", 100, 4, [], "accelerate launch scripts/pretrain.py")
+    run = Run(["openmoji"], 100, [], "accelerate launch scripts/pretrain.py")
+    said = {
+        "dataset": "openmoji",
+        "split": "validation",
+        "protocol": "pretrained_on_openmoji",
+        "k": 4,
+        "resolution": 32,
+    }
     model = TCLForImageTextRetrieval(small_patches())
-    table = write_report(model, tiny_processor(), tiny_records(9), METRICS, facts, folder)
+    table = write_report(model, tiny_processor(), tiny_records(9), METRICS, said, run, folder)
     return folder, table
 
 

@@ -203,7 +203,7 @@ def test_the_processor_has_the_text_models_words_and_the_vision_models_normalisa
     processor = TCLProcessor.from_vision_text_pretrained(
         str(tmp_path / "dinov2"), str(tmp_path / "bert"), image_size=28
     )
-    assert processor.image_processor.size == {"height": 28, "width": 28}
+    assert processor.image_processor.size == {"height": 28, "width": 28} and processor.image_size == 28
     assert list(processor.image_processor.image_mean) == [0.485, 0.456, 0.406]
     text = "Der Hund läuft: 犬e!"
     expected = bert_tokenizer("der hund läuft 犬e", add_special_tokens=False)["input_ids"]

@@ -21,7 +21,7 @@ FLOORS = [
     {"starting_points"},
     {"modeling_tcl", "modeling_tcl_tasks", "processing_tcl", "image_processing_tcl", "tokenization_tcl"},
     {"convert", "export", "grounding", "openmoji", "data", "annotations", "easy_vqa", "scenes", "collators"},
-    {"evaluation", "pipelines", "baselines"},
+    {"evaluation", "pipelines", "baselines", "cards"},
     {"training", "recipes", "report", "hub"},
     {"tasks"},
 ]

@@ -129,7 +129,7 @@ def _name(model: str) -> str:
 
 def eval_results(task: str, metrics: dict[str, float], said: dict[str, Any]) -> list[EvalResult]:
     """Metrics as a card's metadata has them; those of single labels, and counts, are left to the table."""
-    how: dict[str, Any] = {name: said[name] for name in ("protocol", "k", "resolution") if name in said}
+    how: dict[str, Any] = {name: said[name] for name in ("protocol", "k", "resolution", "heat") if name in said}
     left_out = ("step", "epoch", "records", "phrases")
     return [
         EvalResult(

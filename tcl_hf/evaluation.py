@@ -18,7 +18,16 @@ from transformers import PreTrainedModel
 
 from .collators import TCLTaskCollator, encode_answers, open_image
 from .encoders import KeyValue
-from .grounding import heat_point, matching_heat_map, phrase_map, phrase_tokens, rank_boxes, sliding_boxes
+from .grounding import (
+    HEAT_KINDS,
+    heat_point,
+    matching_heat_map,
+    phrase_map,
+    phrase_tokens,
+    rank_boxes,
+    similarity_heat_map,
+    sliding_boxes,
+)
 from .metrics import (
     accuracy,
     consistency,
@@ -345,8 +354,9 @@ def evaluate_grounding(
     batch_size: int = 32,
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
+    heat: str = "matching",
 ) -> Evaluation:
-    """Where phrases are, by Grad-CAM of the matching score.
+    """Where phrases are, by Grad-CAM of the matching of image and caption, or of the similarity of image and phrase.
 
     `pointing_accuracy` is the share of phrases whose map is highest inside one of their boxes; `recall@k` that of
     phrases for which one of the k best candidate boxes overlaps a true one by half (`any_...`), or the one box that
@@ -357,8 +367,13 @@ def evaluate_grounding(
     the whole image, and a box in its middle with half its sides.
 
     Args:
-        layer: fusion layer whose attention is read; see `matching_heat_map`.
+        layer: whose attention is read: a fusion layer for matching, see `matching_heat_map`, or a vision layer for
+            similarity, the last one if None.
+        heat: "matching", with the maps of the phrase's tokens in its caption; or "similarity", with the phrase alone as
+            the text.
     """
+    if heat not in HEAT_KINDS:
+        raise ValueError(f"heat='{heat}' is no kind of heat map: choose one of {', '.join(HEAT_KINDS)}.")
     captions = [
         (record, number, phrases)
         for record in records
@@ -370,7 +385,7 @@ def evaluate_grounding(
     bar = tqdm(total=len(share), desc="Grounding", unit="caption", disable=not progress, leave=False)
     with evaluating(model):
         for rows in batches(share, batch_size):
-            own += _ground(model, processor, [captions[row] for row in rows], layer, max_tokens)
+            own += _ground(model, processor, [captions[row] for row in rows], heat, layer, max_tokens)
             bar.update(len(rows))
     bar.close()
     found = [phrase for phrases in exchange(own, len(captions)) for phrase in phrases]
@@ -381,39 +396,82 @@ def _ground(
     model: TCLForImageTextRetrieval,
     processor: TCLProcessor,
     captions: list[tuple[dict, int, list[dict]]],
+    heat: str,
     layer: int | None,
     max_tokens: int,
 ) -> list[list[dict]]:
     """For each caption its phrases that can be found in it: point, ranked boxes, true boxes, types, image size."""
     images = [open_image(record["image"]).convert("RGB") for record, _, _ in captions]
-    texts = [record["captions"][number] for record, number, _ in captions]
-    inputs = processor(images=images, text=texts, return_tensors="pt", max_length=max_tokens).to(model.device)
-    maps = matching_heat_map(model, inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], layer)
-    results = []
-    for (record, _, phrases), text, image, heat in zip(captions, texts, images, maps.cpu(), strict=True):
-        proposals = torch.tensor(record["proposals"]) if record.get("proposals") else sliding_boxes(image.size)
-        own = []
-        for phrase in phrases:
-            try:
-                tokens = phrase_tokens(processor, text, phrase["start"], phrase["end"], max_tokens, len(heat))
-            except ValueError:  # cut off by truncation, or of deleted characters only
-                continue
-            one = phrase_map(heat, tokens)
-            order = rank_boxes(one, proposals, image.size)[:10]
-            own.append(
-                {
-                    "image_id": record["image_id"],
-                    "phrase_id": phrase["phrase_id"],
-                    "phrase": text[phrase["start"] : phrase["end"]],
-                    "point": heat_point(one, image.size),
-                    "ranked": proposals[order],
-                    "boxes": torch.tensor(phrase["boxes"]),
-                    "types": phrase["types"],
-                    "size": image.size,
-                }
-            )
-        results.append(own)
+    spans = [
+        (row, record["captions"][number], phrase)
+        for row, (record, number, phrases) in enumerate(captions)
+        for phrase in phrases
+    ]
+    map_of = _similarity_maps if heat == "similarity" else _matching_maps
+    results: list[list[dict]] = [[] for _ in captions]
+    for (row, text, phrase), one in zip(spans, map_of(model, processor, images, spans, layer, max_tokens), strict=True):
+        if one is None:  # cut off by truncation, or of deleted characters only
+            continue
+        record, size = captions[row][0], images[row].size
+        proposals = torch.tensor(record["proposals"]) if record.get("proposals") else sliding_boxes(size)
+        results[row].append(
+            {
+                "image_id": record["image_id"],
+                "phrase_id": phrase["phrase_id"],
+                "phrase": text[phrase["start"] : phrase["end"]],
+                "point": heat_point(one, size),
+                "ranked": proposals[rank_boxes(one, proposals, size)[:10]],
+                "boxes": torch.tensor(phrase["boxes"]),
+                "types": phrase["types"],
+                "size": size,
+            }
+        )
     return results
+
+
+_Span = tuple[int, str, dict]  # row of the image, caption, phrase
+
+
+def _matching_maps(
+    model: TCLForImageTextRetrieval,
+    processor: TCLProcessor,
+    images: list,
+    spans: list[_Span],
+    layer: int | None,
+    max_tokens: int,
+) -> list[Tensor | None]:
+    """A map for each phrase from those of its caption's tokens; None where it has no token."""
+    texts = list({row: text for row, text, _ in spans}.values())  # every caption here has phrases
+    inputs = processor(images=images, text=texts, return_tensors="pt", max_length=max_tokens).to(model.device)
+    maps = matching_heat_map(model, inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], layer).cpu()
+    found: list[Tensor | None] = []
+    for row, text, phrase in spans:
+        try:
+            tokens = phrase_tokens(processor, text, phrase["start"], phrase["end"], max_tokens, maps.shape[1])
+        except ValueError:
+            found.append(None)
+        else:
+            found.append(phrase_map(maps[row], tokens))
+    return found
+
+
+def _similarity_maps(
+    model: TCLForImageTextRetrieval,
+    processor: TCLProcessor,
+    images: list,
+    spans: list[_Span],
+    layer: int | None,
+    max_tokens: int,
+) -> list[Tensor | None]:
+    """A map for each phrase as a text of its own; None where nothing of it is left."""
+    texts = [text[phrase["start"] : phrase["end"]] for _, text, phrase in spans]
+    tokens = processor(text=texts, return_tensors="pt", max_length=max_tokens).to(model.device)
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(model.device)
+    pixels = pixels[[row for row, _, _ in spans]]
+    layer = -1 if layer is None else layer
+    maps = similarity_heat_map(model, tokens["input_ids"], tokens["attention_mask"], pixels, layer).cpu()
+    lengths = tokens["attention_mask"].sum(-1).tolist()
+    return [one if length > 1 else None for one, length in zip(maps, lengths, strict=True)]
 
 
 def _grounding_metrics(found: list[dict]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from .modeling_tcl import MATCHES, TCLForImageTextRetrieval, TCLModel
 from .processing_tcl import MAX_TOKENS, MAX_WORDS, TCLProcessor
 from .tokenization_tcl import TCLTokenizer, clean_caption_with_origins
 
+HEAT_KINDS = ("matching", "similarity")  # of which score a map is
 AREA_EXPONENT = 0.5  # of a box, by which its heat is divided: the original's for RefCOCO+
 
 # Candidate boxes where no detector is at hand. Sides are shares of the square root of the image's area.

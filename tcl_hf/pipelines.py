@@ -24,6 +24,7 @@ from transformers.pipelines import PIPELINE_REGISTRY, PipelineException
 
 from .encoders import TCLPreTrainedModel
 from .grounding import (
+    HEAT_KINDS,
     box_from_heat_map,
     box_scores,
     draw_heat_map,
@@ -32,6 +33,7 @@ from .grounding import (
     phrase_map,
     phrase_span,
     phrase_tokens,
+    similarity_heat_map,
     sliding_boxes,
 )
 from .modeling_tcl import MATCHES, TCLForImageTextRetrieval, TCLForPreTraining
@@ -290,8 +292,10 @@ class VisualGroundingPipeline(_ImageTextPipeline):
     the candidates; with none of them, that around the hottest pixel, or with `sliding=True` the best of boxes of all
     sizes all over the image. With `draw=True`, `drawn` is the image with both.
 
-    `layer` chooses the fusion layer and `threshold` the share of the greatest heat around the hottest pixel, as in
-    `grounding`. Parameters are those of the record where it has its own.
+    `heat` is the score whose map it is: "matching", with the phrase's tokens in its text, or "similarity", with the
+    phrase alone as the text, which a small model learns earlier. `layer` chooses the layer, of fusion or of vision,
+    and `threshold` the share of the greatest heat around the hottest pixel, as in `grounding`. Parameters are those of
+    the record where it has its own.
     """
 
     model_classes = (TCLForImageTextRetrieval, TCLForPreTraining)
@@ -305,9 +309,12 @@ class VisualGroundingPipeline(_ImageTextPipeline):
         threshold: float | None = None,
         draw: bool | None = None,
         timeout: float | None = None,
+        heat: str | None = None,
     ) -> tuple[dict, dict, dict]:
-        record = _given(phrase=phrase, boxes=boxes, timeout=timeout)
-        return record, _given(layer=layer), _given(sliding=sliding, threshold=threshold, draw=draw)
+        if heat not in (None, *HEAT_KINDS):
+            raise ValueError(f"heat='{heat}' is no kind of heat map: choose one of {', '.join(HEAT_KINDS)}.")
+        record = _given(phrase=phrase, boxes=boxes, timeout=timeout, heat=heat)
+        return record, _given(layer=layer, heat=heat), _given(sliding=sliding, threshold=threshold, draw=draw)
 
     def preprocess(
         self,
@@ -315,6 +322,7 @@ class VisualGroundingPipeline(_ImageTextPipeline):
         phrase: str | tuple[int, int] | None = None,
         boxes: list | Tensor | None = None,
         timeout: float | None = None,
+        heat: str = "matching",
     ) -> dict:
         """Pixels of the image, tokens of the text, and which of them belong to the phrase."""
         image, text = self._image(record, timeout), self._text(record)
@@ -325,10 +333,13 @@ class VisualGroundingPipeline(_ImageTextPipeline):
             if not boxes:
                 raise ValueError("boxes is empty: pass at least one candidate, or None to find a box without any.")
             box_scores(torch.zeros(1, 1), boxes, image.size)  # says what is wrong with them, before the model runs
+        if phrase is not None:
+            start, end = phrase_span(text, phrase) if isinstance(phrase, str) else phrase
+        if phrase is not None and heat == "similarity":
+            text, phrase = text[start:end], None
         tokens = self.processor(text=[text], return_tensors="pt")
         chosen = tokens["attention_mask"].bool()
         if phrase is not None:
-            start, end = phrase_span(text, phrase) if isinstance(phrase, str) else phrase
             chosen = phrase_tokens(self.processor, text, start, end)[None]
         return {
             "pixel_values": self._pixels([image]),
@@ -339,11 +350,13 @@ class VisualGroundingPipeline(_ImageTextPipeline):
             "boxes": boxes,
         }
 
-    def _forward(self, inputs: dict, layer: int | None = None) -> dict:
-        maps = matching_heat_map(
-            self.model, inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], layer
-        )  # (B, L, height, width)
-        heat_map = phrase_map(maps, inputs["phrase_tokens"])
+    def _forward(self, inputs: dict, layer: int | None = None, heat: str = "matching") -> dict:
+        pair = (inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"])
+        if heat == "similarity":
+            heat_map = similarity_heat_map(self.model, *pair, **_given(layer=layer))
+        else:
+            maps = matching_heat_map(self.model, *pair, layer)  # (B, L, height, width)
+            heat_map = phrase_map(maps, inputs["phrase_tokens"])
         return {"heat_map": heat_map, "image": inputs["image"], "boxes": inputs["boxes"]}
 
     def postprocess(

@@ -229,7 +229,7 @@ def _two_that_share(composer: _Composer) -> tuple[set[int], set[int]]:
 
 
 def load_scene_phrases(split: str = "train") -> Dataset:
-    """Scenes with the name of each object as a caption, as records of grounding: `image`, `captions`, `phrases`.
+    """Scenes with a caption that names their objects, as records of grounding: `image`, `captions`, `phrases`.
 
     Sides of the boxes are uniform from 18 to 30 pixels, and places uniform among those without overlap.
     """
@@ -243,22 +243,25 @@ def load_scene_phrases(split: str = "train") -> Dataset:
             boxes = _places(composer.random, len(objects))
             for item, (left, top, right, _) in zip(objects, boxes, strict=True):
                 picture.paste(composer.pictures[item].resize((right - left, right - left)), (left, top))
-            names = [OBJECTS[item] for item in objects]
-            phrases = [
-                {
-                    "caption_index": place,
-                    "start": 0,
-                    "end": len(name),
-                    "types": [],
-                    "boxes": [[float(corner) for corner in boxes[place]]],
-                    "phrase_id": f"{split}-{number}-{place}",
-                }
-                for place, name in enumerate(names)
-            ]
+            caption, phrases = "", []
+            for place, item in enumerate(objects):
+                caption += "" if not place else " and " if place == len(objects) - 1 else " "
+                phrase = OBJECTS[item]
+                phrases.append(
+                    {
+                        "caption_index": 0,
+                        "start": len(caption),
+                        "end": len(caption) + len(phrase),
+                        "types": [],
+                        "boxes": [[float(corner) for corner in boxes[place]]],
+                        "phrase_id": f"{split}-{number}-{place}",
+                    }
+                )
+                caption += phrase
             yield {
                 "image": _png(picture),
                 "image_id": f"{split}-{number}",
-                "captions": names,
+                "captions": [caption],
                 "phrases": phrases,
                 "proposals": [],
                 "width": SIDE,

@@ -30,6 +30,7 @@ from .evaluation import (
     evaluate_grounding,
     evaluate_retrieval,
 )
+from .grounding import HEAT_KINDS
 from .metrics import vqa_results
 from .modeling_tcl import TCLForImageTextRetrieval
 from .modeling_tcl_tasks import (
@@ -71,7 +72,11 @@ class TaskArguments(DataArguments):
         metadata={"help": "Train on all texts about an image together, and count images in a batch: it is read once."},
     )
     eval_batch_size: int = field(default=64, metadata={"help": "Samples in a forward of the evaluation."})
-    heat_layer: int | None = field(default=None, metadata={"help": "Fusion layer whose attention shows where."})
+    heat: str = field(default="matching", metadata={"help": "Score whose map shows where: 'matching' or 'similarity'."})
+    heat_layer: int | None = field(
+        default=None,
+        metadata={"help": "Layer whose attention it is: of fusion for matching, of vision for similarity."},
+    )
     half_precision_states: bool = field(
         default=False, metadata={"help": "Keep encoded states in float16 on the CPU while re-ranking: less memory."}
     )
@@ -82,6 +87,8 @@ class TaskArguments(DataArguments):
             raise RecipeError(f"There is no task '{self.task}': choose one of {', '.join(TASKS)}.")
         if self.share_images and TASKS[self.task].makes_pairs:
             raise RecipeError(f"share_images: '{self.task}' draws one caption of an image; leave it out.")
+        if self.heat not in HEAT_KINDS:
+            raise RecipeError(f"heat: there is no map of '{self.heat}': choose one of {', '.join(HEAT_KINDS)}.")
         if self.dataset_name is None:
             self.dataset_name = name_of(self.data)
 
@@ -160,7 +167,7 @@ def _grounding(
     answers: list[str],
 ) -> Evaluation:
     return evaluate_grounding(
-        model, processor, records, args.heat_layer, args.eval_batch_size, args.max_tokens, progress=True
+        model, processor, records, args.heat_layer, args.eval_batch_size, args.max_tokens, progress=True, heat=args.heat
     )
 
 
@@ -341,6 +348,8 @@ def statement(args: DataArguments, config: TCLConfig, dataset: str, task: str, n
     }
     if task in ("retrieval", "question_answering"):
         said["k"] = args.eval_k
+    if task == "grounding" and isinstance(args, TaskArguments):
+        said["heat"] = args.heat
     return said
 
 

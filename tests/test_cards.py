@@ -48,7 +48,7 @@ def test_a_card_says_all_of_it_in_text_and_metadata(tmp_path):
     data = written.data
     assert (data.datasets, data.base_model, data.pipeline_tag) == (
         ["easy_vqa"],
-        "user/base",
+        ["user/base"],
         "visual-question-answering",
     )
     assert data.widget == [{"src": "example.png", "text": "is it red?"}]

@@ -30,7 +30,7 @@ from tcl_hf.evaluation import (
     evaluate_grounding,
     evaluate_retrieval,
 )
-from tcl_hf.grounding import heat_point, matching_heat_map
+from tcl_hf.grounding import heat_point, matching_heat_map, similarity_heat_map
 from tcl_hf.recipes import RecipeError, name_of
 from tcl_hf.tasks import (
     TASKS,
@@ -314,6 +314,22 @@ def test_grounding_equals_a_plain_loop_and_counts_phrases_with_boxes():
         hits += 2 <= x <= 20 and 2 <= y <= 20
     assert found.metrics["pointing_accuracy"] == pytest.approx(100 * hits / 4)
     assert found.metrics["random_point"] == pytest.approx(100 * 18 * 18 / (40 * 30))
+
+
+def test_grounding_by_similarity_reads_the_phrase_alone():
+    model, processor = tiny(TCLForImageTextRetrieval)
+    rows = phrases(4)
+    found = evaluate_grounding(model, processor, rows, layer=0, batch_size=3, heat="similarity")
+    assert found.metrics["phrases"] == 4
+    for row, prediction in zip(rows, found.predictions, strict=True):
+        image = open_image(row["image"]).convert("RGB")
+        inputs = processor(images=image, text=prediction["phrase"], return_tensors="pt")
+        x, y = heat_point(similarity_heat_map(model, **inputs, layer=0)[0], image.size)
+        assert prediction["point"] == [x, y]
+    with pytest.raises(ValueError, match="heat='cold' is no kind of heat map"):
+        evaluate_grounding(model, processor, rows, heat="cold")
+    with pytest.raises(RecipeError, match="there is no map of 'cold'"):
+        TaskArguments(task="grounding", heat="cold")
 
 
 def test_states_in_half_precision_change_little_and_stay_on_the_cpu():

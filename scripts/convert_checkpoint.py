@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from tcl_hf import TCLImageProcessorPil, TCLProcessor, TCLTokenizer
+from tcl_hf.cards import plain_card
 from tcl_hf.convert import ALBEF, CheckpointError, check_conversion, convert, write_original
 
 DEFAULT_TOKENIZER = "google-bert/bert-base-uncased"
@@ -41,6 +43,8 @@ def main() -> None:
         args.text_heads,
         **(ALBEF if args.albef else {}),
     )
+    origin = f"Converted from {Path(args.source).name} of the original code."
+    plain_card(Path(args.target).resolve().name, report.model_class, None, origin).write(Path(args.target))
     if args.verbose:
         for what in ("used", "dropped", "filled"):
             for name, reason in getattr(report, what).items():
@@ -57,7 +61,7 @@ def processor(tokenizer: str) -> TCLProcessor | None:
         return None
     try:
         words = TCLTokenizer(tokenizer) if tokenizer.endswith(".txt") else TCLTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raise nothing else
         raise CheckpointError(
             f"The tokenizer {tokenizer} can not be had: name a vocab.txt or folder with --tokenizer, or 'none'."
         ) from error

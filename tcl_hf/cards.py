@@ -62,6 +62,8 @@ class Card:
         base_models: what it started from: Hub names, or folders, of which the name is told.
         pictures: files beside the card, and what they show.
         example: a record whose picture the widget shows.
+        model_class: what opens it; the task's head if None.
+        limits: Markdown.
     """
 
     name: str
@@ -75,17 +77,20 @@ class Card:
     base_models: Sequence[str] = ()
     pictures: Sequence[tuple[str, str]] = ()
     example: dict[str, Any] | None = None
+    model_class: str | None = None
+    limits: str = LIMITS
 
     def write(self, folder: Path) -> ModelCard:
         """Write the card, and the picture of its widget, into a folder."""
         model_class, pipeline_tag, _ = _TASKS[self.task]
+        model_class = self.model_class or model_class
         emojis = any(name in _EMBEDDED for name in self.datasets)
         data = ModelCardData(
             license="cc-by-sa-4.0" if emojis else None,
             library_name="transformers",
             pipeline_tag=pipeline_tag,
             tags=["tcl", "vision-language", self.task.replace("_", "-"), PAPER],
-            datasets=list(self.datasets),
+            datasets=list(self.datasets) or None,
             base_model=[_name(model) for model in self.base_models] or None,
             model_name=self.name,
             eval_results=eval_results(self.task, self.metrics, self.said) or None,
@@ -105,7 +110,7 @@ class Card:
             results=self.results,
             pictures=self.pictures,
             training=self.training,
-            limits=LIMITS,
+            limits=self.limits,
             credits=ATTRIBUTION if emojis else None,
             citation=CITATION,
         )
@@ -167,6 +172,33 @@ def _same(a: EvalResult, b: EvalResult) -> bool:
     return measurement(a) == measurement(b)
 
 
+def plain_card(name: str, model_class: str, trained_on: Sequence[dict[str, Any]] | None, origin: str = "") -> Card:
+    """The card of a folder that no run of ours left one in, such as a converted one.
+
+    Args:
+        model_class: the class that wrote it.
+        trained_on: the config's.
+        origin: where it came from, in a sentence.
+    """
+    task = next((task for task, (head, _, _) in _TASKS.items() if head == model_class), "pretraining")
+    datasets = list(dict.fromkeys(data for step in trained_on or () for data in step["data"]))
+    learned = f" It has learned from {', '.join(datasets)}." if datasets else ""
+    return Card(
+        name=name,
+        task=task,
+        datasets=datasets,
+        summary=f"A model of {METHOD}. {origin}{learned}".strip(),
+        results="Nothing was measured of it here: `scripts/evaluate.py` does, and adds the results to this card.",
+        training="How it was trained is not known to this card.",
+        model_class=model_class,
+        limits=_LIMITS_OF_OTHERS,
+    )
+
+
+_LIMITS_OF_OTHERS = """\
+For research. It has learned whatever bias is in its pictures and texts, and was not tested here for any decision about
+people. Its licence is that of whoever trained it."""
+
 # Results that are published of the paper's recipes and were checked; in percent unless said.
 _PUBLISHED = {
     "tcl_4m": """\
@@ -200,4 +232,5 @@ def paper_card(recipe: str, task: str, datasets: Sequence[str], base_model: str 
         training="On 8 GPUs:\n\n```\naccelerate launch --multi_gpu --num_processes 8 "
         f"scripts/{script}.py --recipe scripts/recipes/{recipe}.yaml{start}\n```",
         base_models=[base_model] if base_model else [],
+        limits=_LIMITS_OF_OTHERS,
     )

@@ -334,19 +334,21 @@ class Report:
     """What became of every tensor, and of what our model has besides: by name, why.
 
     Args:
+        model_class: what it is a checkpoint of, with us.
         used: tensors of the original, and where they are with us.
         dropped: tensors of the original that are not.
         filled: tensors of ours that the original lacks.
         notes: what else there is to know.
     """
 
+    model_class: str = ""
     used: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     filled: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"used: {len(self.used)} tensors"]
+        lines = [f"{self.model_class}: {len(self.used)} tensors used"]
         for what in ("dropped", "filled"):
             rows: dict[str, str] = getattr(self, what)
             for reason, number in Counter(rows.values()).items():
@@ -459,6 +461,7 @@ def load_original(
     config = config_of(state_dict, vision_heads, text_heads, **known | fields)
     kind, images_per_text = kind_of(state_dict), config.text_config.images_per_text
     model_class = _CLASSES[kind][-1 if images_per_text == 2 else 0]
+    report.model_class = model_class.__name__
     weights = from_original(state_dict, config, report)
     if not config.use_momentum_teacher:
         for row in original_names(config, kind):

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .cards import CARD, EXAMPLE, plain_card
 from .checksums import CHECKSUMS, verify_checksums
 from .convert import CheckpointError, open_saved
 from .processing_tcl import TCLProcessor
@@ -29,7 +30,7 @@ from .training import CHECKPOINTS, newest_checkpoint
 logger = logging.getLogger(__name__)
 
 # What lies beside the weights and is worth sharing; nothing else of a folder leaves it.
-SHARED_FILES = ("README.md", "LICENSE", "*.png", "answers.json", "evaluation.json", "metrics.jsonl")
+SHARED_FILES = (CARD, "LICENSE", "*.png", "answers.json", "evaluation.json", "metrics.jsonl")
 
 # Modules that the models and the processor need where the package is not installed, and what opens from them.
 CODE = (
@@ -88,6 +89,8 @@ def export(
     for pattern in SHARED_FILES:
         for path in sorted(folder.glob(pattern)):
             _copy(path, target / path.name, folder)
+    if not (target / CARD).exists():
+        plain_card(folder.resolve().name, type(model).__name__, model.config.trained_on).write(target)
     checkpoint = newest_checkpoint(folder) if training_state else None
     for path in sorted(checkpoint.rglob("*")) if checkpoint else ():
         if path.is_file():
@@ -154,6 +157,11 @@ def push(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as unpacked:
         export(folder, unpacked, training_state=training_state, with_code=with_code, max_shard_size=max_shard_size)
+        card = Path(unpacked) / CARD  # a widget finds its picture by address only
+        address = f"{api.endpoint}/{repo_id}/resolve/main/{EXAMPLE}"
+        card.write_text(
+            card.read_text(encoding="utf-8").replace(f"src: {EXAMPLE}\n", f"src: {address}\n"), encoding="utf-8"
+        )
         with _one_sentence(repo_id, revision):
             if not create_pr:  # whoever proposes may not make repositories
                 api.create_repo(repo_id, private=private, exist_ok=True)

@@ -41,6 +41,7 @@ from tcl_hf.convert import (
     write_original,
 )
 
+ROOT = Path(__file__).parents[1]
 HEADS = {"vision_heads": 4, "text_heads": 4}  # of the golden files, narrower than the released models'
 CLASSES = {
     "pretrain": TCLForPreTraining,
@@ -350,6 +351,27 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
         TCLModel.from_pretrained(tmp_path)
 
 
+def test_the_script_converts_checks_reports_and_writes_a_card(tmp_path):
+    source, folder, script = GOLDEN / "pretrain.pth", tmp_path / "ours", ROOT / "scripts/convert_checkpoint.py"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def run(*arguments) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(script), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    heads = ("--vision-heads", 4, "--text-heads", 4)
+    done = run(source, folder, *heads, "--tokenizer", "none", "--check", "--verbose")
+    assert done.returncode == 0, done.stderr
+    assert "used\ttext_proj_m.bias\tteacher.tcl.text_projection.bias" in done.stdout
+    assert "TCLForPreTraining: 266 tensors used" in done.stdout
+    assert "checked: 268 tensors are equal, bit for bit" in done.stdout
+    assert "Converted from pretrain.pth of the original code." in (folder / "README.md").read_text()
+    done = run(source, tmp_path / "other", *heads, "--tokenizer", tmp_path / "nothing.txt")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: The tokenizer ")
+    assert "Traceback" not in done.stderr and not (tmp_path / "other").exists()
+
+
 @pytest.mark.slow
 def test_the_base_size_converts_within_four_gigabytes(tmp_path):
     """Random tensors under the names and with the shapes of the paper's checkpoint."""
@@ -369,5 +391,5 @@ def test_the_base_size_converts_within_four_gigabytes(tmp_path):
     torch.save({"model": state}, tmp_path / "base.pth")
     command = [sys.executable, "scripts/convert_checkpoint.py", tmp_path / "base.pth", tmp_path / "base"]
     process = subprocess.run([*command, "--tokenizer", "none"], capture_output=True, text=True, check=True)
-    assert f"used: {len(state)} tensors" in process.stdout
+    assert f"TCLForPreTraining: {len(state)} tensors used" in process.stdout
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20  # KiB

@@ -243,6 +243,18 @@ def test_what_is_not_there_is_said(hub, repo, processor, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_a_folder_without_a_card_gets_one_and_a_widget_its_address(hub, repo, processor, tmp_path):
+    save(TCLForMaskedLM, tmp_path / "run", processor)
+    (tmp_path / "run/README.md").unlink()
+    push(tmp_path / "run", repo)
+    text = hub.repos[repo].find("main").files["README.md"].content.decode()
+    assert "TCLForMaskedLM.from_pretrained" in text and "Nothing was measured" in text
+    (tmp_path / "run/README.md").write_text("---\nwidget:\n- src: example.png\n  text: is it red?\n---\n# A card\n")
+    push(tmp_path / "run", repo)
+    text = hub.repos[repo].find("main").files["README.md"].content.decode()
+    assert f"src: {hub.endpoint}/{repo}/resolve/main/example.png\n" in text
+
+
 def test_links_that_lead_out_of_the_folder_are_not_followed(processor, tmp_path):
     save(TCLForPreTraining, tmp_path / "run", processor)
     (tmp_path / "secret").write_text("token")

@@ -29,6 +29,7 @@ from tcl_hf.grounding import (
     heat_point,
     matching_heat_map,
     phrase_tokens,
+    similarity_heat_map,
     sliding_boxes,
 )
 from tcl_hf.tokenization_tcl import clean_caption
@@ -426,6 +427,18 @@ def test_grounding_of_a_phrase_is_that_of_its_tokens(grounding, folders):
         expected = draw_heat_map(IMAGES[0], result["heat_map"], [box])
         assert result["drawn"].tobytes() == expected.tobytes()
     assert "drawn" not in grounding(IMAGES[0], caption, phrase="red dog")
+
+
+@pytest.mark.parametrize("layer", [None, 0])
+def test_grounding_by_similarity_reads_the_phrase_alone(grounding, folders, layer):
+    model = TCLForPreTraining.from_pretrained(folders[TCLForPreTraining])
+    inputs = tokens_of("red dog")
+    asked = {} if layer is None else {"layer": layer}
+    expected = similarity_heat_map(model, inputs["input_ids"], inputs["attention_mask"], pixels_of(IMAGES[0]), **asked)
+    result = grounding(IMAGES[0], "A Red dog, near the house", phrase="red dog", heat="similarity", **asked)
+    torch.testing.assert_close(result["heat_map"], expected[0], rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="heat='cold' is no kind"):
+        grounding(IMAGES[0], "red dog", heat="cold")
 
 
 def test_the_best_of_candidate_boxes_is_chosen(grounding, folders):

@@ -91,7 +91,7 @@ def test_a_card_of_the_project_is_valid(name):
     if written.data.eval_results:
         assert eval_results_to_model_index(written.data.model_name, written.data.eval_results)
     for picture in CARDS[name].parent.glob("*.png"):
-        assert picture.name in written.text
+        assert picture.name in written.content
     assert CITATION in written.text and "## Intended use and limits" in written.text
 
 

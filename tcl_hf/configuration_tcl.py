@@ -112,6 +112,8 @@ class TCLConfig(PreTrainedConfig):
         alpha: share of the teacher's soft targets (paper: 0.4).
         mlm_probability: share of the tokens masked (paper: 0.15).
         local_grid: patch features are averaged to `local_grid` x `local_grid` regions for LMI (paper: 4).
+        gather_negatives: whether LMI and ITM have the samples of all processes as negatives, gradients included; else
+            those of their own process, as the paper's code. (CMA and IMC have the keys of all processes.)
         use_momentum_teacher: `False` leaves teacher and queues out of the heads, for inference at half the memory.
         trained_on: what the weights have learned from, `{"task": ..., "data": [...]}` for each training; evaluation
             states its protocol by it.
@@ -137,6 +139,7 @@ class TCLConfig(PreTrainedConfig):
     lmi_weight: float | int = 1 / 3
     itm_weight: float | int = 1.0
     mlm_weight: float | int = 1.0
+    gather_negatives: bool = False
     use_momentum_teacher: bool = True
     trained_on: list | None = None
     initializer_range: float = 0.02

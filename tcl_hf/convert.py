@@ -419,17 +419,21 @@ def to_original(model: TCLPreTrainedModel) -> dict[str, Tensor]:
     if not kinds:
         known = ", ".join(known.__name__ for classes in _CLASSES.values() for known in classes)
         raise CheckpointError(f"The original has no {type(model).__name__}: choose a checkpoint of {known}.")
-    ours, original = model.state_dict(), {}
-    for row in original_names(model.config, kinds[0]):
+    return dict(_original_tensors(model, kinds[0]))
+
+
+def _original_tensors(model: TCLPreTrainedModel, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `to_original`, made one by one."""
+    ours = model.state_dict()
+    for row in original_names(model.config, kind):
         parts = [ours[name] for name in row.ours if name in ours]
         if parts:
             value = torch.cat(parts) if len(parts) > 1 else parts[0]
             value = value.T.contiguous() if row.transposed else value
-            original[row.original] = value if row.shape is None else value.view(row.shape)
+            yield row.original, value if row.shape is None else value.view(row.shape)
             if row.original.endswith("position_embeddings.weight"):
                 place = row.original.replace("position_embeddings.weight", "position_ids")
-                original[place] = torch.arange(len(value))[None]
-    return original
+                yield place, torch.arange(len(value))[None]
 
 
 _CLASSES: dict[str, tuple[type[TCLPreTrainedModel], ...]] = {
@@ -551,16 +555,16 @@ def check_conversion(source: str | os.PathLike, folder: str | os.PathLike) -> di
         CheckpointError: if a tensor differs or an output is not finite.
     """
     model, state_dict = open_saved(folder), read_checkpoint(source).state_dict
-    back = to_original(model)
-    known = state_dict.keys() & back.keys()
-    for name in known:
-        if not torch.equal(state_dict[name], back[name]):
+    num_equal = 0
+    for name, value in _original_tensors(model, kind_of(state_dict)):
+        if name in state_dict and not torch.equal(state_dict[name], value):
             raise CheckpointError(f"'{name}' of {source} and of {folder} differ: convert it again.")
+        num_equal += name in state_dict
     outputs = probe(model)
     bad = [name for name, value in outputs.items() if not value.isfinite().all()]
     if bad:
         raise CheckpointError(f"{folder} gives {bad[0]} that are not finite: are the weights of {source} whole?")
-    return {"tensors": len(known)} | {name: value.double().mean().item() for name, value in outputs.items()}
+    return {"tensors": num_equal} | {name: value.double().mean().item() for name, value in outputs.items()}
 
 
 @torch.no_grad()
@@ -619,6 +623,7 @@ def write_original(folder: str | os.PathLike, file: str | os.PathLike) -> int:
     original = to_original(model)
     settings = {name: getattr(model.config, name) for name in _SETTINGS}
     settings |= {"image_res": model.config.vision_config.image_size, "queue_size": model.config.queue_size}
+    settings |= {"vision_width": model.config.vision_config.hidden_size, "embed_dim": model.config.projection_dim}
     with _written_whole(Path(file)) as unfinished:
         torch.save({"model": original, "config": settings}, unfinished)
     return len(original)

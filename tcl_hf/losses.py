@@ -108,41 +108,41 @@ def lmi_loss(features: Tensor, local_features: Tensor, temperature: Tensor, mask
 
     With `s_ijk = features_i . local_jk / temperature`, the loss of local k of sample i is
     `-log(e^s_iik / (e^s_iik + sum over j != i and all k' of e^s_ijk'))`. The sum over the others does not depend
-    on k, so the largest tensor is the similarity itself, (N, N, L).
+    on k, so the largest tensor is the similarity itself, (N, M, L).
 
     Args:
         features: student features of whole samples (N, D).
-        local_features: teacher features of their parts (N, L, D).
-        mask: which locals are real (N, L); all of them if None.
+        local_features: teacher features of the parts (M, L, D) of these samples, and then perhaps of others.
+        mask: which locals are real (M, L); all of them if None.
 
     Returns:
         Mean over the real locals of a sample, then over the samples that have any; 0 if none has.
     """
-    num_samples, num_locals, _ = local_features.shape
-    logits = similarity(features, local_features.flatten(0, 1), temperature)  # (N, N * L)
-    logits = logits.unflatten(-1, (num_samples, num_locals))  # (N, N, L)
+    num_samples, (num_rows, num_locals, _) = len(features), local_features.shape
+    logits = similarity(features, local_features.flatten(0, 1), temperature)  # (N, M * L)
+    logits = logits.unflatten(-1, (num_rows, num_locals))  # (N, M, L)
     if mask is None:
-        mask = torch.ones(num_samples, num_locals, dtype=torch.bool, device=logits.device)
+        mask = torch.ones(num_rows, num_locals, dtype=torch.bool, device=logits.device)
     mask = mask.bool()
-    own = torch.eye(num_samples, dtype=torch.bool, device=logits.device)
+    own = torch.eye(num_samples, num_rows, dtype=torch.bool, device=logits.device)
     # A finite floor: logsumexp over nothing but -inf has no gradient, and a batch of one has no other row.
     floor = torch.finfo(logits.dtype).min
     others = logits.masked_fill(own[..., None] | ~mask, floor).flatten(1).logsumexp(-1)  # (N,)
-    positives = logits.diagonal().mT  # (N, L): logits[i, i]
+    positives, mask = logits.diagonal().mT, mask[:num_samples]  # (N, L): logits[i, i]
     per_local = F.softplus(others[:, None] - positives)  # -log(e^p / (e^p + e^others))
     per_sample = (per_local * mask).sum(-1) / mask.sum(-1).clamp(min=1)
     return _masked_mean(per_sample, mask.any(-1))
 
 
 def sample_hard_negatives(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one column for each row of logits (N, N) from its softmax with the excluded columns set to 0.
+    """Draw one column for each row of logits (N, M) from its softmax with the excluded columns set to 0.
 
     A softmax draw is the argmax of logits minus the log of exponential noise (the Gumbel-max trick): the
     distribution of `torch.multinomial` without reading anything back, and without underflow.
 
     Args:
-        logits: similarities divided by the temperature (N, N).
-        excluded: columns a row must not draw (N, N), at least its own.
+        logits: similarities divided by the temperature (N, M).
+        excluded: columns a row must not draw (N, M), at least its own.
 
     Returns:
         The drawn columns (N,), and whether the row had any to draw (N,); the index of a row that had none is

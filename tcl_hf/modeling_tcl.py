@@ -32,7 +32,7 @@ from .losses import (
     sample_hard_negatives,
     similarity,
 )
-from .momentum import FeatureQueue, MomentumTeacher
+from .momentum import FeatureQueue, MomentumTeacher, gather_own_first, gather_padded
 from .starting_points import StartingPoint, read_text_encoder, read_vision_encoder
 
 logger = logging.get_logger(__name__)
@@ -392,12 +392,8 @@ class TCLTaughtModel(StartsFromEncoders, TCLPreTrainedModel):
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
         """Tie the weights, keep still what no loss uses, and fill what a checkpoint lacks of the teacher."""
         super().tie_weights(missing_keys, recompute_mapping)
-        if not self.contrasts:
-            # They stay, so that a fine-tuned checkpoint opens as a TCLModel, but a parameter that never has a gradient
-            # would stop a distributed run.
-            self.tcl.visual_projection.requires_grad_(False)
-            self.tcl.text_projection.requires_grad_(False)
-            self.tcl.temperature.requires_grad_(False)
+        for part in self.idle_parts():  # a parameter that never has a gradient would stop a distributed run
+            part.requires_grad_(False)
         if self.teacher is None:
             return
         missing_from_teacher = sorted(key for key in missing_keys or () if key.startswith("teacher."))
@@ -408,6 +404,11 @@ class TCLTaughtModel(StartsFromEncoders, TCLPreTrainedModel):
         if missing_from_teacher:
             logger.info("What the checkpoint lacks of the teacher starts as a copy of the student.")
         self.teacher.requires_grad_(False)
+
+    def idle_parts(self) -> list[nn.Module | nn.Parameter]:
+        """What no loss uses; it stays, so that a fine-tuned checkpoint opens as a [`TCLModel`]."""
+        tcl = self.tcl
+        return [] if self.contrasts else [tcl.visual_projection, tcl.text_projection, tcl.temperature]
 
     @torch.no_grad()
     def update_teacher(self) -> None:
@@ -483,6 +484,18 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             module.reset()
         else:
             super()._init_weights(module)
+
+    def idle_parts(self) -> list[nn.Module | nn.Parameter]:
+        """What no objective of a weight above 0 uses."""
+        config, tcl = self.config, self.tcl
+        idle: list[nn.Module | nn.Parameter] = []
+        if not (config.cma_weight or config.imc_weight or config.lmi_weight):
+            idle += [tcl.visual_projection, tcl.text_projection, tcl.temperature]
+        if not config.itm_weight:
+            idle.append(self.itm_head)
+            if not (config.mlm_weight and hasattr(self, "lm_head")):
+                idle += tcl.text_model.fusion_layers
+        return idle
 
     def match(
         self,
@@ -652,16 +665,15 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         self, output: TCLLossOutput, pairs: _Pairs, student: _View, teacher: _View | None, alpha: float | Tensor
     ) -> None:
         """Add the losses across modalities (CMA), within them (IMC), and of wholes with parts (LMI)."""
-        config, temperature = self.config, self.tcl.temperature
+        config, temperature, mask = self.config, self.tcl.temperature, pairs.attention_mask
         if config.cma_weight or config.imc_weight:
-            image_keys = torch.cat([teacher.image, self.queue.image])  # (K, D)
-            text_keys = torch.cat([teacher.text, self.queue.text])  # (K, D)
-            if pairs.image_ids is None:
-                ids = torch.arange(len(pairs.input_ids), device=pairs.input_ids.device)
-                queue_ids = torch.full_like(self.queue.ids, NO_IMAGE_ID)
-            else:
-                ids, queue_ids = pairs.image_ids, self.queue.ids
-            targets = positive_targets(ids, torch.cat([ids, queue_ids]))  # (N, K)
+            # Of all processes, the own batch first: so each loss is its share of that of the whole batch.
+            image_keys = torch.cat([gather_own_first(teacher.image), self.queue.image])  # (K, D)
+            text_keys = torch.cat([gather_own_first(teacher.text), self.queue.text])  # (K, D)
+            ids = pairs.image_ids
+            if ids is None:
+                ids = torch.full(mask.shape[:1], NO_IMAGE_ID, device=mask.device)
+            targets = positive_targets(ids, torch.cat([gather_own_first(ids), self.queue.ids]))  # (N, K)
             if config.cma_weight:
                 output.loss_i2t, output.loss_t2i = cma_loss(
                     student.image,
@@ -689,8 +701,12 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
                 patches = self.teacher.tcl.image_features(teacher.image_states[:, 1:])  # (N, P, D)
                 regions = pool_locals(patches, (height // patch, width // patch), config.local_grid)
                 tokens = self.teacher.tcl.text_features(teacher.text_states[:, 1:])  # (N, L - 1, D)
+                token_mask = mask[:, 1:]
+                if config.gather_negatives:
+                    regions, tokens = gather_own_first(regions), gather_padded(tokens)
+                    token_mask = gather_padded(token_mask)
             output.loss_lmi_image = lmi_loss(student.image, regions, temperature)
-            output.loss_lmi_text = lmi_loss(student.text, tokens, temperature, pairs.attention_mask[:, 1:])
+            output.loss_lmi_text = lmi_loss(student.text, tokens, temperature, token_mask)
             output.loss_lmi = (output.loss_lmi_image + output.loss_lmi_text) / 2
 
     def _match_and_predict(
@@ -703,27 +719,33 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         distils_words: bool,
     ) -> None:
         """Add the losses of the fusion encoder, matching (ITM) and masked words (MLM), from one pass of all pairs."""
-        mask, masked = pairs.attention_mask, pairs.masked
-        num_pairs = len(mask)
-        rows = torch.arange(num_pairs, device=mask.device)  # (N,)
+        masked = pairs.masked
+        num_pairs, length = pairs.attention_mask.shape
+        rows = torch.arange(num_pairs, device=pairs.attention_mask.device)  # (N,)
+        # What negatives are drawn from, the own batch first.
+        text_states, mask, image_states = student.text_states, pairs.attention_mask, student.image_states
+        if self.config.itm_weight and self.config.gather_negatives:
+            text_states, image_states = (gather_padded(x, with_gradient=True) for x in (text_states, image_states))
+            mask = gather_padded(mask)
+        padding = (0, 0, 0, mask.shape[1] - length)  # to the longest text of any process
         texts, masks, images = [], [], []  # of the fusion encoder: states, padding, and which image each text sees
         if self.config.itm_weight:
             negative_image, has_image, negative_text, has_text = self._hard_negatives(pairs, student, teacher)
             # True pairs, texts with a negative image, negative texts with an image.
-            texts += [student.text_states, student.text_states, student.text_states[negative_text]]
-            masks += [mask, mask, mask[negative_text]]
+            texts += [text_states[:num_pairs], text_states[:num_pairs], text_states[negative_text]]
+            masks += [mask[:num_pairs], mask[:num_pairs], mask[negative_text]]
             images += [rows, negative_image, rows]
         if masked is not None:
-            texts.append(student.masked_states)
-            masks.append(mask)
+            texts.append(F.pad(student.masked_states, padding))
+            masks.append(F.pad(pairs.attention_mask, padding[2:]))
             images.append(rows)
         if not texts:
             return
-        fused = self.tcl.fuse(torch.cat(texts), torch.cat(masks), student.image_states, torch.cat(images))
+        fused = self.tcl.fuse(torch.cat(texts), torch.cat(masks), image_states, torch.cat(images))
         fused = fused.last_hidden_state  # (4 N, L, width) with both objectives
 
         if self.config.itm_weight:
-            labels = torch.zeros(3 * num_pairs, dtype=torch.long, device=mask.device)
+            labels = torch.zeros(3 * num_pairs, dtype=torch.long, device=rows.device)
             labels[:num_pairs] = MATCHES
             exists = torch.cat([torch.ones_like(has_image), has_image, has_text])
             output.loss_itm = itm_loss(self.itm_head(fused[: 3 * num_pairs, 0]), labels, exists)
@@ -731,7 +753,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             teacher_logits = None
             if distils_words:
                 with torch.no_grad():
-                    taught = self.teacher.tcl.fuse(teacher.masked_states, mask, teacher.image_states)
+                    taught = self.teacher.tcl.fuse(teacher.masked_states, pairs.attention_mask, teacher.image_states)
                     teacher_logits = self.teacher.lm_head(masked.select(taught.last_hidden_state))
             logits = self.lm_head(masked.select(fused[-num_pairs:]))  # (N * M, V)
             output.loss_mlm = mlm_loss(logits, masked.selected_labels(), teacher_logits, alpha)
@@ -741,13 +763,16 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         self, pairs: _Pairs, student: _View, teacher: _View | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For each text an image and for each image a text that do not belong to it, and whether there is one."""
-        excluded = torch.eye(len(student.text), dtype=torch.bool, device=student.text.device)
-        if pairs.image_ids is not None:
-            known = pairs.image_ids != NO_IMAGE_ID
-            excluded = excluded | (pairs.image_ids[:, None] == pairs.image_ids) & known
+        ids, image_keys, text_keys = pairs.image_ids, teacher.image, teacher.text
+        if self.config.gather_negatives:
+            image_keys, text_keys = gather_own_first(image_keys), gather_own_first(text_keys)
+        excluded = torch.eye(len(student.text), len(text_keys), dtype=torch.bool, device=student.text.device)
+        if ids is not None:
+            all_ids = gather_own_first(ids) if self.config.gather_negatives else ids
+            excluded = excluded | (ids[:, None] == all_ids) & (all_ids != NO_IMAGE_ID)
         temperature = self.tcl.temperature
-        image, has_image = sample_hard_negatives(similarity(student.text, teacher.image, temperature), excluded)
-        text, has_text = sample_hard_negatives(similarity(student.image, teacher.text, temperature), excluded)
+        image, has_image = sample_hard_negatives(similarity(student.text, image_keys, temperature), excluded)
+        text, has_text = sample_hard_negatives(similarity(student.image, text_keys, temperature), excluded)
         return image, has_image, text, has_text
 
 
@@ -776,6 +801,12 @@ class TCLForPreTraining(TCLForImageTextRetrieval):
 
     def __init__(self, config: TCLConfig):
         super().__init__(config, lm_head=TCLLMHead(config.text_config))  # type: ignore[arg-type]
+
+    def idle_parts(self) -> list[nn.Module | nn.Parameter]:
+        """What no objective of a weight above 0 uses. The head's words are the input's, and never idle."""
+        head = self.lm_head
+        idle = [] if self.config.mlm_weight else [head.dense, head.layer_norm, head.decoder.bias]
+        return super().idle_parts() + idle
 
     def get_output_embeddings(self) -> nn.Module:
         """The layer from states to words, whose weights are the word embeddings."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import set_seed
 
+from tcl_hf.checkpoints import CheckpointWriteError
 from tcl_hf.data import DataError, SharedImages
 from tcl_hf.recipes import ModelArguments, RecipeError, open_model, parse_recipe
 from tcl_hf.report import Run, write_task_report
@@ -61,5 +62,5 @@ if __name__ == "__main__":
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         main()
-    except (DataError, RecipeError, TrainingError, NonFiniteError) as error:
+    except (CheckpointWriteError, DataError, RecipeError, TrainingError, NonFiniteError) as error:
         sys.exit(f"error: {error}")

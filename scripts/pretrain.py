@@ -8,6 +8,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from tcl_hf.baselines import ridge_baseline
+from tcl_hf.checkpoints import CheckpointWriteError
 from tcl_hf.data import DataError, captions_of
 from tcl_hf.evaluation import evaluate_retrieval
 from tcl_hf.recipes import (
@@ -61,5 +62,5 @@ if __name__ == "__main__":
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         main()
-    except (DataError, RecipeError, TrainingError, NonFiniteError) as error:
+    except (CheckpointWriteError, DataError, RecipeError, TrainingError, NonFiniteError) as error:
         sys.exit(f"error: {error}")

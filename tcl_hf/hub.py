@@ -22,10 +22,10 @@ from huggingface_hub.errors import (
 )
 
 from .cards import CARD, EXAMPLE, plain_card
+from .checkpoints import CHECKPOINTS, newest_checkpoint
 from .checksums import CHECKSUMS, verify_checksums
 from .convert import CheckpointError, open_saved
 from .processing_tcl import TCLProcessor
-from .training import CHECKPOINTS, newest_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ import json
 import logging
 import math
 import os
-import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,12 +20,18 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .checkpoints import (
+    CHECKPOINTS,
+    newest_checkpoint,
+    newest_whole_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
 from .data import DataError, SkippedSamples, StreamedPairs, VisitedPairs, VisitSampler
 from .processing_tcl import TCLProcessor
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SKIPPED = "skipped.jsonl"
 _LOSSES = ("loss", "loss_cma", "loss_imc", "loss_lmi", "loss_itm", "loss_mlm")
@@ -32,6 +39,14 @@ _LOSSES = ("loss", "loss_cma", "loss_imc", "loss_lmi", "loss_itm", "loss_mlm")
 
 class TrainingError(ValueError):
     """Arguments of a run that contradict each other; the message says what, and the remedy."""
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop (SIGTERM): it saved a checkpoint, and exits with `PREEMPTED`."""
+
+
+PREEMPTED = 75  # "try again later" in sysexits.h: a scheduler that sees it starts the run again, with --resume
+_SIGNAL_STEPS = 10  # several processes agree each so many steps on whether to stop: it costs them a message
 
 
 class NonFiniteError(FloatingPointError):
@@ -135,9 +150,24 @@ def train(
 
     Raises:
         NonFiniteError: if a loss or gradient was not finite; the update was masked.
+        Preempted: if it was asked to stop, after saving a checkpoint.
+        CheckpointWriteError: if a checkpoint can not be written.
         TrainingError: if arguments contradict each other, or there is nothing to resume from.
         DataError: if too much of the data is bad.
     """
+    with _StopSignal() as stop:
+        return _train(model, pairs, collator, processor, args, evaluate, stop)
+
+
+def _train(
+    model: nn.Module,
+    pairs,
+    collator: Any,
+    processor: TCLProcessor,
+    args: TrainingArguments,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None,
+    stop: "_StopSignal",
+) -> dict[str, float]:
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -180,8 +210,8 @@ def train(
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for buffer in bare_model.buffers():  # the queues start equal
         broadcast(buffer)
-    progress = Progress()
-    accelerator.register_for_checkpointing(progress)
+    progress, meter = Progress(), _Meter()
+    accelerator.register_for_checkpointing(progress, meter)
     if args.keep_best and evaluate is None:
         raise TrainingError(f"keep_best={args.keep_best} needs data to evaluate on: name some, or leave it out.")
     if args.report_to:
@@ -190,10 +220,16 @@ def train(
     steps_per_epoch = _steps_per_epoch(loader, args, accelerator.gradient_accumulation_steps)
     num_steps = args.max_steps or args.epochs * steps_per_epoch
     if args.resume:
-        checkpoint = newest_checkpoint(output_dir)
+        checkpoint = newest_whole_checkpoint(output_dir)
         if checkpoint is None:
             raise TrainingError(
-                f"There is no checkpoint to resume from in {output_dir / CHECKPOINTS}: leave out --resume."
+                f"There is no whole checkpoint to resume from in {output_dir / CHECKPOINTS}: leave out --resume."
+            )
+        wrote = read_manifest(checkpoint)["num_processes"]
+        if wrote != accelerator.num_processes:
+            raise TrainingError(
+                f"{checkpoint} was written by {wrote} processes, and this run has {accelerator.num_processes}: "
+                f"each had its own random numbers and share of the data. Start {wrote}."
             )
         accelerator.load_state(str(checkpoint))
         if progress.step >= num_steps:
@@ -204,7 +240,6 @@ def train(
         logger.info("Resumed from %s at step %d.", checkpoint, progress.step)
     log = MetricsLog(output_dir / METRICS, progress.step if args.resume else 0, accelerator)
     guard = _Guard(accelerator.device)
-    meter = _Meter()
     bar = tqdm(total=num_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
 
     # The loop.
@@ -268,10 +303,16 @@ def train(
                 log.write(line)
                 model.train()
                 meter.restart_clock()
-            if args.save_steps and progress.step % args.save_steps == 0 and not last:
+            stopping = not last and stop.is_asked_for(accelerator, progress.step)
+            if stopping or (args.save_steps and progress.step % args.save_steps == 0 and not last):
                 guard.check(newest_checkpoint(output_dir))
-                save_checkpoint(accelerator, output_dir, progress, args.save_total_limit)
+                saved = save_checkpoint(accelerator, output_dir, progress.step, args.save_total_limit)
                 meter.restart_clock()
+            if stopping:
+                logger.warning("Asked to stop: %s is saved; go on with --resume.", saved)
+                bar.close()
+                accelerator.end_training()
+                raise Preempted(PREEMPTED)
             if last:
                 break
         else:
@@ -361,28 +402,6 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: Progress, limit: int) -> Path:
-    """Write a checkpoint under a temporary name, rename it when it is whole, and remove the oldest beyond `limit`."""
-    final = output_dir / CHECKPOINTS / f"step-{progress.step:08d}"
-    unfinished = final.with_suffix(".tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        for old in sorted(final.parent.glob("step-????????"))[: -max(limit, 1)]:
-            shutil.rmtree(old)
-    return final
-
-
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    return max((output_dir / CHECKPOINTS).glob("step-????????"), default=None)
-
-
 class TCLMomentumCallback(TrainerCallback):
     """Moves the momentum teacher in transformers' `Trainer`: once before each optimizer step.
 
@@ -394,6 +413,40 @@ class TCLMomentumCallback(TrainerCallback):
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
         model.alpha = model.config.alpha * min(1.0, state.epoch or 0.0)
         model.update_teacher()
+
+
+class _StopSignal:
+    """Listens for SIGTERM, by which schedulers announce that they will take the machine away."""
+
+    def __init__(self):
+        self.received = False
+        self.can_listen = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> "_StopSignal":
+        if self.can_listen:
+            self.former = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.can_listen:
+            signal.signal(signal.SIGTERM, self.former)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = True
+
+    def is_asked_for(self, accelerator: Accelerator, step: int) -> bool:
+        """Whether all processes shall stop after this step; they ask together."""
+        if accelerator.num_processes == 1:
+            return self.received
+        if step % _SIGNAL_STEPS:
+            return False
+        flag = torch.tensor(float(self.received), device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum").item())
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """A signal to the whole group shall not take the workers from the process that is about to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Guard:
@@ -435,7 +488,7 @@ class _Guard:
 
 
 class _Meter:
-    """Sums losses on the device between two lines of the log."""
+    """Sums losses on the device between two lines of the log; part of every checkpoint, which may come between."""
 
     def __init__(self):
         self.restart()
@@ -446,6 +499,12 @@ class _Meter:
         self.seconds = 0.0
         self.norms: list[Tensor] = []
         self.clock = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("sums", "forwards", "pairs", "seconds", "norms")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     def restart_clock(self) -> None:
         """Leave out the time since the last forward."""
@@ -484,6 +543,7 @@ def _loader(pairs, collator: Callable, args: TrainingArguments) -> tuple[DataLoa
         "num_workers": args.num_workers,
         "generator": torch.Generator().manual_seed(args.seed),
         "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": _ignore_sigterm,
     }
     if isinstance(pairs, torch.utils.data.IterableDataset):
         if not args.max_steps:

@@ -15,16 +15,15 @@ from transformers import Trainer
 from transformers import TrainingArguments as TrainerArguments
 
 from tcl_hf import TCLForPreTraining, TCLForTextAssignment, TCLModel
+from tcl_hf.checkpoints import CHECKPOINTS, newest_checkpoint
 from tcl_hf.collators import TCLPreTrainingCollator
 from tcl_hf.data import DataError
 from tcl_hf.training import (
-    CHECKPOINTS,
     NonFiniteError,
     TCLMomentumCallback,
     TrainingArguments,
     TrainingError,
     learning_rate,
-    newest_checkpoint,
     parameter_groups,
     read_metrics,
     train,
@@ -166,7 +165,7 @@ def test_a_compiled_step_is_compiled_once():
 
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+    with pytest.raises(ValueError, match="no whole checkpoint to resume from"):
         tiny_run(tmp_path, resume=True)
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,51 @@ def pull(repo_id: str, folder: str | os.PathLike, *, revision: str | None = None
     except OSError as error:
         raise HubError(f"{repo_id} was pulled, but {error}") from error
     return Path(folder)
+
+
+class BackgroundPush:
+    """Pushes a run's newest checkpoint while training goes on; one at a time, in place of those pushed before.
+
+    `pull` into a folder and `--resume` go on from it. A push that fails is told and does not stop the run.
+
+    Args:
+        repo_id: `user/name`; made, private, if it is not there.
+    """
+
+    def __init__(self, repo_id: str):
+        self.repo_id, self.api = repo_id, HfApi()
+        self.future: Future[CommitInfo] | None = None
+        self.checkpoint: Path | None = None  # the one that is on its way, and may not be removed
+
+    def start(self, checkpoint: Path) -> None:
+        """Begin to push a checkpoint, unless the one before is still on its way."""
+        if self.future is not None and not self.future.done():
+            logger.warning("%s is not pushed: %s is still on its way.", checkpoint, self.checkpoint)
+            return
+        self.finish()
+        self.checkpoint = checkpoint
+        self.future = self.api.run_as_future(self._push, checkpoint)
+
+    def _push(self, checkpoint: Path) -> CommitInfo:
+        with _one_sentence(self.repo_id, None):
+            self.api.create_repo(self.repo_id, private=True, exist_ok=True)
+            return self.api.upload_folder(
+                repo_id=self.repo_id,
+                folder_path=checkpoint.parent,
+                path_in_repo=CHECKPOINTS,
+                allow_patterns=f"{checkpoint.name}/*",
+                delete_patterns="step-*",
+                commit_message=f"Checkpoint {checkpoint.name}",
+            )
+
+    def finish(self) -> None:
+        """Wait for what is on its way, and tell if it failed."""
+        if self.future is not None:
+            try:
+                self.future.result()
+            except HubError as error:
+                logger.warning("%s was not pushed: %s", self.checkpoint, error)
+        self.future = self.checkpoint = None
 
 
 @contextmanager

@@ -252,6 +252,12 @@ def draw_image_pairs(image: Tensor, temperature: float = 0.07) -> tuple[Tensor, 
     return first, second, labels.masked_fill(others_needed > num_images - 1, -100)
 
 
+@torch.no_grad()
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of rows (M, V) whose largest logit is that of their label (M,); labels of -100 do not count."""
+    return _masked_mean((logits.argmax(-1) == labels).float(), labels != -100)
+
+
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of the values (M,) where the mask (M,) holds; 0 where it holds nowhere."""
     return values.where(mask, 0).sum() / mask.sum().clamp(min=1)

@@ -22,6 +22,7 @@ from .configuration_tcl import TCLConfig
 from .encoders import KeyValue, TCLLMHead, TCLPreTrainedModel, TCLTextModel, TCLVisionModel
 from .losses import (
     NO_IMAGE_ID,
+    accuracy,
     cma_loss,
     imc_loss,
     itm_loss,
@@ -80,6 +81,7 @@ class TCLLossOutput(ModelOutput):
         logits_per_text: the same, transposed (N, B).
         itm_logits: matching logits (N, 2) of the pairs (text n, image n); index 1 is "matches". Inference only, and
             with as many images as texts; `match` takes any pairs.
+        itm_accuracy, mlm_accuracy: shares of right matches and words, scalars. Training only.
         image_embeds, text_embeds: L2-normalised features (B, D) and (N, D).
         cross_attentions: weights of each fusion layer for the pairs (N, heads, L, 1 + P), if asked for.
         vision_model_output, text_model_output: outputs of the encoders. Inference only.
@@ -100,6 +102,8 @@ class TCLLossOutput(ModelOutput):
     logits_per_image: Tensor | None = None
     logits_per_text: Tensor | None = None
     itm_logits: Tensor | None = None
+    itm_accuracy: Tensor | None = None
+    mlm_accuracy: Tensor | None = None
     image_embeds: Tensor | None = None
     text_embeds: Tensor | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
@@ -748,7 +752,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             labels = torch.zeros(3 * num_pairs, dtype=torch.long, device=rows.device)
             labels[:num_pairs] = MATCHES
             exists = torch.cat([torch.ones_like(has_image), has_image, has_text])
-            output.loss_itm = itm_loss(self.itm_head(fused[: 3 * num_pairs, 0]), labels, exists)
+            matches = self.itm_head(fused[: 3 * num_pairs, 0])  # (3 N, 2)
+            output.loss_itm = itm_loss(matches, labels, exists)
+            output.itm_accuracy = accuracy(matches, labels.masked_fill(~exists, -100))
         if masked is not None:
             teacher_logits = None
             if distils_words:
@@ -756,7 +762,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
                     taught = self.teacher.tcl.fuse(teacher.masked_states, pairs.attention_mask, teacher.image_states)
                     teacher_logits = self.teacher.lm_head(masked.select(taught.last_hidden_state))
             logits = self.lm_head(masked.select(fused[-num_pairs:]))  # (N * M, V)
-            output.loss_mlm = mlm_loss(logits, masked.selected_labels(), teacher_logits, alpha)
+            words = masked.selected_labels()
+            output.loss_mlm = mlm_loss(logits, words, teacher_logits, alpha)
+            output.mlm_accuracy = accuracy(logits, words)
 
     @torch.no_grad()
     def _hard_negatives(

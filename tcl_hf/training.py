@@ -28,6 +28,8 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .data import DataError, SkippedSamples, StreamedPairs, VisitedPairs, VisitSampler
+from .health import Monitor, batch_statistics, model_statistics
+from .hub import BackgroundPush
 from .processing_tcl import TCLProcessor
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,9 @@ class TrainingArguments:
     )
     save_steps: int = field(default=0, metadata={"help": "Write a checkpoint each so many steps; 0 for none."})
     save_total_limit: int = field(default=2, metadata={"help": "Keep so many checkpoints."})
+    push_checkpoints_to: str | None = field(
+        default=None, metadata={"help": "Repository on the Hub to which checkpoints are pushed in the background."}
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in output_dir."})
     report_to: list[str] = field(
         default_factory=list, metadata={"help": "Trackers: tensorboard, wandb, trackio, or others of Accelerate."}
@@ -210,14 +215,15 @@ def _train(
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for buffer in bare_model.buffers():  # the queues start equal
         broadcast(buffer)
-    progress, meter = Progress(), _Meter()
-    accelerator.register_for_checkpointing(progress, meter)
+    progress, meter, monitor = Progress(), _Meter(), Monitor()
+    accelerator.register_for_checkpointing(progress, meter, monitor)
     if args.keep_best and evaluate is None:
         raise TrainingError(f"keep_best={args.keep_best} needs data to evaluate on: name some, or leave it out.")
     if args.report_to:
         accelerator.init_trackers("tcl_hf", config={k: str(v) for k, v in vars(args).items()})
 
-    steps_per_epoch = _steps_per_epoch(loader, args, accelerator.gradient_accumulation_steps)
+    accumulation = accelerator.gradient_accumulation_steps
+    steps_per_epoch = _steps_per_epoch(loader, args, accumulation)
     num_steps = args.max_steps or args.epochs * steps_per_epoch
     if args.resume:
         checkpoint = newest_whole_checkpoint(output_dir)
@@ -241,6 +247,10 @@ def _train(
     log = MetricsLog(output_dir / METRICS, progress.step if args.resume else 0, accelerator)
     guard = _Guard(accelerator.device)
     bar = tqdm(total=num_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
+
+    pusher = None
+    if args.push_checkpoints_to and accelerator.is_main_process:
+        pusher = BackgroundPush(args.push_checkpoints_to)
 
     # The loop.
     line: dict[str, float] = {}
@@ -284,7 +294,9 @@ def _train(
             if last or progress.step % args.logging_steps == 0:
                 line = {"step": progress.step, "epoch": progress.epoch, "learning_rate": lr, "alpha": alpha}
                 line |= {"temperature": bare_model.tcl.temperature.item(), **meter.read(accelerator)}
+                line |= model_statistics(bare_model, args.batch_size * accumulation * accelerator.num_processes)
                 line["skipped_samples"] = skipped.count
+                monitor.watch(line)
                 guard.check(newest_checkpoint(output_dir))
                 skipped.check()
                 log.write(line)
@@ -306,11 +318,16 @@ def _train(
             stopping = not last and stop.is_asked_for(accelerator, progress.step)
             if stopping or (args.save_steps and progress.step % args.save_steps == 0 and not last):
                 guard.check(newest_checkpoint(output_dir))
-                saved = save_checkpoint(accelerator, output_dir, progress.step, args.save_total_limit)
+                spared = pusher.checkpoint if pusher else None
+                saved = save_checkpoint(accelerator, output_dir, progress.step, args.save_total_limit, spared)
+                if pusher:
+                    pusher.start(saved)
                 meter.restart_clock()
             if stopping:
                 logger.warning("Asked to stop: %s is saved; go on with --resume.", saved)
                 bar.close()
+                if pusher:
+                    pusher.finish()
                 accelerator.end_training()
                 raise Preempted(PREEMPTED)
             if last:
@@ -324,6 +341,8 @@ def _train(
                 )
             progress.epoch, progress.batch = progress.epoch + 1, 0
     bar.close()
+    if pusher:
+        pusher.finish()
     accelerator.end_training()
     return line
 
@@ -511,10 +530,9 @@ class _Meter:
         self.clock = time.perf_counter()
 
     def add(self, output, num_pairs: int, norm: Tensor | None) -> None:
-        for name in _LOSSES:
-            loss = getattr(output, name, None)
-            if loss is not None:
-                self.sums[name] = self.sums.get(name, 0) + loss.detach()
+        losses = {name: loss for name in _LOSSES if (loss := getattr(output, name, None)) is not None}
+        for name, value in (losses | batch_statistics(output)).items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
         if norm is not None:
             self.norms.append(norm.detach())
         self.forwards += 1

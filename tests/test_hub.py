@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import small_patches, tiny_processor, training_batch
 from hub_server import HubServer
+from test_training import fresh_accelerator, losses, tiny_run  # noqa: F401  (fixture)
 
 from tcl_hf import (
     TCLForImageTextRetrieval,
@@ -24,6 +25,7 @@ from tcl_hf import (
     TCLModel,
     TCLProcessor,
 )
+from tcl_hf.checkpoints import newest_checkpoint
 from tcl_hf.checksums import checksum
 from tcl_hf.convert import open_saved
 from tcl_hf.hub import CODE, HubError, export, pull, push
@@ -334,3 +336,23 @@ def test_a_repository_with_code_opens_where_the_package_is_not_installed(
     assert torch.equal(found["output"], expected)
     texts = processor(text=["a red dog!", "the house"], return_tensors="pt")
     assert torch.equal(inputs["input_ids"], texts["input_ids"])
+
+
+def test_checkpoints_are_pushed_in_the_background_and_another_machine_goes_on(hub, repo, tmp_path):
+    tiny_run(tmp_path / "reference")
+    tiny_run(tmp_path / "run", save_steps=2, push_checkpoints_to=repo)
+    files = hub.repos[repo].find("main").files
+    assert hub.repos[repo].private
+    steps = {name.split("/")[1] for name in files if name.startswith("checkpoints/")}
+    assert steps == {newest_checkpoint(tmp_path / "run").name} or steps == {"step-00000002"}  # if it was still busy
+    pull(repo, tmp_path / "other")
+    torch.manual_seed(9)
+    tiny_run(tmp_path / "other", model=TCLForPreTraining(small_patches()), resume=True)
+    after = int(steps.pop().removeprefix("step-"))
+    assert losses(tmp_path / "other") == losses(tmp_path / "reference")[after:]
+
+
+def test_a_push_that_fails_does_not_stop_the_run(hub, tmp_path, caplog):
+    tiny_run(tmp_path, save_steps=4, push_checkpoints_to="other/name")
+    assert "was not pushed: The Hub refuses the token for other/name" in caplog.text
+    assert len(losses(tmp_path)) == 6

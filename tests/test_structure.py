@@ -21,7 +21,7 @@ FLOORS = [
     {"starting_points"},
     {"modeling_tcl", "modeling_tcl_tasks", "processing_tcl", "image_processing_tcl", "tokenization_tcl"},
     {"convert", "export", "grounding", "openmoji", "data", "annotations", "easy_vqa", "scenes", "collators"},
-    {"evaluation", "pipelines", "baselines", "cards", "checkpoints", "hub"},
+    {"evaluation", "pipelines", "baselines", "cards", "checkpoints", "health", "hub"},
     {"training", "recipes", "report"},
     {"tasks"},
 ]

@@ -1,0 +1,201 @@
+"""Kill small runs at random moments, resume them, and compare with runs that were never killed.
+
+`python benchmarks/kill_and_resume.py --kills 30`: map-style and streamed data, one and two processes, `kill -9` and
+`kill -TERM` in turn, saves included. It tells whether the logged losses are the same bit for bit, whether each sample
+was seen exactly once in an epoch, and whether a checkpoint could not be read.
+"""
+
+import argparse
+import collections
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+NUM_SAMPLES, BATCH, EPOCHS = 96, 4, 3
+SEEN = "seen-{}.jsonl"
+
+
+def train_child(folder: Path, streaming: bool, resume: bool) -> None:
+    """Train a tiny model, and note which samples each step saw."""
+    import torch
+    import torch.distributed as dist
+
+    from tcl_hf import TCLConfig, TCLForPreTraining, TCLImageProcessorPil, TCLProcessor, training
+    from tcl_hf.collators import TCLPreTrainingCollator
+    from tcl_hf.data import load_pairs, train_tokenizer
+
+    tokenizer = train_tokenizer([f"word{i}" for i in range(NUM_SAMPLES)], vocab_size=300)
+    processor = TCLProcessor(TCLImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(int(resume))  # a resumed run starts from other weights, which the checkpoint must replace
+    config = TCLConfig(
+        vision_config=small | {"image_size": 32, "patch_size": 8},
+        text_config=small | {"fusion_layer": 1, "vocab_size": len(tokenizer)},
+        projection_dim=16,
+        queue_size=64,
+    )
+    model = TCLForPreTraining(config)
+    last: list[list[int]] = []
+    model.register_forward_pre_hook(lambda m, a, kwargs: last.append(kwargs["image_ids"].tolist()), with_kwargs=True)
+    write = training.MetricsLog.write
+
+    def write_and_note(self, line):
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        with (folder / SEEN.format(rank)).open("a") as file:
+            file.write(json.dumps({"step": line["step"], "ids": last[-1]}) + "\n")
+        write(self, line)
+
+    training.MetricsLog.write = write_and_note
+    pairs = load_pairs(str(folder.parent / "data"), streaming=streaming)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    args = training.TrainingArguments(
+        output_dir=str(folder),
+        max_steps=EPOCHS * NUM_SAMPLES // BATCH // world,
+        epochs=EPOCHS,
+        batch_size=BATCH,
+        learning_rate=1e-3,
+        warmup_steps=3,
+        num_workers=2,
+        logging_steps=1,
+        save_steps=3,
+        resume=resume,
+    )
+    training.train(model, pairs, TCLPreTrainingCollator(processor, with_image_ids=True), processor, args)
+
+
+def write_data(folder: Path) -> None:
+    """Six parquet files of random pictures with a word each."""
+    import datasets
+    from PIL import Image
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for shard in range(6):
+        rows = []
+        for number in range(shard, NUM_SAMPLES, 6):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(file, "PNG")
+            rows.append({"image": {"bytes": file.getvalue(), "path": None}, "caption": f"word{number}"})
+            rows[-1]["image_id"] = str(number)
+        features = datasets.Features(
+            {"image": datasets.Image(), "caption": datasets.Value("string"), "image_id": datasets.Value("string")}
+        )
+        datasets.Dataset.from_list(rows, features=features).to_parquet(folder / f"train-{shard}.parquet")
+
+
+def start(folder: Path, streaming: bool, processes: int, resume: bool) -> subprocess.Popen:
+    """Start a child in a process group of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", str(folder)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *launcher, *command[1:]]
+    command += ["--streaming"] * streaming + ["--resume"] * resume
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    log = (folder.parent / f"{folder.name}.log").open("a")
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(folder: Path, streaming: bool, processes: int, resume: bool) -> None:
+    """Run a child to its end."""
+    child = start(folder, streaming, processes, resume)
+    if child.wait() != 0:
+        sys.exit(f"{folder} failed: see {folder}.log")
+
+
+def kill_once(folder: Path, streaming: bool, processes: int, with_signal: int, draw: random.Random) -> str:
+    """Start or resume a run, and kill its whole group at a random moment of its training."""
+    resume = any((folder / "checkpoints").glob("step-????????"))
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    metrics = folder / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    child = start(folder, streaming, processes, resume)
+    while child.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
+        time.sleep(0.02)
+    time.sleep(draw.uniform(0, 2.5))
+    if child.poll() is not None:
+        return "had ended" if child.returncode == 0 else f"failed ({child.returncode})"
+    os.killpg(child.pid, with_signal)
+    if with_signal == signal.SIGTERM:
+        try:
+            child.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            return "did not stop"
+    child.wait()
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return f"killed at step {json.loads(lines[-1])['step'] if lines else 0}"
+
+
+def curve(folder: Path) -> list[dict]:
+    """The logged lines but for their speed."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in lines]
+
+
+def visits(folder: Path, processes: int) -> list[collections.Counter]:
+    """How often each sample was seen in each epoch, by the last run of each step."""
+    steps: dict[tuple[int, int], list[int]] = {}
+    for rank in range(processes):
+        for text in (folder / SEEN.format(rank)).read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:  # cut off by a kill
+                continue
+            steps[rank, line["step"]] = line["ids"]
+    per_epoch = NUM_SAMPLES // BATCH // processes
+    epochs = [collections.Counter() for _ in range(EPOCHS)]
+    for (_, step), ids in steps.items():
+        epochs[(step - 1) // per_epoch].update(ids)
+    return epochs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--streaming", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        train_child(args.child, args.streaming, args.resume)
+        return
+    root, draw = Path(tempfile.mkdtemp()), random.Random(0)
+    write_data(root / "data")
+    cases = [(streaming, processes) for streaming in (False, True) for processes in (1, 2)]
+    good = True
+    for number, (streaming, processes) in enumerate(cases):
+        name = f"{'stream' if streaming else 'map'}-{processes}"
+        (root / f"{name}-whole").mkdir()
+        finish(root / f"{name}-whole", streaming, processes, resume=False)
+        folder = root / name
+        for kill in range(number, args.kills, len(cases)):
+            with_signal = (signal.SIGKILL, signal.SIGTERM)[kill // len(cases) % 2]
+            print(
+                f"{name}: {with_signal.name}, {kill_once(folder, streaming, processes, with_signal, draw)}", flush=True
+            )
+        if len(curve(folder)) < len(curve(root / f"{name}-whole")) or not (folder / "model.safetensors").exists():
+            finish(folder, streaming, processes, resume=True)
+        same = curve(folder) == curve(root / f"{name}-whole")
+        once = all(set(epoch.values()) == {1} and len(epoch) == NUM_SAMPLES for epoch in visits(folder, processes))
+        passed_over = (root / f"{name}.log").read_text().count("is passed over")
+        print(f"{name}: same losses {same}, each sample once {once}, unreadable checkpoints {passed_over}", flush=True)
+        good = good and same and once and not passed_over
+    print("all as if never killed" if good else f"NOT as if never killed: see {root}")
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

@@ -113,12 +113,18 @@ def finish(folder: Path, streaming: bool, processes: int, resume: bool) -> None:
         sys.exit(f"{folder} failed: see {folder}.log")
 
 
+def can_resume(folder: Path) -> bool:
+    """Whether there is a checkpoint; if not, the folder is emptied for a run from the start."""
+    if any((folder / "checkpoints").glob("step-????????")):
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return False
+
+
 def kill_once(folder: Path, streaming: bool, processes: int, with_signal: int, draw: random.Random) -> str:
     """Start or resume a run, and kill its whole group at a random moment of its training."""
-    resume = any((folder / "checkpoints").glob("step-????????"))
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+    resume = can_resume(folder)
     metrics = folder / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns if metrics.exists() else 0
     child = start(folder, streaming, processes, resume)
@@ -186,8 +192,8 @@ def main() -> None:
             print(
                 f"{name}: {with_signal.name}, {kill_once(folder, streaming, processes, with_signal, draw)}", flush=True
             )
-        if len(curve(folder)) < len(curve(root / f"{name}-whole")) or not (folder / "model.safetensors").exists():
-            finish(folder, streaming, processes, resume=True)
+        if not (folder / "model.safetensors").exists():
+            finish(folder, streaming, processes, can_resume(folder))
         same = curve(folder) == curve(root / f"{name}-whole")
         once = all(set(epoch.values()) == {1} and len(epoch) == NUM_SAMPLES for epoch in visits(folder, processes))
         passed_over = (root / f"{name}.log").read_text().count("is passed over")

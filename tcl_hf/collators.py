@@ -8,46 +8,93 @@ import hashlib
 import io
 import itertools
 import os
+import struct
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import ExifTags, Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
-from torchvision.transforms.v2 import functional as F
 
-from .data import DataError, SkippedSamples, Visit
+from .augmentation import RandomOperations as RandomOperations
+from .augmentation import TCLAugmentation
+from .data import MAX_CHARACTERS, NOT_UTF8, DataError, SkippedSamples, Visit
 from .losses import NO_IMAGE_ID
 from .processing_tcl import MAX_WORDS, TCLProcessor
 from .tokenization_tcl import TCLTokenizer, clean_caption, clean_question
 
 MAX_TOKENS = 25  # [CLS] included, as in the original's pre-training
 MAX_ANSWER_TOKENS = 12  # [CLS] and [SEP] included; the original sets no limit
-_BAD_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+_BAD_IMAGE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # that put an image of this EXIF orientation upright
 
 
 def open_image(image: object) -> Image.Image:
     """Open the image of a record: its bytes, a path, a dictionary of both, or an image already open.
 
+    It comes upright, as its EXIF orientation says, and can be converted to RGB: 16-bit grey is scaled to 8 bit. Of an
+    animation it is the first picture. Pixels are decoded later, except where it has to be turned or scaled.
+
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or its values have no known range.
         OSError: if it can not be read.
+        DecompressionBombWarning: if it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million); from twice as
+            many, a `DecompressionBombError`. Nothing has been decoded then.
     """
     if isinstance(image, Image.Image):
         return image.copy()  # the caller's stays as it is
     if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if image == b"":
+        raise ValueError("an image of zero bytes")
     if not image:
         raise ValueError("no image")
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     elif not isinstance(image, str | os.PathLike):
         raise ValueError(f"an image of type {type(image).__name__}")
-    return Image.open(image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(image)
+        if opened.format == "AVIF":
+            opened.load()
+    except RuntimeError as error:  # of AVIF only; other formats raise OSError
+        raise OSError(str(error)) from error
+    if opened.mode in ("I", "F"):
+        raise ValueError(f"an image of mode {opened.mode}, whose range of values is not known")
+    turn = _TURNS.get(_orientation(opened))
+    return _in_8_bit(opened) if turn is None else _in_8_bit(opened).transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, upright, also where it can not be read: that is no reason to lose a picture."""
+    if "exif" not in image.info:
+        return 1
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return 1
+
+
+def _in_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey in 8 bit, which Pillow would clip; others as they are."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def why_unusable(record: dict) -> str | None:
@@ -63,137 +110,6 @@ def why_unusable(record: dict) -> str | None:
     if not any(isinstance(text, str) and text.strip() for text in record.get("captions") or ()):
         return "no caption"
     return None
-
-
-class RandomOperations(torch.nn.Module):
-    """Draw `num_operations` of ten image operations, with replacement; apply each with probability 0.5.
-
-    The operations and their strengths are those of the paper's code at magnitude 7 of 10.
-    """
-
-    NAMES = (
-        *("identity", "autocontrast", "equalize", "brightness", "sharpness"),
-        *("shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
-    )
-    ENHANCEMENT = 0.7 * 1.8 + 0.1  # 1.36
-    SHEAR = 0.7 * 0.3  # as tangent
-    TRANSLATION = 0.7 * 10  # pixels
-    ROTATION = 0.7 * 30  # degrees
-    FILL = [128, 128, 128]
-
-    def __init__(self, num_operations: int = 2):
-        super().__init__()
-        self.num_operations = num_operations
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        for number in torch.randint(len(self.NAMES), (self.num_operations,)).tolist():
-            applied, positive = (torch.rand(2) < 0.5).tolist()
-            if applied:
-                image = self.apply(image, self.NAMES[number], 1 if positive else -1)
-        return image
-
-    def apply(self, image: Image.Image, name: str, sign: int) -> Image.Image:
-        """Apply one operation; `sign` is the direction of those that have one."""
-        if name == "autocontrast":
-            return F.autocontrast(image)
-        if name == "equalize":
-            return F.equalize(image)
-        if name == "brightness":
-            return F.adjust_brightness(image, self.ENHANCEMENT)
-        if name == "sharpness":
-            return F.adjust_sharpness(image, self.ENHANCEMENT)
-        shift, width, height = sign * self.TRANSLATION, *image.size
-        shear, angle = sign * self.SHEAR, sign * self.ROTATION
-        # Coefficients map a pixel of the result to one of the image: x' = a x + b y + c, y' = d x + e y + f.
-        matrix = {
-            "shear_x": (1, -shear, 0, 0, 1, 0),
-            "shear_y": (1, 0, 0, -shear, 1, 0),
-            "translate_x": (1, 0, shift, 0, 1, 0),
-            "translate_y": (1, 0, 0, 0, 1, shift),
-        }
-        if name in matrix:
-            return image.transform(
-                (width, height), Image.Transform.AFFINE, matrix[name], Image.Resampling.BILINEAR, fillcolor=(128,) * 3
-            )
-        if name == "rotate":
-            return F.rotate(image, angle, InterpolationMode.BILINEAR, fill=self.FILL)
-        return image  # identity
-
-
-class TCLAugmentation:
-    """Random views of an image, as the paper's pre-training draws them.
-
-    Args:
-        image_size: pixels of a side of the view.
-        image_mean, image_std: normalisation, that of the image processor.
-        crop_scale: range of the cropped share of the image's area (paper: 0.2 to 1; fine-tuning: 0.5 to 1).
-        color_jitter: jitter of brightness, contrast, saturation (0.4) and hue (0.1), grey, and blur, which ALBEF
-            does without.
-        flip: mirror every other view; not where left and right have names.
-        num_operations: further operations drawn, see `RandomOperations`.
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-        crop_scale: Sequence[float] = (0.2, 1.0),
-        color_jitter: bool = True,
-        flip: bool = True,
-        num_operations: int = 2,
-    ):
-        self.image_size, self.crop_scale = image_size, crop_scale
-        steps: list[torch.nn.Module] = []
-        if color_jitter:
-            steps += [
-                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                v2.RandomGrayscale(p=0.2),
-                v2.RandomApply([RandomBlur(0.1, 2.0)], p=0.5),
-            ]
-        if flip:
-            steps.append(v2.RandomHorizontalFlip(p=0.5))
-        steps += [RandomOperations(num_operations), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
-        self.augment = v2.Compose([*steps, v2.Normalize(list(image_mean), list(image_std), inplace=True)])
-
-    def __call__(self, image: Image.Image, num_views: int = 1) -> list[Tensor]:
-        """Draw views (3, image_size, image_size) of an image.
-
-        The crops are drawn first: a JPEG larger than all of them need is decoded at reduced scale.
-        """
-        width, height = image.size
-        boxes = [
-            RandomResizedCrop.get_params(image, scale=list(self.crop_scale), ratio=[3 / 4, 4 / 3])
-            for _ in range(num_views)
-        ]
-        smallest = min(min(box_height, box_width) for _, _, box_height, box_width in boxes)
-        reduction = max(smallest / self.image_size, 1.0)
-        image.draft("RGB", (int(width / reduction), int(height / reduction)))
-        image = image.convert("RGB")
-        scale_x, scale_y = image.width / width, image.height / height
-        views = []
-        for top, left, box_height, box_width in boxes:
-            box = (
-                round(left * scale_x),
-                round(top * scale_y),
-                round((left + box_width) * scale_x),
-                round((top + box_height) * scale_y),
-            )
-            view = image.crop(box).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-            views.append(self.augment(view))
-        return views
-
-
-class RandomBlur(torch.nn.Module):
-    """Gaussian blur of a PIL image with a standard deviation drawn uniformly, in pixels."""
-
-    def __init__(self, low: float, high: float):
-        super().__init__()
-        self.low, self.high = low, high
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        sigma = torch.empty(()).uniform_(self.low, self.high).item()
-        return image.filter(ImageFilter.GaussianBlur(sigma))
 
 
 def mask_tokens(
@@ -271,6 +187,7 @@ class _Collator:
 
     def _usable_sample(self, record: dict) -> Any | None:
         """What `_sample` makes of a record; None if it can not be used."""
+        self.skipped.begins(record.get("image_id", "?"))
         with _choices_of(record.get("visit")):
             try:
                 return self._sample(record)
@@ -288,7 +205,11 @@ class _Collator:
 
     def _caption(self, record: dict) -> str:
         """One of the record's captions, cleaned."""
-        captions = [text for text in record.get("captions") or () if isinstance(text, str)]
+        captions = [text[:MAX_CHARACTERS] for text in record.get("captions") or () if isinstance(text, str)]
+        texts = [text for text in captions if NOT_UTF8 not in text]
+        if captions and not texts:
+            raise ValueError("a caption that is not UTF-8")
+        captions = texts
         if self.processor.clean_text:
             captions = [clean_caption(text, MAX_WORDS) for text in captions]
         captions = [text for text in captions if text.strip()]

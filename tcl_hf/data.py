@@ -8,10 +8,14 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import Value
+from itertools import islice
+from multiprocessing import Array, Value
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from torch.utils.data import Sampler
 from .openmoji import load_openmoji
 from .tokenization_tcl import TCLTokenizer, clean_caption
 
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "pixel_values")
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img", "pixel_values")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "sentence", "json")
 ID_COLUMNS = ("image_id", "__key__", "id", "key", "cocoid", "imgid", "filename")
 FEATURES = datasets.Features(
@@ -36,6 +40,12 @@ FEATURES = datasets.Features(
 )
 
 
+MAX_CHARACTERS = 10_000  # of a caption; far more than the words that are kept of it
+NOT_UTF8 = "\ufffd"  # stands where bytes of a caption could not be decoded
+_JSON_CHUNK = 2**20  # characters read at once
+_JSON_LONGEST_ROW = 2**26  # where this many do not make a row, the file is broken
+_WHITE_SPACE = re.compile(r"\s*")
+
 _VALIDATION = ("validation", "val", "dev")
 # What the files of some data sets call a split. Karpathy's "restval" are COCO's validation images used for training.
 SPLIT_NAMES = {
@@ -43,6 +53,9 @@ SPLIT_NAMES = {
     "train": ("train", "restval"),
     "test": ("test", "testA", "testB"),
 }
+
+
+_WORKERS, _ID_BYTES = 128, 256  # notes on the samples that workers have begun
 
 
 class DataError(ValueError):
@@ -97,10 +110,16 @@ def load_pairs(
         )
     if source == "openmoji":  # these are records already
         pairs = load_openmoji(split)
-        return pairs.to_iterable_dataset() if streaming else pairs
+        return _as_stream(pairs) if streaming else pairs
+    tars = [file for file in _files(source, split) if file.endswith(".tar")]
+    if tars:
+        with _load_errors(source, split):
+            return _read_tars(source, tars, streaming, image_column, caption_column)
     pairs = open_source(source, split, streaming=streaming, image_root=image_root)
     if isinstance(pairs, Dataset) and len(pairs) == 0:
         raise DataError(f"{source} holds no pairs in its split '{split}'.")
+    if pairs.features == FEATURES and image_column is None and caption_column is None:
+        return pairs  # records already, those of a JSON list for instance
     return _as_records(pairs, source, image_column, caption_column)
 
 
@@ -112,13 +131,40 @@ def open_source(
     Raises:
         DataError: if there is nothing at the source, or it can not be read.
     """
-    try:
+    with _load_errors(source, split):
         return _open_files(source, split, streaming, image_root)
-    except (OSError, KeyError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, DataError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def _load_errors(source: str, split: str) -> Iterator[None]:
+    """Raise what goes wrong while a source is loaded as one sentence."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
+        cause = error
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+            cause = error.__cause__
+        if isinstance(cause, DataError):
+            raise cause from None
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise DataError(f"{source} could not be loaded (split '{split}'): {reason}") from error
+
+
+def _as_stream(pairs: Dataset) -> IterableDataset:
+    """A stream of a table, in shards that processes and workers can divide among themselves."""
+    return pairs.to_iterable_dataset(num_shards=min(max(len(pairs) // 1000, 1), 1024))
+
+
+def _read(generator: Callable[..., Iterator[dict]], files: list[str], streaming: bool, **options: Any):
+    """Records that a generator makes of files, one after another: a stream, or a table in the cache of `datasets`."""
+    if streaming:
+        return IterableDataset.from_generator(generator, features=FEATURES, gen_kwargs={"files": files, **options})
+    # A file that has changed since is no longer the one in the cache.
+    stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files))
+    options = {"files": tuple(map(os.path.abspath, files)), "stamps": stamps, **options}
+    if next(generator(**options), None) is None:
+        return Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
+    return Dataset.from_generator(generator, features=FEATURES, gen_kwargs=options)
 
 
 def _open_files(source: str, split: str, streaming: bool, image_root: str | None) -> Dataset | IterableDataset:
@@ -126,13 +172,13 @@ def _open_files(source: str, split: str, streaming: bool, image_root: str | None
     kinds = {Path(file).suffix for file in files}
     if kinds == {".json"}:
         pairs = _read_json_lists(files, split, image_root)
-        return pairs.to_iterable_dataset() if streaming else pairs
+        return _as_stream(pairs) if streaming else pairs
     if os.path.isdir(source) and os.path.exists(os.path.join(source, "dataset_dict.json")):
         pairs = datasets.load_from_disk(source)[split]
-        return pairs.to_iterable_dataset() if streaming else pairs
+        return _as_stream(pairs) if streaming else pairs
     if os.path.isdir(source) and os.path.exists(os.path.join(source, "state.json")):
         pairs = datasets.load_from_disk(source)
-        return pairs.to_iterable_dataset() if streaming else pairs
+        return _as_stream(pairs) if streaming else pairs
     if kinds == {".tar"}:
         return datasets.load_dataset("webdataset", data_files={split: files}, split=split, streaming=streaming)
     if kinds == {".parquet"}:
@@ -167,25 +213,74 @@ def _files(source: str, split: str) -> list[str]:
 
 def _read_json_lists(files: list[str], split: str, image_root: str | None) -> Dataset:
     """Read ALBEF-style lists; a row without image or caption stays, to be skipped and listed when its turn comes."""
-    columns: dict[str, list] = {"image": [], "captions": [], "image_id": []}
+    return _read(_json_records, files, False, split=split, image_root=image_root)
+
+
+def _json_records(
+    files: Sequence[str], split: str, image_root: str | None, stamps: Sequence[tuple[int, int]] = ()
+) -> Iterator[dict]:
     for file in files:
-        try:
-            rows = json.loads(Path(file).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{file} is not a JSON list: {error}.") from error
-        if isinstance(rows, dict) and isinstance(rows.get("images"), list):
-            rows = _karpathy_rows(rows["images"], split, file)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise DataError(f"{file} is not a list of objects with 'image' and 'caption'.")
-        root = Path(image_root) if image_root is not None else Path(file).parent
-        for number, row in enumerate(rows):
+        root = image_root if image_root is not None else os.path.dirname(file)
+        for number, row in enumerate(_json_rows(file, split)):
             path = row.get("image")
             caption = row.get("caption")
             captions = caption if isinstance(caption, list) else [caption]
-            columns["image"].append({"bytes": None, "path": str(root / path)} if path else None)
-            columns["captions"].append([text for text in captions if isinstance(text, str)])
-            columns["image_id"].append(str(row.get("image_id", path or f"{file}:{number}")))
-    return Dataset.from_dict(columns, features=FEATURES)
+            yield {
+                "image": {"bytes": None, "path": os.path.join(root, path)} if path else None,
+                "captions": [text[:MAX_CHARACTERS] for text in captions if isinstance(text, str)],
+                "image_id": str(row.get("image_id", path or f"{file}:{number}")),
+            }
+
+
+def _json_rows(file: str, split: str) -> Iterator[dict]:
+    """The objects of a JSON list, one by one, or the images of one of Karpathy's splits.
+
+    What is not UTF-8 becomes U+FFFD, so that one bad caption does not take the others with it.
+    """
+    decoder = json.JSONDecoder()
+    with open(file, encoding="utf-8-sig", errors="replace") as stream:
+        text, place, number = "", 0, 0
+
+        def next_character() -> str:
+            """The first one that is not white space; empty at the end of the file."""
+            nonlocal text, place
+            while True:
+                place = _WHITE_SPACE.match(text, place).end()
+                if place < len(text):
+                    return text[place]
+                text, place = stream.read(_JSON_CHUNK), 0
+                if not text:
+                    return ""
+
+        if next_character() != "[":
+            try:
+                content = json.loads(text + stream.read())
+            except json.JSONDecodeError as error:
+                raise DataError(f"{file} is not a JSON list: {error}.") from error
+            if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+                raise DataError(f"{file} is not a list of objects with 'image' and 'caption'.")
+            yield from _karpathy_rows(content["images"], split, file)
+            return
+        place += 1
+        while (character := next_character()) != "]":
+            if number:
+                if character != ",":
+                    raise DataError(f"{file} is not a JSON list: after row {number} a comma or the end is missing.")
+                place += 1
+                character = next_character()
+            if character and character != "{":
+                raise DataError(f"{file} is not a list of objects with 'image' and 'caption': see row {number + 1}.")
+            while True:
+                try:
+                    row, place = decoder.raw_decode(text, place)
+                    break
+                except json.JSONDecodeError as error:  # perhaps only because the text read so far ends here
+                    more = stream.read(max(_JSON_CHUNK, len(text) - place))
+                    text, place = text[place:] + more, 0
+                    if not more or len(text) > _JSON_LONGEST_ROW:
+                        raise DataError(f"{file} is not a JSON list: row {number + 1}: {error}.") from error
+            number += 1
+            yield row
 
 
 def _karpathy_rows(images: list[dict], split: str, file: str) -> list[dict]:
@@ -207,6 +302,70 @@ def _karpathy_rows(images: list[dict], split: str, file: str) -> list[dict]:
     return rows
 
 
+def _read_tars(
+    source: str, files: list[str], streaming: bool, image_column: str | None, caption_column: str | None
+) -> Dataset | IterableDataset:
+    """Read WebDataset tars; each sample is judged by itself, however its text is encoded and whatever it lacks."""
+    fields = {field for sample in islice(_tar_samples(files[0], None), 100) for field in sample} - {"__key__"}
+    _find_column(sorted(fields), image_column, IMAGE_COLUMNS, "image", source)
+    _find_column(sorted(fields), caption_column, CAPTION_COLUMNS, "caption", source)
+    images = (image_column,) if image_column is not None else IMAGE_COLUMNS
+    captions = (caption_column,) if caption_column is not None else CAPTION_COLUMNS
+    return _read(_tar_records, files, streaming, images=images, captions=captions)
+
+
+def _tar_records(
+    files: Sequence[str], images: tuple[str, ...], captions: tuple[str, ...], stamps: Sequence[tuple[int, int]] = ()
+) -> Iterator[dict]:
+    for file in files:
+        for sample in _tar_samples(file, {*images, *captions}):
+            image = next((name for name in images if name in sample), None)
+            caption = next((name for name in captions if name in sample), None)
+            # What is not UTF-8 becomes U+FFFD: the sample is skipped and listed when its turn comes.
+            text: Any = sample[caption].decode("utf-8", errors="replace") if caption else None
+            if caption and caption.endswith("json"):
+                try:
+                    text = json.loads(text)
+                except json.JSONDecodeError:
+                    text = None
+            key = sample["__key__"]
+            yield {
+                "image": {"bytes": sample[image], "path": f"{key}.{image}"} if image else None,
+                "captions": _texts(text),
+                "image_id": key,
+            }
+
+
+def _tar_samples(file: str, wanted: set[str] | None) -> Iterator[dict[str, Any]]:
+    """The samples of a tar: files whose names differ only after the first dot, by what follows it.
+
+    Others than the `wanted` are not read; all are if it is None.
+    """
+    sample: dict[str, Any] = {}
+    for name, member in datasets.StreamingDownloadManager().iter_archive(file):
+        folder, _, base = name.rpartition("/")
+        stem, dot, field = base.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        if not dot:
+            continue
+        if sample and sample["__key__"] != key:
+            yield sample
+            sample = {}
+        sample["__key__"] = key
+        if wanted is None or field.lower() in wanted:
+            sample[field.lower()] = member.read()
+    if sample:
+        yield sample
+
+
+def _texts(caption: Any) -> list[str]:
+    """A caption, several, or objects with a caption, as a list of texts."""
+    captions = list(caption) if isinstance(caption, list | tuple) else [caption]
+    # img2dataset's .json, or a list of {"raw": text} as in Karpathy's splits
+    texts = [text.get("caption", text.get("raw")) if isinstance(text, dict) else text for text in captions]
+    return [text[:MAX_CHARACTERS] for text in texts if isinstance(text, str)]
+
+
 def _as_records(
     pairs: Dataset | IterableDataset, source: str, image_column: str | None, caption_column: str | None
 ) -> Dataset | IterableDataset:
@@ -220,6 +379,7 @@ def _as_records(
     complete = partial(_complete, image=image, caption=caption, image_id=image_id)
     pairs = pairs.cast_column(image, datasets.Image(decode=False))
     if isinstance(pairs, IterableDataset):
+        complete = partial(complete, mark="#")
         return pairs.map(complete, with_indices=True, remove_columns=columns, features=FEATURES)
     # The images stay where they are: only the other columns are written anew.
     others = pairs.remove_columns([name for name in columns if name not in (caption, image_id)])
@@ -247,21 +407,20 @@ def _find_column(columns: list[str], asked: str | None, usual: tuple[str, ...], 
     )
 
 
-def _complete(record: dict, index: int, image: str, caption: str, image_id: str | None) -> dict:
-    """A record of named columns: its captions as a list, and its id, or else its number, as text."""
-    captions = record[caption]
-    captions = list(captions) if isinstance(captions, list | tuple) else [captions]
-    # img2dataset's .json, or a list of {"raw": text} as in Karpathy's splits
-    texts = [text.get("caption", text.get("raw")) if isinstance(text, dict) else text for text in captions]
+def _complete(record: dict, index: int, image: str, caption: str, image_id: str | None, mark: str = "") -> dict:
+    """A record of named columns: its captions as a list, and its id, or else its number, as text.
+
+    The number of a stream is only that in a shard; it is marked, for the loader of streams to add the shard's.
+    """
     number = record.get(image_id) if image_id else None
     complete = {
-        "captions": [text for text in texts if isinstance(text, str)],
-        "image_id": str(index if number is None else number),
+        "captions": _texts(record[caption]),
+        "image_id": f"{mark}{index}" if number is None else str(number),
     }
     return complete | {"image": record[image]} if image in record else complete
 
 
-def captions_of(pairs: Dataset | IterableDataset) -> Iterator[str]:
+def captions_of(pairs: Any) -> Iterator[str]:
     """All captions, without reading the images."""
     for record in pairs.select_columns(["captions"]):
         yield from record["captions"] or ()
@@ -281,7 +440,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> TCLToke
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    texts = [clean_caption(caption) for caption in captions]
+    texts = [clean_caption(caption[:MAX_CHARACTERS]) for caption in captions]
     # The trainer numbers inner characters in an order that differs between runs, and breaks ties by number: naming
     # them first makes the vocabulary the same each time.
     characters = sorted({character for text in texts for character in tokenizer.normalizer.normalize_str(text)} - {" "})
@@ -301,6 +460,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> TCLToke
 class SkippedSamples:
     """Counts the samples that could not be used and lists them, one JSON line each, also from worker processes.
 
+    It also knows the sample that each of a loader's workers began last, for the case that it dies.
+
     Args:
         path: the list's file; None keeps none.
         max_share: the run stops when a larger share of the samples seen is bad.
@@ -312,6 +473,7 @@ class SkippedSamples:
     last: str = field(default="none yet", init=False)
     _seen: Any = field(default_factory=lambda: Value("q", 0), repr=False)
     _skipped: Any = field(default_factory=lambda: Value("q", 0), repr=False)
+    _begun: Any = field(default_factory=lambda: Array("c", _WORKERS * _ID_BYTES, lock=False), repr=False)
 
     @property
     def count(self) -> int:
@@ -331,6 +493,48 @@ class SkippedSamples:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(line + "\n")
 
+    def begins(self, image_id: object) -> None:
+        """Note the sample that this process works on, if it is a worker of a loader."""
+        worker = torch.utils.data.get_worker_info()
+        if worker is not None:
+            text = f"{os.getpid()} {image_id}".encode(errors="replace")[:_ID_BYTES].ljust(_ID_BYTES, b"\0")
+            place = worker.id % _WORKERS * _ID_BYTES
+            memoryview(self._begun).cast("B")[place : place + _ID_BYTES] = text
+
+    def begun_by(self, pid: int) -> str | None:
+        """The sample that a worker began last; None if it has not begun any."""
+        notes = bytes(memoryview(self._begun).cast("B"))
+        for place in range(0, len(notes), _ID_BYTES):
+            number, _, image_id = notes[place : place + _ID_BYTES].rstrip(b"\0").partition(b" ")
+            if number == str(pid).encode():
+                return image_id.decode(errors="replace")
+        return None
+
+    @contextmanager
+    def naming_dead_workers(self) -> Iterator[None]:
+        """Say of a loader's worker that dies which sample it died on.
+
+        PyTorch tells of it at any point of the main process, so this goes around the whole loop.
+
+        Raises:
+            DataError: in place of PyTorch's `RuntimeError`.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            dead = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+            if dead is None:
+                raise
+            samples = {pid: self.begun_by(int(pid)) for pid in dead[1].split(", ")}
+            where = "; ".join(
+                f"worker {pid} " + ("had not begun any" if sample is None else f"last began '{sample}'")
+                for pid, sample in samples.items()
+            )
+            raise DataError(
+                f"A worker of the loader died ({str(error).strip().splitlines()[0]}). Sample: {where}. If memory ran "
+                "out, lower num_workers; if that sample crashes its decoder, take it out of the data."
+            ) from error
+
     def check(self) -> None:
         """Stop the run if too much of the data is bad.
 
@@ -345,6 +549,17 @@ class SkippedSamples:
             )
 
 
+def mix_seeds(*numbers: int) -> int:
+    """A seed of 64 bits that follows from numbers and their order."""
+    mixed = 0
+    for number in numbers:  # splitmix64's finaliser on each
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return mixed
+
+
 @dataclass(frozen=True)
 class Visit:
     """One visit of a sample: all its random choices follow from these numbers, whichever process makes them."""
@@ -355,13 +570,7 @@ class Visit:
 
     def entropy(self) -> int:
         """A seed for the choices of this visit."""
-        mixed = 0
-        for number in (self.seed, self.epoch, self.index):  # splitmix64's finaliser on each
-            mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-            mixed ^= mixed >> 31
-        return mixed
+        return mix_seeds(self.seed, self.epoch, self.index)
 
 
 class VisitSampler(Sampler[Visit]):
@@ -424,24 +633,3 @@ class SharedImages(torch.utils.data.Dataset):
 
 def _identity(image: dict) -> str | bytes:
     return image.get("path") or hashlib.blake2b(image["bytes"], digest_size=16).digest()
-
-
-class StreamedPairs(torch.utils.data.IterableDataset):
-    """Records of a stream with their visits, shuffled by shard and within a window that moves over the stream.
-
-    `datasets` splits the shards over workers.
-    """
-
-    def __init__(self, pairs: IterableDataset, seed: int, window: int = 1000):
-        self.pairs, self.seed, self.epoch = pairs.shuffle(seed=seed, buffer_size=window), seed, 0
-
-    def begin(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch of the next iteration; `start` is not used: a stream is read again up to there."""
-        self.epoch = epoch
-        self.pairs.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict]:
-        worker = torch.utils.data.get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number, record in enumerate(self.pairs):
-            yield {**record, "visit": Visit(self.seed, self.epoch, first + number * step)}

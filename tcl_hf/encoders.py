@@ -479,6 +479,10 @@ class TCLTextLayer(GradientCheckpointingLayer):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    def project_image(self, image_states: Tensor) -> KeyValue:
+        """Project image states (B, P, D) to the keys and values of this layer; its own method, see `sharding`."""
+        return self.cross_attn.key_value(image_states)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -586,7 +590,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
         """
         images = (images,) if isinstance(images, Tensor) else images
         copies, layers = self.config.images_per_text, self.fusion_layers
-        return [layers[i - i % copies].cross_attn.key_value(images[i % len(images)]) for i in range(len(layers))]
+        return [layers[i - i % copies].project_image(images[i % len(images)]) for i in range(len(layers))]
 
     def fuse(
         self,

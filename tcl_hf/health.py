@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .modeling_tcl import MAX_TEMPERATURE, MIN_TEMPERATURE
 from .momentum import weights_of
+from .sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def model_statistics(model: Any, pairs_per_step: int) -> dict[str, float]:
         students = weights_of(model)
         own = dict(teacher.named_parameters())
         differences = torch._foreach_sub(list(own.values()), [students[name] for name in own])
-        norms = [torch.stack(torch._foreach_norm(x)).norm() for x in (differences, [students[name] for name in own])]
+        norms = [whole(torch.nn.utils.get_total_norm(x)) for x in (differences, [students[name] for name in own])]
         found["teacher_distance"] = (norms[0] / norms[1]).item()
     if queue is not None and len(queue.image):
         found["queue_age"] = len(queue.image) / pairs_per_step

@@ -25,6 +25,7 @@ from .image_processing_tcl import TCLImageProcessorPil
 from .modeling_tcl import TCLForPreTraining
 from .processing_tcl import TCLProcessor
 from .starting_points import read_text_encoder, read_vision_encoder
+from .streams import MixedPairs
 from .tokenization_tcl import TCLTokenizer
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,10 @@ class DataArguments:
     data: list[str] = field(
         default_factory=lambda: ["openmoji"],
         metadata={"help": "Sources of pairs: openmoji, JSON lists, tars, parquet, folders, or names on the Hub."},
+    )
+    data_weights: list[float] = field(
+        default_factory=list,
+        metadata={"help": "How often each source is drawn, in proportion; streams only. Each source once if empty."},
     )
     validation_data: list[str] = field(
         default_factory=list, metadata={"help": "Sources to evaluate on; those of --data if none are named."}
@@ -196,7 +201,7 @@ def _did_you_mean(key: str, known: set[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
-def load_data(args: DataArguments) -> tuple[Dataset | IterableDataset, list[dict]]:
+def load_data(args: DataArguments) -> tuple[Dataset | IterableDataset | MixedPairs, list[dict]]:
     """Load the pairs to train on, and the records to evaluate on.
 
     Without validation data of its own a run evaluates on the validation split of its data. Where there is none, it
@@ -207,7 +212,14 @@ def load_data(args: DataArguments) -> tuple[Dataset | IterableDataset, list[dict
         "image_column": args.image_column,
         "caption_column": args.caption_column,
     }
-    pairs = load_pairs(args.data, args.split, streaming=args.streaming, **columns)
+    pairs: Dataset | IterableDataset | MixedPairs
+    if args.data_weights:
+        if not args.streaming:
+            raise DataError("data_weights mixes streams: set streaming to true, or leave the weights out.")
+        streams = [load_pairs(source, args.split, streaming=True, **columns) for source in args.data]
+        pairs = MixedPairs(streams, args.data_weights)
+    else:
+        pairs = load_pairs(args.data, args.split, streaming=args.streaming, **columns)
     if not args.validation_split:
         return pairs, []
     if not args.validation_data and any(os.path.isfile(source) or glob.has_magic(source) for source in args.data):

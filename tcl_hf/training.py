@@ -13,9 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, broadcast, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast,
+    send_to_device,
+    set_seed,
+)
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -27,10 +36,13 @@ from .checkpoints import (
     read_manifest,
     save_checkpoint,
 )
-from .data import DataError, SkippedSamples, StreamedPairs, VisitedPairs, VisitSampler
+from .data import DataError, SkippedSamples, VisitedPairs, VisitSampler
 from .health import Monitor, batch_statistics, model_statistics
 from .hub import BackgroundPush
+from .momentum import is_distributed
 from .processing_tcl import TCLProcessor
+from .sharding import gather_for_methods, make_shardable, whole, whole_model, whole_state_dict
+from .streams import StreamLoader
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +60,6 @@ class Preempted(SystemExit):
 
 
 PREEMPTED = 75  # "try again later" in sysexits.h: a scheduler that sees it starts the run again, with --resume
-_SIGNAL_STEPS = 10  # several processes agree each so many steps on whether to stop: it costs them a message
 
 
 class NonFiniteError(FloatingPointError):
@@ -160,8 +171,9 @@ def train(
         TrainingError: if arguments contradict each other, or there is nothing to resume from.
         DataError: if too much of the data is bad.
     """
-    with _StopSignal() as stop:
-        return _train(model, pairs, collator, processor, args, evaluate, stop)
+    skipped = getattr(collator, "skipped", None) or SkippedSamples()
+    with _StopSignal() as stop, skipped.naming_dead_workers():
+        return _train(model, pairs, collator, processor, args, evaluate, stop, skipped)
 
 
 def _train(
@@ -172,6 +184,7 @@ def _train(
     args: TrainingArguments,
     evaluate: Callable[[nn.Module], dict[str, float]] | None,
     stop: "_StopSignal",
+    skipped: SkippedSamples,
 ) -> dict[str, float]:
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -192,7 +205,6 @@ def _train(
         raise TrainingError(
             f"{output_dir} holds checkpoints of an earlier run: go on with --resume, or choose another output_dir."
         )
-    skipped = getattr(collator, "skipped", None) or SkippedSamples()
     skipped.path, skipped.max_share = output_dir / SKIPPED, args.max_bad_share
     if not args.resume:
         skipped.path.unlink(missing_ok=True)
@@ -200,7 +212,8 @@ def _train(
 
     # Parts: data, optimizer, and everything as Accelerate wants it.
     set_seed(args.seed, device_specific=True)  # each process its own dropout masks and negatives
-    loader, order = _loader(pairs, collator, args)
+    agreement = _Agreement()
+    loader, order = _loader(pairs, collator, args, agreement, skipped)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
@@ -212,7 +225,13 @@ def _train(
     bare_model = model
     if args.torch_compile:
         model.forward = torch.compile(model.forward)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    _prepare_engine(accelerator, model, args)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    gather_for_methods(bare_model)
+    if isinstance(loader, StreamLoader):
+        accelerator.register_for_checkpointing(loader)
+    else:
+        loader = accelerator.prepare(loader)
     for buffer in bare_model.buffers():  # the queues start equal
         broadcast(buffer)
     progress, meter, monitor = Progress(), _Meter(), Monitor()
@@ -257,13 +276,15 @@ def _train(
     model.train()
     is_first_forward = True
     while progress.step < num_steps:
-        order.begin(progress.epoch, progress.batch * args.batch_size * accelerator.num_processes)
         is_whole_epoch, has_pairs = progress.batch == 0, False
-        for batch in _resumed(loader, order, progress, accelerator):
+        for batch in _batches(loader, order, progress, args, accelerator):
             progress.batch += 1
-            if not batch:
+            num_pairs = agreement.least(len(batch["input_ids"]) if batch else 0)
+            if not num_pairs:  # a process alone would wait for the others' gradients
                 skipped.check()
                 continue
+            if bare_model.contrasts:  # the keys that are gathered must be as many in each process
+                batch = {name: value[:num_pairs] for name, value in batch.items()}
             has_pairs = True
             if is_first_forward:  # of this optimizer step
                 bare_model.update_teacher()
@@ -275,7 +296,8 @@ def _train(
                 # A compiled forward takes a tensor: each new number would compile it again.
                 share = torch.full((), alpha, device=accelerator.device) if args.torch_compile else alpha
             with accelerator.accumulate(model):
-                output = model(**batch, alpha=share)
+                with accelerator.autocast():  # which Accelerate leaves out under FSDP2
+                    output = model(**batch, alpha=share)
                 accelerator.backward(output.loss)
                 norm = None
                 if accelerator.sync_gradients:
@@ -293,7 +315,7 @@ def _train(
             last = progress.step == num_steps
             if last or progress.step % args.logging_steps == 0:
                 line = {"step": progress.step, "epoch": progress.epoch, "learning_rate": lr, "alpha": alpha}
-                line |= {"temperature": bare_model.tcl.temperature.item(), **meter.read(accelerator)}
+                line |= {"temperature": whole(bare_model.tcl.temperature).item(), **meter.read(accelerator)}
                 line |= model_statistics(bare_model, args.batch_size * accumulation * accelerator.num_processes)
                 line["skipped_samples"] = skipped.count
                 monitor.watch(line)
@@ -306,7 +328,8 @@ def _train(
                 _save_model(accelerator, model, processor, output_dir)
             if evaluate and (last or (args.eval_steps and progress.step % args.eval_steps == 0)):
                 guard.check(newest_checkpoint(output_dir))
-                metrics = evaluate(accelerator.unwrap_model(model))
+                with accelerator.autocast():
+                    metrics = evaluate(whole_model(accelerator.unwrap_model(model)))
                 accelerator.wait_for_everyone()
                 if args.keep_best and _metric(metrics, args.keep_best) > progress.best:
                     progress.best = metrics[args.keep_best]
@@ -315,7 +338,7 @@ def _train(
                 log.write(line)
                 model.train()
                 meter.restart_clock()
-            stopping = not last and stop.is_asked_for(accelerator, progress.step)
+            stopping = not last and agreement.any(stop.received)
             if stopping or (args.save_steps and progress.step % args.save_steps == 0 and not last):
                 guard.check(newest_checkpoint(output_dir))
                 spared = pusher.checkpoint if pusher else None
@@ -349,9 +372,26 @@ def _train(
 
 def _save_model(accelerator: Accelerator, model: nn.Module, processor: TCLProcessor, output_dir: Path) -> None:
     accelerator.wait_for_everyone()
+    bare_model = accelerator.unwrap_model(model)
+    state = whole_state_dict(bare_model) if _is_sharded(accelerator) else None  # every process has to ask
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(output_dir)
+        bare_model.save_pretrained(output_dir, state_dict=state)
         processor.save_pretrained(output_dir)
+
+
+def _is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def _prepare_engine(accelerator: Accelerator, model: nn.Module, args: TrainingArguments) -> None:
+    """Fit model and engine to each other, where the engine shards."""
+    if _is_sharded(accelerator):
+        make_shardable(model)  # both engines fail on the scalar temperature
+    if accelerator.is_fsdp2:  # else the temperature and the states between layers would be rounded to bf16
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # prepared without a loader
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config |= {"train_micro_batch_size_per_gpu": args.batch_size, "gradient_clipping": args.max_grad_norm}
 
 
 def _metric(metrics: dict[str, float], name: str) -> float:
@@ -434,6 +474,30 @@ class TCLMomentumCallback(TrainerCallback):
         model.update_teacher()
 
 
+class _Agreement:
+    """Lets processes agree on what to do next, over CPUs: nothing waits for a GPU."""
+
+    def __init__(self):
+        self.rank: int = dist.get_rank() if is_distributed() else 0
+        self.world_size: int = dist.get_world_size() if is_distributed() else 1
+        self.group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any process; all of them ask together."""
+        return bool(self._reduced(int(flag), dist.ReduceOp.MAX))
+
+    def least(self, number: int) -> int:
+        """The smallest of all processes' numbers; all of them ask together."""
+        return self._reduced(number, dist.ReduceOp.MIN)
+
+    def _reduced(self, number: int, operation: Any) -> int:
+        if self.group is None:
+            return number
+        numbers = torch.tensor(number)
+        dist.all_reduce(numbers, operation, group=self.group)
+        return int(numbers)
+
+
 class _StopSignal:
     """Listens for SIGTERM, by which schedulers announce that they will take the machine away."""
 
@@ -452,15 +516,6 @@ class _StopSignal:
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = True
-
-    def is_asked_for(self, accelerator: Accelerator, step: int) -> bool:
-        """Whether all processes shall stop after this step; they ask together."""
-        if accelerator.num_processes == 1:
-            return self.received
-        if step % _SIGNAL_STEPS:
-            return False
-        flag = torch.tensor(float(self.received), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum").item())
 
 
 def _ignore_sigterm(worker: int) -> None:
@@ -553,46 +608,70 @@ class _Meter:
         return line
 
 
-def _loader(pairs, collator: Callable, args: TrainingArguments) -> tuple[DataLoader, VisitSampler | StreamedPairs]:
-    """A loader whose order and whose samples' random choices follow from the seed alone."""
-    options: dict[str, Any] = {
-        "batch_size": args.batch_size,
-        "collate_fn": collator,
-        "num_workers": args.num_workers,
-        "generator": torch.Generator().manual_seed(args.seed),
-        "pin_memory": torch.cuda.is_available(),
-        "worker_init_fn": _ignore_sigterm,
-    }
+def _loader(
+    pairs, collator: Callable, args: TrainingArguments, agreement: _Agreement, skipped: SkippedSamples
+) -> tuple[DataLoader | StreamLoader, VisitSampler | StreamLoader]:
+    """A loader whose order and whose samples' random choices follow from the seed alone, and what sets its position."""
+    pin_memory = torch.cuda.is_available()
     if isinstance(pairs, torch.utils.data.IterableDataset):
         if not args.max_steps:
             raise TrainingError("A stream has no known length: say how long to train with max_steps.")
-        stream = StreamedPairs(pairs, args.seed)
-        return DataLoader(stream, **options), stream
+        stream = StreamLoader(
+            pairs,
+            collator,
+            args.batch_size,
+            args.seed,
+            num_workers=args.num_workers,
+            rank=agreement.rank,
+            world_size=agreement.world_size,
+            any_process=agreement.any,
+            skipped=skipped,
+            pin_memory=pin_memory,
+            worker_init_fn=_ignore_sigterm,
+        )
+        return stream, stream
     if len(pairs) == 0:
         raise DataError("There is nothing to train on: the data holds no pairs.")
     order = VisitSampler(len(pairs), args.seed)
-    drop_last = len(pairs) >= args.batch_size
-    options["persistent_workers"] = args.num_workers > 0  # the order is made here, not in the workers
-    return DataLoader(VisitedPairs(pairs), sampler=order, drop_last=drop_last, **options), order
+    loader = DataLoader(
+        VisitedPairs(pairs),
+        sampler=order,
+        drop_last=len(pairs) >= args.batch_size,
+        batch_size=args.batch_size,
+        collate_fn=collator,
+        num_workers=args.num_workers,
+        generator=torch.Generator().manual_seed(args.seed),
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_sigterm,
+        persistent_workers=args.num_workers > 0,  # the order is made here, not in the workers
+    )
+    return loader, order
 
 
-def _steps_per_epoch(loader: DataLoader, args: TrainingArguments, accumulation: int) -> int:
+def _steps_per_epoch(loader: DataLoader | StreamLoader, args: TrainingArguments, accumulation: int) -> int:
     """Optimizer steps in an epoch; of a stream, all."""
-    if isinstance(loader.dataset, torch.utils.data.IterableDataset):
+    if isinstance(loader, StreamLoader):
         return args.max_steps
     return max(math.ceil(len(loader) / accumulation), 1)
 
 
-def _resumed(loader, order, progress: Progress, accelerator: Accelerator) -> Iterator[dict]:
-    """The epoch's batches that are still to come; a stream is read again up to there."""
-    if isinstance(order, StreamedPairs) and progress.batch:
-        loader = accelerator.skip_first_batches(loader, progress.batch)
-    yield from loader
+def _batches(loader, order, progress: Progress, args: TrainingArguments, accelerator: Accelerator) -> Iterator[dict]:
+    """The epoch's batches that are still to come, on the device."""
+    if isinstance(loader, StreamLoader):
+        loader.begin(progress.epoch, progress.batch)
+        for batch in loader:
+            yield send_to_device(batch, accelerator.device, non_blocking=True)
+    else:
+        order.begin(progress.epoch, progress.batch * args.batch_size * accelerator.num_processes)
+        yield from loader
 
 
-def _gradient_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor:
-    """Norm of the whole gradient, before clipping where it is clipped."""
+def _gradient_norm(accelerator: Accelerator, model: nn.Module, max_norm: float) -> Tensor | None:
+    """Norm of the whole gradient, before clipping where it is clipped; None where the engine does not tell."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it has clipped and stepped already, in `backward`
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        return None if norm is None else torch.tensor(float(norm), device=accelerator.device)
     if max_norm > 0:
-        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        return whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
     accelerator.unscale_gradients()
-    return torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None)
+    return whole(torch.nn.utils.get_total_norm(p.grad for p in model.parameters() if p.grad is not None))

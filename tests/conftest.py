@@ -1,7 +1,10 @@
 """Tiny models, inputs and golden files for all tests."""
 
 import os
+import shutil
+import tempfile
 
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # for the time of the tests
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning thread pools on shared cores are far slower than one
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +24,12 @@ from tcl_hf.data import train_tokenizer
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remove_cache():
+    yield
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 def tiny_config(**fields) -> TCLConfig:

@@ -2,19 +2,22 @@
 
 import io
 import json
+import os
 import tarfile
+import time
+import tracemalloc
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import WORDS, png, tiny_processor, tiny_records
 from PIL import Image
 
-from tcl_hf.collators import TCLPreTrainingCollator, open_image
+from tcl_hf.collators import TCLPreTrainingCollator, open_image, why_unusable
 from tcl_hf.data import (
     DataError,
     SkippedSamples,
-    StreamedPairs,
     Visit,
     VisitedPairs,
     VisitSampler,
@@ -261,6 +264,186 @@ def test_skips_are_counted_across_worker_processes(tmp_path):
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 6
 
 
+# Pictures
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels_of(content):
+    with open_image({"bytes": content, "path": None}) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+def test_grey_of_16_bit_is_scaled_and_not_cut_off():
+    values = np.array([[0, 128, 129, 257, 32896, 65535]], dtype=np.uint16)
+    for kind in ("PNG", "TIFF"):
+        pixels = pixels_of(encoded(Image.fromarray(values), kind))
+        assert pixels[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255]  # value / 257, rounded
+        assert (pixels == pixels[..., :1]).all()
+
+
+def test_cmyk_palette_and_the_first_picture_of_an_animation_have_the_colors_they_show():
+    red = Image.new("RGB", (16, 16), (200, 30, 40))
+    blue = Image.new("RGB", (16, 16), (10, 20, 220))
+    contents = {
+        "cmyk": encoded(red.convert("CMYK"), "JPEG", quality=95),
+        "palette": encoded(red.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+        "animation": encoded(red, "GIF", save_all=True, append_images=[blue]),
+    }
+    for name, content in contents.items():
+        assert (abs(pixels_of(content) - [200, 30, 40]) <= 3).all(), name
+
+
+def test_a_photo_comes_upright():
+    """Each orientation is written as EXIF beside the pixels as the camera stored them, by the standard's own words."""
+    upright = np.zeros((16, 32, 3), dtype=np.uint8)
+    upright[:8, :16] = 250  # bright at the top left
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],  # the first row is the top, the first column the right side
+        3: upright[::-1, ::-1],  # bottom, right
+        4: upright[::-1],  # bottom, left
+        5: upright.transpose(1, 0, 2),  # left, top
+        6: np.rot90(upright, 1),  # right, top: shown after a quarter turn clockwise
+        7: upright[::-1, ::-1].transpose(1, 0, 2),  # right, bottom
+        8: np.rot90(upright, -1),  # left, bottom
+    }
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for kind in ("JPEG", "WEBP"):
+            seen = pixels_of(encoded(Image.fromarray(np.ascontiguousarray(pixels)), kind, exif=exif, quality=95))
+            assert seen.shape == upright.shape, (orientation, kind)
+            assert (abs(seen - upright)[2:6, 2:14] < 30).all() and (abs(seen - upright)[10:, 18:] < 30).all(), (
+                orientation
+            )
+
+
+def test_broken_exif_does_not_lose_a_photo():
+    content = encoded(Image.new("RGB", (8, 8), (200, 30, 40)), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0")
+    assert pixels_of(content).shape == (8, 8, 3)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+    for side, error in ((20_000, Image.DecompressionBombError), (10_000, Image.DecompressionBombWarning)):
+        content = encoded(Image.new("1", (side, side)), "PNG")
+        tracemalloc.start()
+        with pytest.raises(error, match=f"{side * side} pixels"):
+            open_image(content)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
+        assert f"{side * side} pixels" in why_unusable({"image": content, "captions": ["a"]})
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF"])
+def test_damaged_pictures_are_bad_samples_and_no_crash(kind):
+    content = encoded(Image.open(io.BytesIO(png(1))).convert("RGB"), kind)
+    rng = np.random.default_rng(0)
+    reasons = []
+    for _ in range(60):
+        damaged = bytearray(content)
+        for place in rng.integers(0, len(content), 20):
+            damaged[place] = rng.integers(256)
+        reasons.append(why_unusable({"image": bytes(damaged), "captions": ["a"]}))
+    assert any(reasons)
+
+
+def test_values_without_a_known_range_are_refused():
+    content = encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF")
+    with pytest.raises(ValueError, match="mode F, whose range"):
+        open_image(content)
+
+
+def test_zero_bytes_are_not_looked_for_in_a_file(pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    with pytest.raises(ValueError, match="zero bytes"):
+        open_image({"bytes": b"", "path": "0.png"})
+
+
+# Texts
+
+
+def test_a_giant_caption_is_cut_before_anything_reads_it(pictures):
+    giant = "dog " * 2_000_000
+    pairs = load_pairs(write_json(pictures, [{"image": "0.png", "caption": giant}]))
+    assert pairs[0]["captions"] == [giant[:10_000]]
+    processor = tiny_processor()
+    collator = TCLPreTrainingCollator(processor)
+    assert collator._caption({"captions": [giant]}) == " ".join(["dog"] * 30)
+    processor.clean_text = False
+    assert collator._caption({"captions": [giant]}) == giant[:10_000]  # all that the tokenizer is given
+
+
+def test_a_list_whose_bytes_are_not_utf_8_loses_only_that_row(pictures):
+    rows = b'[{"image": "0.png", "caption": "caf\xe9"},\n {"image": "1.png", "caption": ["caf\xc3\xa9"]}]'
+    (pictures / "latin.json").write_bytes(rows)
+    records = list(load_pairs(str(pictures / "latin.json")))
+    skipped = SkippedSamples(pictures / "skipped.jsonl")
+    assert len(TCLPreTrainingCollator(tiny_processor(), skipped=skipped)(records)["input_ids"]) == 1
+    assert "0.png: ValueError: a caption that is not UTF-8" in skipped.last
+    assert records[1]["captions"] == ["café"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_a_long_list_is_read_piece_by_piece(pictures, monkeypatch, chunk):
+    """Pieces end anywhere: within names, escapes and white space."""
+    rows = [{"image": f"{n}.png", "caption": [f'"{n}" \\ é', "ü"] if n % 2 else f"[{n}], {{}}"} for n in range(20)]
+    monkeypatch.setattr("tcl_hf.data._JSON_CHUNK", chunk)
+    for indent in (None, 3):
+        text = json.dumps(rows, indent=indent, ensure_ascii=indent is None)
+        (pictures / "rows.json").write_text(f" \n{text}\n", encoding="utf-8")
+        pairs = load_pairs(str(pictures / "rows.json"))
+        captions = [row["caption"] if isinstance(row["caption"], list) else [row["caption"]] for row in rows]
+        assert [record["captions"] for record in pairs] == captions
+        assert pairs["image_id"] == [f"{n}.png" for n in range(20)]
+    for broken, message in (
+        (text[:-20], "row 20"),
+        (text.replace("},", "}", 1), "after row 1 a comma"),
+        ("[" + text, "see row 1"),
+        ("[", "row 1"),
+        ('[{"image": "0.png"}', "after row 1"),
+    ):
+        (pictures / "rows.json").write_text(broken)
+        with pytest.raises(DataError, match=f"not a.* list.*{message}"):
+            load_pairs(str(pictures / "rows.json"))
+
+
+def test_a_changed_list_is_read_again(pictures):
+    for text in ("before", "after!"):
+        file = write_json(pictures, [{"image": "0.png", "caption": text}])
+        os.utime(file, ns=(time.time_ns(), time.time_ns()))
+        assert load_pairs(file)[0]["captions"] == [text]
+
+
+def test_the_samples_of_a_tar_may_lack_files_or_have_others(tmp_path):
+    files = [
+        ("a/0.txt", b"text 0"),  # the first has no image
+        ("a/1.PNG", png(1)),
+        ("a/1.txt", b"text 1"),
+        ("a/1.cls", b"7"),
+        ("README", b"no sample"),
+        ("a/2.gif", encoded(Image.new("RGB", (4, 4)), "GIF")),
+        ("a/2.json", b'{"caption": "text 2", "width": null}'),
+        ("a/3.json", b"{"),
+    ]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    for streaming in (False, True):
+        records = list(load_pairs(str(tmp_path), streaming=streaming))
+        assert [record["image_id"] for record in records] == ["a/0", "a/1", "a/2", "a/3"]
+        assert [record["captions"] for record in records] == [["text 0"], ["text 1"], ["text 2"], []]
+        assert [record["image"] is not None for record in records] == [False, True, True, False]
+    with pytest.raises(DataError, match=r"no caption column among cls, gif, json, png, txt .looked for text."):
+        load_pairs(str(tmp_path), caption_column="text")
+
+
 # Order
 
 
@@ -308,20 +491,25 @@ def test_batches_do_not_depend_on_the_workers():
             assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_stream_gives_each_sample_its_own_visit():
-    records = tiny_records(6)
-    stream = StreamedPairs(datasets.Dataset.from_list(records).to_iterable_dataset(), seed=3)
-    seen = list(stream)
-    assert [record["visit"] for record in seen] == [Visit(3, 0, n) for n in range(6)]
-    orders = [[record["image_id"] for record in seen]]
-    for epoch in (1, 2, 1):
-        stream.begin(epoch)
-        seen = list(stream)
-        assert seen[0]["visit"] == Visit(3, epoch, 0)
-        orders.append([record["image_id"] for record in seen])
-    assert all(sorted(order) == [record["image_id"] for record in records] for order in orders)
-    assert orders[1] == orders[3]
-    assert len({tuple(order) for order in orders[:3]}) > 1  # shuffled anew
+def test_a_resumed_epoch_goes_on_at_any_batch_with_another_number_of_workers():
+    pairs = datasets.Dataset.from_list(tiny_records(10))
+    sampler = VisitSampler(10, seed=0)
+
+    def visits(start, num_workers):
+        sampler.begin(1, 2 * start)
+        loader = torch.utils.data.DataLoader(
+            VisitedPairs(pairs),
+            sampler=sampler,
+            batch_size=2,
+            num_workers=num_workers,
+            collate_fn=lambda records: [(record["image_id"], record["visit"]) for record in records],
+        )
+        return list(loader)
+
+    whole = visits(0, 0)
+    assert sorted(image_id for batch in whole for image_id, _ in batch) == [str(n) for n in range(10)]
+    for start, num_workers in ((0, 2), (1, 0), (2, 1), (3, 2), (4, 0), (5, 2)):
+        assert visits(start, num_workers) == whole[start:]
 
 
 # Tokenizer

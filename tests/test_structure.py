@@ -20,7 +20,10 @@ FLOORS = [
     {"momentum", "encoders"},
     {"starting_points"},
     {"modeling_tcl", "modeling_tcl_tasks", "processing_tcl", "image_processing_tcl", "tokenization_tcl"},
-    {"convert", "export", "grounding", "openmoji", "data", "annotations", "easy_vqa", "scenes", "collators"},
+    {
+        *("convert", "export", "grounding", "openmoji", "planning", "sharding"),
+        *("data", "streams", "annotations", "easy_vqa", "scenes", "augmentation", "collators"),
+    },
     {"evaluation", "pipelines", "baselines", "cards", "checkpoints", "health", "hub"},
     {"training", "recipes", "report"},
     {"tasks"},
@@ -31,9 +34,10 @@ BESIDE = {
     "processing_tcl": {"image_processing_tcl", "tokenization_tcl"},
     "data": {"openmoji"},
     "annotations": {"data"},
+    "streams": {"data"},
     "easy_vqa": {"annotations"},
     "scenes": {"annotations", "openmoji"},
-    "collators": {"data"},
+    "collators": {"augmentation", "data"},
     "report": {"training"},
     "hub": {"cards", "checkpoints"},
 }

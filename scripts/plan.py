@@ -1,0 +1,43 @@
+"""Plan a pre-training run from its recipe: `python scripts/plan.py --recipe FILE [--num_gpus 8] [--name value ...]`.
+
+Prints parameters, memory on each GPU, size of checkpoints and, if it is told how fast the GPUs are, the time. It reads
+nothing but the recipe: encoders that it starts from count at the sizes that its config gives, or else the paper's.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from tcl_hf import TCLConfig
+from tcl_hf.planning import PlanArguments, describe
+from tcl_hf.recipes import DataArguments, ModelArguments, RecipeError, parse_recipe
+from tcl_hf.training import TrainingArguments
+
+DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "tcl_4m.yaml"
+
+
+def config_of(parts: ModelArguments) -> TCLConfig:
+    if parts.model is not None:
+        return TCLConfig.from_pretrained(parts.model, image_size=parts.image_size)
+    fields = dict(parts.config_fields)
+    text = {"vocab_size": parts.vocab_size}
+    if parts.fusion_layer is not None:
+        text |= {"fusion_layer": parts.fusion_layer, "num_hidden_layers": parts.fusion_layer + parts.num_fusion_layers}
+    fields["text_config"] = text | fields.get("text_config", {})
+    fields["vision_config"] = {"image_size": parts.image_size or 256} | fields.get("vision_config", {})
+    return TCLConfig(**fields)
+
+
+def main() -> None:
+    types = (DataArguments, ModelArguments, TrainingArguments, PlanArguments)
+    data, parts, args, plan = parse_recipe(types, DEFAULT_RECIPE)
+    precision = args.mixed_precision or "bf16"
+    print(describe(config_of(parts), args.batch_size, data.max_tokens, precision, args.epochs, plan))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        main()
+    except RecipeError as error:
+        sys.exit(f"error: {error}")

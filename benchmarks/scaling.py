@@ -35,10 +35,10 @@ def pairs_per_second(processes: int, threads: int, steps: int, image_size: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--image_size", type=int, default=96, help="pixels; large enough that computing outweighs reading"
+        "--image_size", type=int, default=64, help="pixels; large enough that computing outweighs reading"
     )
     args = parser.parse_args()
     found: dict[str, list[float]] = {way: [] for way in WAYS}

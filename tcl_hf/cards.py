@@ -91,7 +91,7 @@ class Card:
             pipeline_tag=pipeline_tag,
             tags=["tcl", "vision-language", self.task.replace("_", "-"), PAPER],
             datasets=list(self.datasets) or None,
-            base_model=[_name(model) for model in self.base_models] or None,
+            base_model=[name_of_model(model) for model in self.base_models] or None,
             model_name=self.name,
             eval_results=eval_results(self.task, self.metrics, self.said) or None,
             widget=self._widget(folder, pipeline_tag),
@@ -128,7 +128,8 @@ class Card:
         return [{"src": EXAMPLE, asked: text}]
 
 
-def _name(model: str) -> str:
+def name_of_model(model: str) -> str:
+    """What a model is called on a card: its Hub name, or that of its folder."""
     return Path(model).resolve().name if Path(model).exists() else model
 
 

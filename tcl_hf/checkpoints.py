@@ -8,11 +8,11 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
@@ -30,11 +30,17 @@ class CheckpointWriteError(OSError):
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, limit: int, spared: Path | None = None
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    limit: int,
+    any_process: Callable[[bool], bool],
+    spared: Path | None = None,
 ) -> Path:
     """Save the state of all processes as the checkpoint of a step, and remove the oldest beyond `limit`.
 
     Args:
+        any_process: whether its argument holds in any process, called by all at the same points.
         spared: a checkpoint that is still needed, and is not removed.
 
     Raises:
@@ -50,7 +56,7 @@ def save_checkpoint(
         accelerator.save_state(str(unfinished))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
         failure = error
-    if _any_process(accelerator, failure is not None):
+    if any_process(failure is not None):
         if accelerator.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise _not_written(final, output_dir, failure) from failure
@@ -67,7 +73,7 @@ def save_checkpoint(
             for old in sorted(final.parent.glob(_NAME))[: -max(limit, 1)]:
                 if old != spared:
                     shutil.rmtree(old)
-    if _any_process(accelerator, failure is not None):
+    if any_process(failure is not None):
         raise _not_written(final, output_dir, failure) from failure
     return final
 
@@ -78,13 +84,6 @@ def _not_written(final: Path, output_dir: Path, failure: Exception | None) -> Ch
         f"{final} could not be written ({reason}): make room and go on with --resume. "
         f"Last good checkpoint: {newest_checkpoint(output_dir) or 'none'}."
     )
-
-
-def _any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether it holds in any process; all of them must ask."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:

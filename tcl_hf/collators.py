@@ -21,7 +21,6 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from .augmentation import RandomOperations as RandomOperations
 from .augmentation import TCLAugmentation
 from .data import MAX_CHARACTERS, NOT_UTF8, DataError, SkippedSamples, Visit
 from .losses import NO_IMAGE_ID
@@ -39,7 +38,7 @@ _TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # that put an image of this EXIF orientation upright
+}  # that put an image of this EXIF orientation upright (`ImageOps.exif_transpose` decodes every image to see)
 
 
 def open_image(image: object) -> Image.Image:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from .collators import TCLTaskCollator, encode_answers, open_image
 from .encoders import KeyValue
 from .grounding import (
-    HEAT_KINDS,
+    check_heat,
     heat_point,
     matching_heat_map,
     phrase_map,
@@ -372,8 +372,7 @@ def evaluate_grounding(
         heat: "matching", with the maps of the phrase's tokens in its caption; or "similarity", with the phrase alone as
             the text.
     """
-    if heat not in HEAT_KINDS:
-        raise ValueError(f"heat='{heat}' is no kind of heat map: choose one of {', '.join(HEAT_KINDS)}.")
+    check_heat(heat)
     captions = [
         (record, number, phrases)
         for record in records

@@ -34,6 +34,12 @@ _HEAT_COLOR, _MAX_OPACITY = (255, 0, 0), 0.7
 _BOX_COLOR = (0, 255, 0)
 
 
+def check_heat(heat: str) -> None:
+    """Raise a ValueError where `heat` is none of `HEAT_KINDS`."""
+    if heat not in HEAT_KINDS:
+        raise ValueError(f"heat='{heat}' is no kind of heat map: choose one of {', '.join(HEAT_KINDS)}.")
+
+
 def matching_heat_map(
     model: TCLForImageTextRetrieval,
     input_ids: Tensor,

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 
 from .cards import CARD, EXAMPLE, plain_card
 from .checkpoints import CHECKPOINTS, newest_checkpoint
-from .checksums import CHECKSUMS, verify_checksums
+from .checksums import verify_checksums
 from .convert import CheckpointError, open_saved
 from .processing_tcl import TCLProcessor
 
@@ -208,11 +208,16 @@ class BackgroundPush:
     def __init__(self, repo_id: str):
         self.repo_id, self.api = repo_id, HfApi()
         self.future: Future[CommitInfo] | None = None
-        self.checkpoint: Path | None = None  # the one that is on its way, and may not be removed
+        self.checkpoint: Path | None = None
+
+    @property
+    def on_its_way(self) -> Path | None:
+        """The checkpoint that is being pushed, and may not be removed."""
+        return self.checkpoint if self.future is not None and not self.future.done() else None
 
     def start(self, checkpoint: Path) -> None:
         """Begin to push a checkpoint, unless the one before is still on its way."""
-        if self.future is not None and not self.future.done():
+        if self.on_its_way:
             logger.warning("%s is not pushed: %s is still on its way.", checkpoint, self.checkpoint)
             return
         self.finish()
@@ -276,6 +281,3 @@ def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
     if status in (401, 403):
         return f"The Hub refuses the token for {repo_id} ({status}): pass one that may write there (hf auth login)."
     return f"The Hub refused {repo_id} ({status}): {(error.server_message or str(error)).strip().splitlines()[0]}"
-
-
-__all__ = ["CHECKPOINTS", "CHECKSUMS", "HubError", "export", "pull", "push"]

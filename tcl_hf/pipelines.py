@@ -24,9 +24,9 @@ from transformers.pipelines import PIPELINE_REGISTRY, PipelineException
 
 from .encoders import TCLPreTrainedModel
 from .grounding import (
-    HEAT_KINDS,
     box_from_heat_map,
     box_scores,
+    check_heat,
     draw_heat_map,
     heat_point,
     matching_heat_map,
@@ -311,8 +311,8 @@ class VisualGroundingPipeline(_ImageTextPipeline):
         timeout: float | None = None,
         heat: str | None = None,
     ) -> tuple[dict, dict, dict]:
-        if heat not in (None, *HEAT_KINDS):
-            raise ValueError(f"heat='{heat}' is no kind of heat map: choose one of {', '.join(HEAT_KINDS)}.")
+        if heat is not None:
+            check_heat(heat)
         record = _given(phrase=phrase, boxes=boxes, timeout=timeout, heat=heat)
         return record, _given(layer=layer, heat=heat), _given(sliding=sliding, threshold=threshold, draw=draw)
 

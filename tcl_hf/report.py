@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .cards import METHOD, Card
+from .cards import METHOD, Card, name_of_model
 from .collators import open_image
 from .evaluation import chance_recall, encode_pairs, matching_scores
 from .modeling_tcl import TCLForImageTextRetrieval
@@ -53,7 +53,7 @@ class Run:
         """Write the run's card; see `cards.Card`."""
         what = "pairs" if task == "pretraining" else "records"
         learned = f"{self.num_train} {what}" if self.num_train is not None else f"a stream of {what}"
-        names = [Path(name).resolve().name if Path(name).exists() else name for name in self.base_models]
+        names = [name_of_model(model) for model in self.base_models]
         started = f"It started from {', '.join(names)}." if names else "It was trained from scratch."
         how = "pre-trained" if task == "pretraining" else f"fine-tuned for {task.replace('_', ' ')}"
         Card(

@@ -341,8 +341,10 @@ def _train(
             stopping = not last and agreement.any(stop.received)
             if stopping or (args.save_steps and progress.step % args.save_steps == 0 and not last):
                 guard.check(newest_checkpoint(output_dir))
-                spared = pusher.checkpoint if pusher else None
-                saved = save_checkpoint(accelerator, output_dir, progress.step, args.save_total_limit, spared)
+                spared = pusher.on_its_way if pusher else None
+                saved = save_checkpoint(
+                    accelerator, output_dir, progress.step, args.save_total_limit, agreement.any, spared
+                )
                 if pusher:
                     pusher.start(saved)
                 meter.restart_clock()

@@ -5,8 +5,8 @@ import io
 import numpy as np
 import pytest
 import torch
+from data_pipeline import PlainAugmentation, plain_operation
 from PIL import Image, ImageFilter
-from torchvision import transforms
 from torchvision.transforms import functional as F
 
 from tcl_hf import augmentation as ours
@@ -100,25 +100,6 @@ def test_blur_is_pil_s(name):
 # Operations, against PIL's affine transform and torchvision
 
 
-def plain_operation(image: Image.Image, name: str, sign: int) -> Image.Image:
-    """An operation as METHOD has it: x1.36, 0.21 as tangent, 7 pixels, 21 degrees, bilinear, filled with 128."""
-    affine = {
-        "shear_x": (1, -sign * 0.21, 0, 0, 1, 0),
-        "shear_y": (1, 0, 0, -sign * 0.21, 1, 0),
-        "translate_x": (1, 0, sign * 7, 0, 1, 0),
-        "translate_y": (1, 0, 0, 0, 1, sign * 7),
-    }
-    fill = [128] * len(image.getbands())
-    if name in affine:
-        fillcolor = tuple(fill) if len(fill) > 1 else fill[0]
-        return image.transform(image.size, Image.Transform.AFFINE, affine[name], BILINEAR, fillcolor=fillcolor)
-    if name == "rotate":
-        return F.rotate(image, sign * 21.0, transforms.InterpolationMode.BILINEAR, fill=fill)
-    if name in ("brightness", "sharpness"):
-        return getattr(F, f"adjust_{name}")(image, 1.36)
-    return image if name == "identity" else getattr(F, name)(image)
-
-
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", RandomOperations.NAMES)
 @pytest.mark.parametrize("image", IMAGES)
@@ -140,37 +121,6 @@ def test_large_views_shear_as_pil_s(name, size):
 # Whole views, against the plain composition, from the same seed
 
 
-class PlainBlur:
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(0.1, 2.0).item()))
-
-
-class PlainOperations:
-    def __call__(self, image: Image.Image) -> Image.Image:
-        for number in torch.randint(10, (2,)).tolist():
-            applied, positive = (torch.rand(2) < 0.5).tolist()
-            if applied:
-                image = plain_operation(image, RandomOperations.NAMES[number], 1 if positive else -1)
-        return image
-
-
-def plain_views(image: Image.Image, size: int, num_views: int = 2) -> list[torch.Tensor]:
-    crop = transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
-    rest = transforms.Compose(
-        [
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            transforms.RandomApply([PlainBlur()], p=0.5),
-            transforms.RandomHorizontalFlip(p=0.5),
-            PlainOperations(),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
-        ]
-    )
-    image = image.convert("RGB")
-    return [rest(view) for view in [crop(image) for _ in range(num_views)]]
-
-
 @pytest.mark.parametrize("kind", ["photo", "grey"])
 def test_views_are_those_of_the_plain_composition(kind):
     """To 2e-6, a seven-thousandth of a grey level; and as many random numbers are drawn, in the same order."""
@@ -178,7 +128,7 @@ def test_views_are_those_of_the_plain_composition(kind):
     augmentation = TCLAugmentation(48, MEAN, STD)
     for seed in range(150):
         torch.manual_seed(seed)
-        expected, expected_next = plain_views(image, 48), torch.rand(4)
+        expected, expected_next = PlainAugmentation(48, MEAN, STD)(image, 2), torch.rand(4)
         torch.manual_seed(seed)
         views, after = augmentation(image.copy(), 2), torch.rand(4)
         assert torch.equal(after, expected_next)

@@ -8,8 +8,8 @@ import torch
 from conftest import png, tiny_processor, tiny_records
 from PIL import Image
 
+from tcl_hf.augmentation import RandomOperations
 from tcl_hf.collators import (
-    RandomOperations,
     TCLAugmentation,
     TCLPreTrainingCollator,
     mask_tokens,

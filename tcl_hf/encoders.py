@@ -206,10 +206,13 @@ def eager_attention_forward(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    is_causal: bool = False,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """Textbook attention that also returns its weights (N, H, L, P)."""
-    scores = query @ key.mT * scaling
+    scores = (query * scaling) @ key.mT  # a query has fewer numbers than it has scores
+    if attention_mask is None and is_causal and query.shape[2] > 1:  # masks that say no more are left out for sdpa
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
@@ -259,24 +262,49 @@ class TCLAttention(nn.Module):
         attention_mask: Tensor | None = None,
         key_value: KeyValue | None = None,
         output_attentions: bool = False,
+        index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from hidden states (N, L, D); return states of the same shape and, if asked for, the weights.
 
-        Keys and values of B rows serve N = r * B rows of queries, r neighbours each: they are laid out as one
-        longer row of queries, so that nothing is copied.
+        Args:
+            key_value: keys and values of B rows; those of the hidden states themselves if None. Each serves N / B
+                neighbours.
+            index: which of the B serves each of the last R rows (R,); the first N - R are served as neighbours.
         """
-        num_rows, length, _ = hidden_states.shape
         key, value = key_value if key_value is not None else self.key_value(hidden_states)
-        # Shapes and not `len`, which would fix the number for torch.export.
-        query = self.q_proj(hidden_states).view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(1, 2)
+        query = self.q_proj(hidden_states)
+        what = (attention_mask, output_attentions)
+        if index is None:
+            output, weights = self._attend(query, key, value, *what)
+        else:
+            chosen = key.index_select(0, index), value.index_select(0, index)
+            neighbours, others = query.split((query.shape[0] - index.shape[0], index.shape[0]))
+            output, weights = self._attend(others, *chosen, *what)
+            if index.shape[0] != query.shape[0]:
+                first, first_weights = self._attend(neighbours, key, value, *what)
+                output = torch.cat([first, output])
+                weights = torch.cat([first_weights, weights]) if output_attentions else None
+        return self.out_proj(output), weights
 
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from projected queries (N, L, D) to keys and values of B rows (B, H, P, D / H).
+
+        The N / B neighbours that a row serves are laid out as one longer row of queries, so that nothing is copied.
+        """
+        num_rows, length, _ = query.shape
         implementation = self.config._attn_implementation
         if output_attentions:
             implementation = _implementation_with_weights(implementation)
+        elif implementation == "sdpa" and self.training and self.dropout and query.device.type == "cpu":
+            # PyTorch has no fused kernel for dropout there, and its plain one scales the keys beside the queries.
+            implementation = "eager"
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
-            query,  # (B, H, r * L, D / H)
+            # Shapes and not `len`, which would fix the number for torch.export.
+            query.view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(1, 2),  # (B, H, N / B * L, D / H)
             key,
             value,
             attention_mask,
@@ -284,10 +312,9 @@ class TCLAttention(nn.Module):
             scaling=self.scaling,
             is_causal=self.is_causal,
         )
-        output = self.out_proj(output.reshape(num_rows, length, -1))
-        if output_attentions and key.shape[0] != num_rows:  # (B, H, r * L, P) -> (N, H, L, P)
+        if output_attentions and key.shape[0] != num_rows:  # (B, H, N / B * L, P) -> (N, H, L, P)
             weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
-        return output, weights if output_attentions else None
+        return output.reshape(num_rows, length, -1), weights if output_attentions else None
 
 
 def _implementation_with_weights(implementation: str | None) -> str:
@@ -297,6 +324,11 @@ def _implementation_with_weights(implementation: str | None) -> str:
         f"attn_implementation='{implementation}' has no attention weights to return: "
         "load the model with attn_implementation='sdpa' or 'eager' for output_attentions=True."
     )
+
+
+def select_tokens(states: Tensor, positions: Tensor) -> Tensor:
+    """The states (N, M, D) at positions (N, M) of states (N, L, D)."""
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
 
 
 class TCLVisionEmbeddings(nn.Module):
@@ -492,23 +524,27 @@ class TCLTextLayer(GradientCheckpointingLayer):
         image_index: Tensor | None = None,
         output_attentions: bool = False,
         image_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the new states (N, L, D), the self-attention weights and the cross-attention weights.
 
         `key` and `value` are those of images. They are two arguments and not a pair because re-entrant
-        gradient checkpointing sees tensors only.
+        gradient checkpointing sees tensors only. With `positions` (N, M) the new states are those of these tokens,
+        (N, M, D), and the mask is theirs.
         """
         own = self.self_attn.key_value(hidden_states)
-        if past_key_values is not None:
-            own = past_key_values.update(*own, self.number)
+        if cache is not None:
+            own = cache.update(*own, self.number)
+        if positions is not None:
+            hidden_states = select_tokens(hidden_states, positions)
         attended, weights = self.self_attn(hidden_states, attention_mask, own, output_attentions)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
         cross_weights = None
         if key is not None:
-            if image_index is not None:
-                key, value = key.index_select(0, image_index), value.index_select(0, image_index)
-            attended, cross_weights = self.cross_attn(hidden_states, image_mask, (key, value), output_attentions)
+            attended, cross_weights = self.cross_attn(
+                hidden_states, image_mask, (key, value), output_attentions, image_index
+            )
             hidden_states = self.cross_attn_layer_norm(hidden_states + self.dropout(attended))
         fed = self.fc2(self.activation(self.fc1(hidden_states)))
         return self.final_layer_norm(hidden_states + self.dropout(fed)), weights, cross_weights
@@ -569,17 +605,15 @@ class TCLTextModel(TCLTextPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run the first layers on token ids (N, L) with their mask (N, L): states of the text alone (N, L, D)."""
-        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        num_past = cache.get_seq_length() if cache is not None else 0
         hidden_states = self.embeddings(input_ids, inputs_embeds, num_past)
-        mask = self._mask(hidden_states, attention_mask, past_key_values)
+        mask = self._mask(hidden_states, attention_mask, cache)
         collected = _Collected(hidden_states, output_attentions, output_hidden_states)
         for layer in self.layers[: self.config.fusion_layer]:
-            hidden_states, weights, _ = layer(
-                hidden_states, mask, output_attentions=output_attentions, past_key_values=past_key_values
-            )
+            hidden_states, weights, _ = layer(hidden_states, mask, output_attentions=output_attentions, cache=cache)
             collected.add(hidden_states, weights)
         return _text_output(hidden_states, collected)
 
@@ -601,26 +635,38 @@ class TCLTextModel(TCLTextPreTrainedModel):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         image_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        positions: Tensor | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run the fusion layers on states of texts (N, L, D), each attending to one of B images.
 
         Args:
             images: keys and values for each fusion layer, from `project_images`.
-            image_index: the image of each text (N,). Without it every image serves N / B neighbouring texts.
+            image_index: the image of each text (N,), or of each of the last R texts (R,). Without it, and before these,
+                every image serves as many neighbouring texts as any other; then nothing is copied.
             image_mask: which of the images' states count (B, P); all if None. (A decoder of answers reads a question
                 as its "image", and questions are padded.)
-            past_key_values: keys and values of the tokens before, which these are added to.
+            cache: keys and values of the tokens before, which these are added to.
+            positions: tokens whose last states are wanted (N, M): the last layer computes no others, and the states
+                and weights that it returns are those of these tokens.
         """
-        mask = self._mask(text_states, attention_mask, past_key_values)
+        mask = self._mask(text_states, attention_mask, cache)
         if image_mask is not None:
             image_mask = self._image_mask(text_states, image_mask, image_index)
+        # A causal mask, and the flash backend's of padding, are for queries that end where the keys end.
+        needs_all = self.config.causal or "flash" in (self.config._attn_implementation or "")
+        at_last = None if needs_all else positions
         collected = _Collected(text_states, output_attentions, output_hidden_states)
         for layer, (key, value) in zip(self.fusion_layers, images, strict=True):
+            chosen = at_last if layer is self.layers[-1] else None
+            if chosen is not None and mask is not None:
+                mask = self._mask(text_states, attention_mask, cache, chosen)
             text_states, weights, cross_weights = layer(
-                text_states, mask, key, value, image_index, output_attentions, image_mask, past_key_values
+                text_states, mask, key, value, image_index, output_attentions, image_mask, cache, chosen
             )
             collected.add(text_states, weights, cross_weights)
+        if positions is not None and at_last is None:
+            text_states = select_tokens(text_states, positions)
         return _text_output(text_states, collected)
 
     @can_return_tuple
@@ -661,18 +707,35 @@ class TCLTextModel(TCLTextPreTrainedModel):
             fused.attentions = text.attentions + fused.attentions
         return fused
 
-    def _mask(self, states: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor | None:
-        """Which tokens each token of states (N, L, D) sees, as the attention implementation wants it."""
+    def _mask(
+        self,
+        states: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        positions: Tensor | None = None,
+    ) -> Tensor | None:
+        """Which tokens each token of states (N, L, D), or each at the positions (N, M), sees.
+
+        It is as the attention implementation wants it.
+        """
         if self.config.causal:
-            return create_causal_mask(self.config, states, attention_mask, past_key_values)
+            return create_causal_mask(self.config, states, attention_mask, cache)
         if attention_mask is None:
             return None
+        queries = states if positions is None else states.new_empty(*positions.shape, 0)
         # Skipping a mask of ones would mean reading it back from the device.
-        return create_bidirectional_mask(self.config, states, attention_mask, allow_is_bidirectional_skip=False)
+        return create_bidirectional_mask(
+            self.config, queries, attention_mask, states, allow_is_bidirectional_skip=False
+        )
 
     def _image_mask(self, states: Tensor, image_mask: Tensor, image_index: Tensor | None) -> Tensor:
         """Which image states (B, P) the texts see: neighbours that share an image are one row of queries."""
         if image_index is not None:
+            if image_index.shape[0] != states.shape[0]:
+                raise ValueError(
+                    f"image_mask needs the image of every text, but image_index has {image_index.shape[0]} of "
+                    f"{states.shape[0]}: pass it for all texts, or leave it out."
+                )
             image_mask = image_mask.index_select(0, image_index)
         queries = states.reshape(image_mask.shape[0], -1, states.shape[-1])
         keys = states.new_empty(*image_mask.shape, 0)

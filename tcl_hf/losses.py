@@ -23,7 +23,8 @@ NO_IMAGE_ID = -100
 def similarity(queries: Tensor, keys: Tensor, temperature: Tensor) -> Tensor:
     """Return `queries . keys / temperature` (N, K) in float32, for queries (N, D) and keys (K, D)."""
     with torch.autocast(queries.device.type, enabled=False):
-        return queries.float() @ keys.float().mT / temperature.float()
+        queries = queries.float() / temperature.float()  # fewer numbers to divide than similarities
+        return queries @ keys.float().mT
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

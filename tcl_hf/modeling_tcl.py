@@ -321,19 +321,15 @@ class MaskedTokens:
     labels: Tensor
     positions: Tensor | None
 
-    def select(self, states: Tensor) -> Tensor:
-        """The states (N * M, width) at the masked positions, of states (N, L, width)."""
-        if self.positions is None:
-            return states.flatten(0, 1)
-        index = self.positions.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
-        return states.gather(1, index).flatten(0, 1)
+    def predicted(self) -> Tensor | None:
+        """The positions as an index: padding is the first token, and its label -100."""
+        return None if self.positions is None else self.positions.clamp(min=0)
 
-    def selected_labels(self) -> Tensor:
-        """The labels (N * M) at the masked positions, -100 for padding."""
+    def predicted_labels(self) -> Tensor:
+        """The labels (N * M,) at the masked positions, -100 for padding."""
         if self.positions is None:
             return self.labels.flatten()
-        labels = self.labels.gather(1, self.positions.clamp(min=0))
-        return labels.masked_fill(self.positions < 0, -100).flatten()
+        return self.labels.gather(1, self.predicted()).masked_fill(self.positions < 0, -100).flatten()
 
 
 @dataclass
@@ -512,7 +508,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
 
         Index 1 is "matches": its logit alone ranks candidates.
         """
-        return self.itm_head(self.tcl.fuse(text_states, attention_mask, images, image_index).pooler_output)
+        first = torch.zeros(text_states.shape[0], 1, dtype=torch.long, device=text_states.device)
+        fused = self.tcl.fuse(text_states, attention_mask, images, image_index, positions=first)
+        return self.itm_head(fused.pooler_output)
 
     @can_return_tuple
     def forward(
@@ -672,6 +670,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         config, temperature, mask = self.config, self.tcl.temperature, pairs.attention_mask
         if config.cma_weight or config.imc_weight:
             # Of all processes, the own batch first: so each loss is its share of that of the whole batch.
+            # Copied, as the backward pass reads them after the queue has gone on.
             image_keys = torch.cat([gather_own_first(teacher.image), self.queue.image])  # (K, D)
             text_keys = torch.cat([gather_own_first(teacher.text), self.queue.text])  # (K, D)
             ids = pairs.image_ids
@@ -725,44 +724,64 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         """Add the losses of the fusion encoder, matching (ITM) and masked words (MLM), from one pass of all pairs."""
         masked = pairs.masked
         num_pairs, length = pairs.attention_mask.shape
-        rows = torch.arange(num_pairs, device=pairs.attention_mask.device)  # (N,)
         # What negatives are drawn from, the own batch first.
         text_states, mask, image_states = student.text_states, pairs.attention_mask, student.image_states
-        if self.config.itm_weight and self.config.gather_negatives:
+        gathers = bool(self.config.itm_weight) and self.config.gather_negatives
+        if gathers:
             text_states, image_states = (gather_padded(x, with_gradient=True) for x in (text_states, image_states))
             mask = gather_padded(mask)
         padding = (0, 0, 0, mask.shape[1] - length)  # to the longest text of any process
-        texts, masks, images = [], [], []  # of the fusion encoder: states, padding, and which image each text sees
+
+        # The texts that an image is fused with are neighbours, which share its keys and values: the true one, a
+        # negative one, the masked one. After all these come the true ones once more, each with a negative image.
+        texts, masks, tokens, hard_image = [], [], [], None
+        wanted = mask.new_zeros(num_pairs, 1) if masked is None else masked.predicted()  # (N, M); None for all tokens
+        first = None if wanted is None else torch.zeros_like(wanted)  # [CLS], as often as there are others
         if self.config.itm_weight:
-            negative_image, has_image, negative_text, has_text = self._hard_negatives(pairs, student, teacher)
-            # True pairs, texts with a negative image, negative texts with an image.
-            texts += [text_states[:num_pairs], text_states[:num_pairs], text_states[negative_text]]
-            masks += [mask[:num_pairs], mask[:num_pairs], mask[negative_text]]
-            images += [rows, negative_image, rows]
+            hard_image, has_image, hard_text, has_text = self._hard_negatives(pairs, student, teacher)
+            texts += [text_states[:num_pairs], text_states[hard_text]]
+            masks += [mask[:num_pairs], mask[hard_text]]
+            tokens += [first, first]
         if masked is not None:
             texts.append(F.pad(student.masked_states, padding))
             masks.append(F.pad(pairs.attention_mask, padding[2:]))
-            images.append(rows)
+            tokens.append(wanted)
         if not texts:
             return
-        fused = self.tcl.fuse(torch.cat(texts), torch.cat(masks), image_states, torch.cat(images))
-        fused = fused.last_hidden_state  # (4 N, L, width) with both objectives
+
+        def in_rows(parts: list[Tensor]) -> Tensor:
+            rows = torch.stack(parts, dim=1).flatten(0, 1)
+            return rows if hard_image is None else torch.cat([rows, parts[0]])
+
+        image_index = hard_image
+        if gathers:  # the images are those of all processes, and neighbours are not told apart by their number
+            own = torch.arange(num_pairs, device=mask.device).repeat_interleave(len(texts))
+            image_index = torch.cat([own, hard_image])
+        positions = None if wanted is None else in_rows(tokens)
+        fused = self.tcl.fuse(in_rows(texts), in_rows(masks), image_states, image_index, positions=positions)
+        by_image = fused.last_hidden_state[: num_pairs * len(texts)].unflatten(
+            0, (num_pairs, -1)
+        )  # (N, texts, M, width)
 
         if self.config.itm_weight:
-            labels = torch.zeros(3 * num_pairs, dtype=torch.long, device=rows.device)
+            with_hard_image = fused.last_hidden_state[num_pairs * len(texts) :, 0]
+            matches = self.itm_head(torch.cat([by_image[:, 0, 0], with_hard_image, by_image[:, 1, 0]]))  # (3 N, 2)
+            labels = torch.zeros(3 * num_pairs, dtype=torch.long, device=mask.device)
             labels[:num_pairs] = MATCHES
             exists = torch.cat([torch.ones_like(has_image), has_image, has_text])
-            matches = self.itm_head(fused[: 3 * num_pairs, 0])  # (3 N, 2)
             output.loss_itm = itm_loss(matches, labels, exists)
             output.itm_accuracy = accuracy(matches, labels.masked_fill(~exists, -100))
         if masked is not None:
             teacher_logits = None
             if distils_words:
                 with torch.no_grad():
-                    taught = self.teacher.tcl.fuse(teacher.masked_states, pairs.attention_mask, teacher.image_states)
-                    teacher_logits = self.teacher.lm_head(masked.select(taught.last_hidden_state))
-            logits = self.lm_head(masked.select(fused[-num_pairs:]))  # (N * M, V)
-            words = masked.selected_labels()
+                    taught = self.teacher.tcl.fuse(
+                        teacher.masked_states, pairs.attention_mask, teacher.image_states, positions=wanted
+                    )
+                    teacher_logits = self.teacher.lm_head(taught.last_hidden_state.flatten(0, 1))
+            by_token = by_image[:, -1, : wanted.shape[1] if wanted is not None else length]
+            logits = self.lm_head(by_token.flatten(0, 1))  # (N * M, V)
+            words = masked.predicted_labels()
             output.loss_mlm = mlm_loss(logits, words, teacher_logits, alpha)
             output.mlm_accuracy = accuracy(logits, words)
 

@@ -261,7 +261,7 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
         questions: list[KeyValue],
         question_mask: Tensor | None = None,
         question_index: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         **what,
     ) -> Any:
@@ -272,14 +272,14 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
             question_mask: their tokens (Q, P).
             question_index: the question of each answer (A,). Without it each serves A / Q neighbouring answers.
         """
-        states = self.text_model.encode(input_ids, attention_mask, past_key_values=past_key_values)
+        states = self.text_model.encode(input_ids, attention_mask, cache=cache)
         return self.text_model.fuse(
             states.last_hidden_state,
             attention_mask,
             questions,
             question_index,
             image_mask=question_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             **what,
         )
 
@@ -290,7 +290,7 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -302,28 +302,28 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
             encoder_hidden_states: fused states of the questions (A, P, width); projected once where a cache is used.
             encoder_attention_mask: their tokens (A, P).
         """
-        if use_cache and not isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = EncoderDecoderCache(past_key_values or DynamicCache(), DynamicCache())
-        if past_key_values is not None and past_key_values.is_updated.get(0):
-            questions = [(layer.keys, layer.values) for layer in past_key_values.cross_attention_cache.layers]
+        if use_cache and not isinstance(cache, EncoderDecoderCache):
+            cache = EncoderDecoderCache(cache or DynamicCache(), DynamicCache())
+        if cache is not None and cache.is_updated.get(0):
+            questions = [(layer.keys, layer.values) for layer in cache.cross_attention_cache.layers]
         else:
             questions = self.text_model.project_images(encoder_hidden_states)
-            if past_key_values is not None:
+            if cache is not None:
                 for number, (key, value) in enumerate(questions):
-                    past_key_values.cross_attention_cache.update(key, value, number)
-                    past_key_values.is_updated[number] = True
+                    cache.cross_attention_cache.update(key, value, number)
+                    cache.is_updated[number] = True
         output = self.decode(
             input_ids,
             questions,
             encoder_attention_mask,
-            past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
+            cache=cache.self_attention_cache if cache is not None else None,
             attention_mask=attention_mask,
             output_attentions=bool(output_attentions),
             output_hidden_states=bool(output_hidden_states),
         )
         return CausalLMOutputWithCrossAttentions(
             logits=self.lm_head(output.last_hidden_state),
-            past_key_values=past_key_values,
+            cache=cache,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             cross_attentions=output.cross_attentions,
@@ -560,7 +560,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         projected = decoder.text_model.project_images(questions)
         cache = DynamicCache()
         start_ids = candidate_ids[:1, :1].expand(num_questions, 1)
-        start = decoder.decode(start_ids, projected, question_mask, past_key_values=cache).last_hidden_state
+        start = decoder.decode(start_ids, projected, question_mask, cache=cache).last_hidden_state
         first_tokens = decoder.lm_head(start[:, 0]).float().log_softmax(-1)  # (N, V)
         first, chosen = first_tokens[:, candidate_ids[:, 1]].topk(min(k, len(candidate_ids)))  # (N, k)
         scores = 2 * first
@@ -571,7 +571,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         counts = candidate_mask[chosen][..., 2:longest].flatten(0, 1).bool()
         if answer_ids.shape[1]:
             cache.batch_repeat_interleave(chosen.shape[1])
-            states = decoder.decode(answer_ids, projected, question_mask, past_key_values=cache).last_hidden_state
+            states = decoder.decode(answer_ids, projected, question_mask, cache=cache).last_hidden_state
             rest = torch.zeros(counts.shape, device=scores.device)
             rest[counts] = torch.cat(
                 [

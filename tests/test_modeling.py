@@ -9,12 +9,16 @@ from conftest import small_patches, tiny_config, training_batch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoModelForZeroShotImageClassification,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tcl_hf import (
     TCLConfig,
@@ -275,12 +279,24 @@ def test_sdpa_equals_eager(model_class):
 
 
 def test_flex_attention_equals_sdpa():
-    model = TCLModel(small_patches(vision_config={"hidden_size": 64}, text_config={"hidden_size": 64}))
+    config = small_patches(vision_config={"hidden_size": 64}, text_config={"hidden_size": 64})
+    model = TCLForImageTextRetrieval(config)
     inputs = inputs_of(model.config)
-    expected = outputs_of(model, inputs)
+
+    @torch.no_grad()
+    def found() -> dict[str, torch.Tensor]:
+        outputs = outputs_of(model, inputs)
+        states = (
+            model.tcl.encode_text(inputs["input_ids"], inputs["attention_mask"]),
+            model.tcl.encode_image(inputs["pixel_values"]),
+        )
+        return outputs | {"of [CLS] alone": model.match(states[0], inputs["attention_mask"], states[1])}
+
+    expected = found()
+    torch.testing.assert_close(expected["of [CLS] alone"], expected["itm_logits"], rtol=1e-5, atol=1e-6)
     model.set_attn_implementation("flex_attention")
     try:
-        computed = outputs_of(model, inputs)
+        computed = found()
     except Exception as error:  # flex attention compiles, which takes a compiler
         pytest.skip(f"flex attention does not run here: {str(error)[:80]}")
     for name in expected:
@@ -361,6 +377,85 @@ def test_an_image_serves_several_texts_without_being_repeated(with_index):
     attentions = model.tcl.fuse(states, batch["attention_mask"], images, index, output_attentions=True)
     one_by_one = model.tcl.fuse(states, batch["attention_mask"], repeated, output_attentions=True)
     torch.testing.assert_close(attentions.cross_attentions[1], one_by_one.cross_attentions[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", ["neighbours", "all by index", "last by index"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_last_layer_can_compute_some_tokens_only(implementation, rows):
+    """The same states and gradients as when all are computed and some are taken; the image of each text as asked."""
+    model = TCLForImageTextRetrieval(small_patches()).eval()
+    model.set_attn_implementation(implementation)
+    batch = training_batch(6)
+    index = torch.tensor([1, 0, 0, 1, 1, 0])
+    positions = torch.tensor([[0, 3], [2, 2], [0, 1], [4, 0], [0, 0], [1, 3]])
+    if rows == "last by index":  # four neighbours, then two by index
+        index = torch.tensor([0, 0, 1, 1, 1, 0])
+    image_of_text = {"neighbours": torch.tensor([0, 0, 0, 1, 1, 1])}.get(rows, index)
+    given = {"neighbours": None, "all by index": index, "last by index": index[4:]}[rows]
+    states = model.tcl.encode_text(batch["input_ids"], batch["attention_mask"]).detach().requires_grad_()
+    images = model.tcl.encode_image(batch["pixel_values"][:2]).detach().requires_grad_()
+
+    whole = model.tcl.fuse(states, batch["attention_mask"], images[image_of_text]).last_hidden_state
+    expected = whole.gather(1, positions[..., None].expand(-1, -1, whole.shape[-1]))  # (6, 2, width)
+    some = model.tcl.fuse(states, batch["attention_mask"], images, given, positions=positions)
+    torch.testing.assert_close(some.last_hidden_state, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(some.pooler_output, expected[:, 0], rtol=1e-5, atol=1e-6)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
+    wanted = torch.autograd.grad((expected * weights).sum(), [states, images])
+    found = torch.autograd.grad((some.last_hidden_state * weights).sum(), [states, images])
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_of_some_tokens_are_theirs():
+    model = TCLForImageTextRetrieval(small_patches()).eval()
+    batch = training_batch(4)
+    states = model.tcl.encode_text(batch["input_ids"], batch["attention_mask"])
+    images = model.tcl.encode_image(batch["pixel_values"][:2])
+    positions, index = torch.tensor([[3], [0], [1], [2]]), torch.tensor([1, 0])  # two neighbours, two by index
+    inputs = (states, batch["attention_mask"], images)
+    some = model.tcl.fuse(*inputs, index, positions=positions, output_attentions=True)
+    whole = model.tcl.fuse(*inputs, torch.tensor([0, 1, 1, 0]), output_attentions=True)
+    assert [tuple(a.shape) for a in some.cross_attentions] == [(4, 4, 7, 17), (4, 4, 1, 17)]
+    torch.testing.assert_close(some.cross_attentions[0], whole.cross_attentions[0], rtol=1e-4, atol=1e-6)
+    rows = torch.arange(4)
+    for name in ("attentions", "cross_attentions"):
+        expected = whole[name][1][rows, :, positions[:, 0]]
+        torch.testing.assert_close(some[name][1][:, :, 0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_backend_that_needs_all_queries_gets_them():
+    """Flash attention takes a mask of padding to end where the queries end."""
+    lengths = []
+
+    def attend(module, query, *args, **kwargs):
+        lengths.append(query.shape[2])
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *args, **kwargs)
+
+    model = TCLForImageTextRetrieval(small_patches()).eval()
+    batch = training_batch(4)
+    states = model.tcl.encode_text(batch["input_ids"], batch["attention_mask"])
+    images = model.tcl.encode_image(batch["pixel_values"])
+    expected = model.match(states, batch["attention_mask"], images)
+    AttentionInterface.register("flash_of_a_test", attend)
+    AttentionMaskInterface.register("flash_of_a_test", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.config.text_config._attn_implementation = "flash_of_a_test"
+    assert torch.equal(model.match(states, batch["attention_mask"], images), expected)
+    assert lengths == [7, 7, 7, 7]  # self- and cross-attention of two layers
+
+
+def test_dropout_of_attention_is_the_same_for_sdpa_and_eager_on_a_cpu():
+    """The kernel is chosen by what it costs: the same numbers are drawn and the same weights dropped."""
+    dropped = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.1}
+    model = TCLForPreTraining(small_patches(text_config=dropped)).train()
+    batch, losses = training_batch(4), []
+    queue = {name: value.clone() for name, value in model.queue.state_dict().items()}
+    for implementation in ("sdpa", "eager"):
+        model.queue.load_state_dict(queue)
+        model.set_attn_implementation(implementation)
+        torch.manual_seed(0)
+        losses.append(model(**batch, alpha=0.4).loss)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
 
 
 def test_torch_export_of_the_inference_forward():

@@ -910,6 +910,20 @@ def test_ranking_uses_no_dropout_and_restores_the_mode():
     assert model.training and model.text_decoder.training
 
 
+def test_attentions_of_answers_are_causal_with_any_mask():
+    """A mask that says no more than "causal" is left out, and the weights must be causal all the same."""
+    decoder = stirred(TCLForQuestionAnswering, 0).eval().text_decoder
+    ids, states = torch.tensor([[CLS, 31, 54, 68, 70]] * 2), torch.randn(2, 6, decoder.config.hidden_size)
+    with torch.no_grad():
+        expected = decoder(ids, encoder_hidden_states=states).logits
+        for mask in (None, torch.ones_like(ids)):
+            output = decoder(ids, mask, encoder_hidden_states=states, output_attentions=True)
+            torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-6)
+            for weights in output.attentions:
+                assert weights.triu(1).abs().max() == 0
+                torch.testing.assert_close(weights.sum(-1), torch.ones(2, weights.shape[1], 5))
+
+
 @pytest.fixture
 def writer():
     """A model some of whose answers end early."""

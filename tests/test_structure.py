@@ -5,6 +5,7 @@ import inspect
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,6 +78,18 @@ def test_models_import_only_what_every_user_has():
     for module in EXPORTED:
         _, foreign = imports_of(ROOT / "tcl_hf" / f"{module}.py")
         assert foreign <= allowed, f"{module} imports {foreign - allowed}"
+
+
+def test_importing_the_package_brings_models_and_pipelines_alone():
+    """So it starts fast: what data, training and plots stand on comes with the modules that need it."""
+    base = "import sys, torch; from transformers import PreTrainedModel, ProcessorMixin; before = set(sys.modules)"
+    program = f"{base}; import tcl_hf; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    new = set(done.stdout.split())
+    own = {name.removeprefix("tcl_hf.") for name in new if name.startswith("tcl_hf.")}
+    assert own == EXPORTED | {"grounding", "pipelines"}
+    heavy = {"datasets", "pandas", "pyarrow", "matplotlib", "scipy", "sklearn", "torchao", "peft", "accelerate"}
+    assert not heavy & new
 
 
 def test_there_are_no_sub_packages():

@@ -19,7 +19,7 @@ from .configuration_tcl import TCLConfig
 from .modeling_tcl import TCLForPreTraining
 from .operations import FLOAT, Work, operations, updates
 
-# Weights, gradients and moments are float32, whatever the forward computes in.
+# Of the forward: weights, gradients and moments are float32 in any case.
 HALF_PRECISION = ("bf16", "fp16")
 SECONDS_PER_DAY = 86400
 

@@ -185,9 +185,10 @@ def test_the_script_prints_a_plan_of_a_recipe(capsys, monkeypatch):
     import runpy
 
     argv = ["plan.py", "--recipe", str(SCRIPTS / "recipes" / "openmoji.yaml"), "--num_samples", "86400"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--samples_per_second", "60", "--num_gpus", "2"])
+    monkeypatch.setattr(sys, "argv", [*argv, "--samples_per_second", "60", "--num_gpus", "2", "--operations", "true"])
     runpy.run_path(str(SCRIPTS / "plan.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "| student | " in printed
     assert "60 samples a second (measured), 5.2 million a day." in printed
     assert "60 epochs of 86,400 pairs: 1.0 days." in printed
+    assert "| part | forward GFLOP |" in printed and "| activations | GB |" in printed

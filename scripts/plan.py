@@ -1,7 +1,8 @@
 """Plan a pre-training run from its recipe: `python scripts/plan.py --recipe FILE [--num_gpus 8] [--name value ...]`.
 
-Prints parameters, memory on each GPU, size of checkpoints and, if it is told how fast the GPUs are, the time. It reads
-nothing but the recipe: encoders that it starts from count at the sizes that its config gives, or else the paper's.
+Prints parameters, memory on each GPU, size of checkpoints and, if it is told how fast the GPUs are, the time; with
+`--operations true` also operations, bytes and activations by part. It reads nothing but the recipe: encoders that it
+starts from count at the sizes that its config gives, or else the paper's.
 """
 
 import logging
@@ -9,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tcl_hf import TCLConfig
-from tcl_hf.planning import PlanArguments, describe
+from tcl_hf.planning import PlanArguments, describe, describe_operations
 from tcl_hf.recipes import DataArguments, ModelArguments, RecipeError, parse_recipe
 from tcl_hf.training import TrainingArguments
 
@@ -32,7 +33,10 @@ def main() -> None:
     types = (DataArguments, ModelArguments, TrainingArguments, PlanArguments)
     data, parts, args, plan = parse_recipe(types, DEFAULT_RECIPE)
     precision = args.mixed_precision or "bf16"
-    print(describe(config_of(parts), args.batch_size, data.max_tokens, precision, args.epochs, plan))
+    config = config_of(parts)
+    print(describe(config, args.batch_size, data.max_tokens, precision, args.epochs, plan))
+    if plan.operations:
+        print("\n" + describe_operations(config, args.batch_size, data.max_tokens, precision, plan))
 
 
 if __name__ == "__main__":

@@ -35,10 +35,11 @@ def step() -> Step:
     return run_step(small_patches(), PAIRS, TOKENS)
 
 
-def real_step(checkpointing: bool = False) -> tuple[int, int]:
+def real_step(checkpointing: bool = False, attention: str = "sdpa") -> tuple[int, int]:
     """Bytes that a real step keeps for its backward pass, and its operations."""
     torch.manual_seed(0)
     model = TCLForPreTraining(small_patches()).train()
+    model.set_attn_implementation(attention)
     if checkpointing:
         model.activation_checkpointing_enable()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -92,9 +93,34 @@ def test_parameters_are_those_of_a_real_model():
 
 
 def test_activations_and_operations_are_those_of_a_real_step(step):
-    activations, flops = real_step()
+    activations, _ = real_step()
     assert step.activations == pytest.approx(activations, rel=1e-3)
+    assert step.activations == sum(step.activations_by_part.values())
+    _, flops = real_step(attention="eager")  # PyTorch's counter passes over the products of the CPU's fused attention
     assert step.flops == flops
+
+
+def test_activations_of_the_encoders_by_hand():
+    """In float32, with dropout in the texts: on a CPU its masks are float32 too. Attention keeps no weights."""
+    config = small_patches(text_config={"hidden_dropout_prob": 0.1})
+    kept = run_step(config, PAIRS, TOKENS).activations_by_part
+
+    def layer(width: int, inner: int, heads: int = 4) -> int:
+        """Floats of a state: two norms' inputs, means and deviations; what attention reads, its queries, keys, values,
+        result and a sum for each head; what feed-forward reads, before and after its activation."""
+        return 2 * (width + 2) + (width + 3 * width + width + heads) + (width + 2 * inner)
+
+    width, inner, states = 24, 96, PAIRS * 17
+    pixels = PAIRS * 3 * 32 * 32
+    last_norm = width + 2
+    assert kept["image encoder"] == 4 * (pixels + states * (2 * layer(width, inner) + last_norm))
+    width, inner, tokens = 32, 48, 2 * PAIRS * TOKENS  # of texts as they are, and with masks
+    embeddings = (width + 2) + width  # norm and dropout
+    dropout = 2 * width  # of each layer
+    padding = 2 * tokens * TOKENS  # what each token may see, made anew by each layer
+    ids = tokens + TOKENS + 1  # of words, positions and the type
+    floats = tokens * (embeddings + 2 * (layer(width, inner) + dropout)) + padding
+    assert kept["text encoder"] == 4 * floats + 8 * ids
 
 
 def test_checkpointing_keeps_what_a_real_step_keeps_and_one_layer(step):
@@ -159,9 +185,10 @@ def test_the_script_prints_a_plan_of_a_recipe(capsys, monkeypatch):
     import runpy
 
     argv = ["plan.py", "--recipe", str(SCRIPTS / "recipes" / "openmoji.yaml"), "--num_samples", "86400"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--samples_per_second", "60", "--num_gpus", "2"])
+    monkeypatch.setattr(sys, "argv", [*argv, "--samples_per_second", "60", "--num_gpus", "2", "--operations", "true"])
     runpy.run_path(str(SCRIPTS / "plan.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "| student | " in printed
     assert "60 samples a second (measured), 5.2 million a day." in printed
     assert "60 epochs of 86,400 pairs: 1.0 days." in printed
+    assert "| part | forward GFLOP |" in printed and "| activations | GB |" in printed

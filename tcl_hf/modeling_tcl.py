@@ -321,15 +321,21 @@ class MaskedTokens:
     labels: Tensor
     positions: Tensor | None
 
-    def predicted(self) -> Tensor | None:
-        """The positions as an index: padding is the first token, and its label -100."""
-        return None if self.positions is None else self.positions.clamp(min=0)
+    def tokens(self) -> Tensor | None:
+        """Positions whose last states are needed (N, 1 + M): [CLS], then the masked ones; None if all are."""
+        return None if self.positions is None else F.pad(self.positions.clamp(min=0), (1, 0))
 
-    def predicted_labels(self) -> Tensor:
+    def select(self, states: Tensor) -> Tensor:
+        """The states (N * M, width) at the masked positions, of those at `tokens` (N, 1 + M, width)."""
+        length = self.labels.shape[1]  # states may be padded to the longest text of any process
+        return (states[:, :length] if self.positions is None else states[:, 1:]).flatten(0, 1)
+
+    def selected_labels(self) -> Tensor:
         """The labels (N * M,) at the masked positions, -100 for padding."""
         if self.positions is None:
             return self.labels.flatten()
-        return self.labels.gather(1, self.predicted()).masked_fill(self.positions < 0, -100).flatten()
+        labels = self.labels.gather(1, self.positions.clamp(min=0))
+        return labels.masked_fill(self.positions < 0, -100).flatten()
 
 
 @dataclass
@@ -735,8 +741,8 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         # The texts that an image is fused with are neighbours, which share its keys and values: the true one, a
         # negative one, the masked one. After all these come the true ones once more, each with a negative image.
         texts, masks, tokens, hard_image = [], [], [], None
-        wanted = mask.new_zeros(num_pairs, 1) if masked is None else masked.predicted()  # (N, M); None for all tokens
-        first = None if wanted is None else torch.zeros_like(wanted)  # [CLS], as often as there are others
+        wanted = mask.new_zeros(num_pairs, 1) if masked is None else masked.tokens()  # (N, 1 + M); None for all tokens
+        first = None if wanted is None else torch.zeros_like(wanted)  # [CLS], as many times
         if self.config.itm_weight:
             hard_image, has_image, hard_text, has_text = self._hard_negatives(pairs, student, teacher)
             texts += [text_states[:num_pairs], text_states[hard_text]]
@@ -759,13 +765,12 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             image_index = torch.cat([own, hard_image])
         positions = None if wanted is None else in_rows(tokens)
         fused = self.tcl.fuse(in_rows(texts), in_rows(masks), image_states, image_index, positions=positions)
-        by_image = fused.last_hidden_state[: num_pairs * len(texts)].unflatten(
-            0, (num_pairs, -1)
-        )  # (N, texts, M, width)
+        by_image, with_hard_image = fused.last_hidden_state.tensor_split([num_pairs * len(texts)])
+        by_image = by_image.unflatten(0, (num_pairs, -1))  # (N, texts, 1 + M, width)
 
         if self.config.itm_weight:
-            with_hard_image = fused.last_hidden_state[num_pairs * len(texts) :, 0]
-            matches = self.itm_head(torch.cat([by_image[:, 0, 0], with_hard_image, by_image[:, 1, 0]]))  # (3 N, 2)
+            firsts = torch.cat([by_image[:, 0, 0], with_hard_image[:, 0], by_image[:, 1, 0]])  # (3 N, width)
+            matches = self.itm_head(firsts)  # (3 N, 2)
             labels = torch.zeros(3 * num_pairs, dtype=torch.long, device=mask.device)
             labels[:num_pairs] = MATCHES
             exists = torch.cat([torch.ones_like(has_image), has_image, has_text])
@@ -778,10 +783,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
                     taught = self.teacher.tcl.fuse(
                         teacher.masked_states, pairs.attention_mask, teacher.image_states, positions=wanted
                     )
-                    teacher_logits = self.teacher.lm_head(taught.last_hidden_state.flatten(0, 1))
-            by_token = by_image[:, -1, : wanted.shape[1] if wanted is not None else length]
-            logits = self.lm_head(by_token.flatten(0, 1))  # (N * M, V)
-            words = masked.predicted_labels()
+                    teacher_logits = self.teacher.lm_head(masked.select(taught.last_hidden_state))
+            logits = self.lm_head(masked.select(by_image[:, -1]))  # (N * M, V)
+            words = masked.selected_labels()
             output.loss_mlm = mlm_loss(logits, words, teacher_logits, alpha)
             output.mlm_accuracy = accuracy(logits, words)
 

@@ -48,7 +48,7 @@ class Work:
 
 @dataclass(frozen=True)
 class FusedRows:
-    """Rows of the fusion encoder that are used alike.
+    """Rows of the fusion encoder.
 
     Args:
         rows: pairs of a text and an image.
@@ -96,9 +96,11 @@ def operations(
     num_patches = (vision.image_size // vision.patch_size) ** 2
     num_states = 1 + num_patches
 
-    # Which rows the fusion encoder sees: one true pair and two hard negatives for ITM, masked texts for MLM.
-    student_rows = [FusedRows(3 * num_pairs, num_tokens)] * matches + [FusedRows(num_pairs, num_tokens)] * predicts
-    teacher_rows = [FusedRows(num_pairs, num_tokens)] * distils
+    # What the fusion encoder sees: one true pair and two hard negatives for ITM, masked texts for MLM. Of all rows, as
+    # many tokens leave the last layer: [CLS] and the masked ones, or [CLS] as many times.
+    queries = 1 + num_masked * predicts
+    student_rows = FusedRows(num_pairs * (3 * matches + predicts), queries)
+    teacher_rows = FusedRows(num_pairs * distils, queries)
 
     parts = {
         "image encoder, student": image_encoder(vision, num_pairs),
@@ -108,7 +110,7 @@ def operations(
     }
     for name, rows, gradients in (("student", student_rows, 2), ("teacher", teacher_rows, 0)):
         keys_and_values = product(num_pairs * num_states, vision.hidden_size, text.hidden_size, gradients) * 2
-        parts[f"keys and values of images, {name}"] = keys_and_values * (text.num_fusion_layers * bool(rows))
+        parts[f"keys and values of images, {name}"] = keys_and_values * (text.num_fusion_layers * bool(rows.rows))
         parts[f"fusion encoder, {name}"] = fusion_encoder(text, rows, num_tokens, num_states, gradients)
     parts |= {
         "matching head": product(3 * num_pairs, text.hidden_size, 2) * matches,
@@ -198,18 +200,14 @@ def text_encoder(config: TCLTextConfig, num_texts: int, num_tokens: int, taught:
 
 
 def fusion_encoder(
-    config: TCLTextConfig, groups: list[FusedRows], num_tokens: int, num_states: int, gradients: int = 2
+    config: TCLTextConfig, fused: FusedRows, num_tokens: int, num_states: int, gradients: int = 2
 ) -> Work:
     """The other layers, on rows of L tokens each with an image of P states; keys and values of images not included."""
-    rows = sum(group.rows for group in groups)
-    work = NOTHING
-    for number in range(config.num_fusion_layers if rows else 0):
-        last = number == config.num_fusion_layers - 1
-        alike = {group.queries for group in groups} == {num_tokens}
-        # One pass of all rows, but for a last layer that needs other tokens of some than of others.
-        for group in groups if last and not alike else [FusedRows(rows, num_tokens)]:
-            work += text_layer(config, group.rows, group.queries, num_tokens, num_states, gradients)
-    return work
+    if not fused.rows or not config.num_fusion_layers:
+        return NOTHING
+    layer = text_layer(config, fused.rows, num_tokens, num_tokens, num_states, gradients)
+    last = text_layer(config, fused.rows, fused.queries, num_tokens, num_states, gradients)
+    return layer * (config.num_fusion_layers - 1) + last
 
 
 def text_layer(

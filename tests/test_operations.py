@@ -191,10 +191,9 @@ def test_updates_read_and_write_every_weight():
 def test_a_last_layer_with_fewer_queries_saves_all_but_keys_and_values_of_the_other_tokens():
     text = small_patches().text_config
     width, inner, tokens, states, pairs, masked = 32, 48, 7, 17, 4, 3
-    every = [FusedRows(3 * pairs, tokens), FusedRows(pairs, tokens)]
-    used = [FusedRows(3 * pairs, 1), FusedRows(pairs, masked)]
+    every, used = FusedRows(4 * pairs, tokens), FusedRows(4 * pairs, 1 + masked)
     a_token = 4 * width**2 + 2 * width * inner + 2 * (tokens + states) * width  # 4: queries and outputs, twice
-    saved = 3 * pairs * (tokens - 1) + pairs * (tokens - masked)  # tokens
+    saved = 4 * pairs * (tokens - 1 - masked)  # tokens
     difference = fusion_encoder(text, every, tokens, states).flops - fusion_encoder(text, used, tokens, states).flops
     assert difference == 3 * 2 * saved * a_token
 

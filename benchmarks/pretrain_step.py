@@ -1,7 +1,8 @@
 """Time a pre-training step by parts: `python benchmarks/pretrain_step.py [--size base] [--pairs 4] [--steps 5]`.
 
 Prints seconds of the teacher's update, forward, backward and optimizer, pairs per second, peak memory, and the share
-of the machine's own matrix-product speed, measured in the same run between the steps.
+of the device's own matrix-product speed, measured in the same run between the steps. On a GPU:
+`--device cuda --precision bf16 --pairs 64`, and the plain reference beside it with `--plain`.
 """
 
 import argparse
@@ -11,10 +12,12 @@ import sys
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from plain import PlainTCL
+from torch import nn
 
 from tcl_hf import TCLConfig, TCLForPreTraining
 from tcl_hf.collators import mask_tokens, masked_positions
+from tcl_hf.operations import operations
 from tcl_hf.training import parameter_groups
 
 SIZES = {
@@ -62,12 +65,31 @@ def random_batch(config: TCLConfig, num_pairs: int, length: int) -> dict[str, to
     }
 
 
-def matrix_speed(size: int = 2048) -> float:
-    """Operations per second of a square float32 matrix product."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def finish(device: str) -> None:
+    """Wait until the device has done what it was asked for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_speed(size: int = 2048, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second of a square matrix product, written to memory that is there."""
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)
+    finish(device)
     start = time.perf_counter()
-    a @ b
-    return 2 * size**3 / (time.perf_counter() - start)
+    for _ in range(4):
+        torch.mm(a, b, out=out)
+    finish(device)
+    return 4 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def peak_memory(device: str) -> float:
+    """GiB that were held at most."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 2**20 if sys.platform == "linux" else 2**30  # kilobytes, or bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def main() -> None:
@@ -77,26 +99,41 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=25, help="tokens of a text")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0 for PyTorch's choice")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="bf16 by autocast")
+    parser.add_argument("--compile", action="store_true", help="compile the forward")
+    parser.add_argument(
+        "--patch_dropout", type=float, default=0.0, help="share of the patches the student is not shown"
+    )
+    parser.add_argument("--plain", action="store_true", help="the plain reference in place of ours")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    model = TCLForPreTraining(TCLConfig(**SIZES[args.size])).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.02), lr=1e-5, fused=True)
-    batch = random_batch(model.config, args.pairs, args.length)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    fields = dict(SIZES[args.size])
+    fields["vision_config"] = fields.get("vision_config", {}) | {"patch_dropout": args.patch_dropout}
+    config = TCLConfig(**fields)
+    model: nn.Module = (PlainTCL if args.plain else TCLForPreTraining)(config).train().to(args.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.02), lr=1e-5, fused=None if args.plain else True)
+    batch = {name: value.to(args.device) for name, value in random_batch(config, args.pairs, args.length).items()}
+    forward = torch.compile(model) if args.compile else model
+    alpha = torch.tensor(0.4, device=args.device) if args.compile else 0.4
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    held = peak_memory(args.device)
 
     def step() -> dict[str, float]:
         times, clock = {}, time.perf_counter()
 
         def lap(name: str) -> None:
             nonlocal clock
+            finish(args.device)
             now = time.perf_counter()
             times[name], clock = now - clock, now
 
         model.update_teacher()
         lap("teacher update")
-        loss = model(**batch, alpha=0.4).loss
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss = forward(**batch, alpha=alpha).loss
         lap("forward")
         loss.backward()
         lap("backward")
@@ -105,33 +142,33 @@ def main() -> None:
         lap("optimizer")
         return times
 
-    step()  # the first one allocates
-    matrix_speed()
+    step(), step()  # the first one allocates
     laps, speeds = [], []
     for _ in range(args.steps):
-        speeds.append(max(matrix_speed() for _ in range(3)))
+        speeds.append(matrix_speed(2048 if args.device == "cpu" else 8192, args.device, dtype))
         laps.append(step())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model.set_attn_implementation("eager")  # the counter does not know the CPU's fused attention
-    with FlopCounterMode(display=False) as counter:
-        step()
-    operations = counter.get_total_flops()
-    unit = 2**20 if sys.platform == "linux" else 2**30  # kilobytes, or bytes on macOS
+    masked = batch["mlm_positions"].shape[1]
+    flops = sum(work.flops for work in operations(config, args.pairs, args.length, masked).values())
 
     totals = [sum(lap.values()) for lap in laps]
     median, speed = statistics.median(totals), statistics.median(speeds)
-    print(f"{args.size}, {args.pairs} pairs of {args.length} tokens, {torch.get_num_threads()} threads, float32")
+    what = "plain reference" if args.plain else "ours"
+    where = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(
+        f"{what}, {args.size}, {args.pairs} pairs of {args.length} tokens, {where}, {args.precision}"
+        f"{', compiled' * args.compile}"
+    )
     print("| part | median s | min | max | share |\n|---|---|---|---|---|")
     for name in laps[0]:
         values = [lap[name] for lap in laps]
         middle = statistics.median(values)
-        print(f"| {name} | {middle:.3f} | {min(values):.3f} | {max(values):.3f} | {middle / median:.0%} |")
-    print(f"| step | {median:.3f} | {min(totals):.3f} | {max(totals):.3f} | |")
+        print(f"| {name} | {middle:.4f} | {min(values):.4f} | {max(values):.4f} | {middle / median:.0%} |")
+    print(f"| step | {median:.4f} | {min(totals):.4f} | {max(totals):.4f} | |")
     print(f"pairs per second: {args.pairs / median:.2f}")
-    print(f"peak memory: {peak / unit:.2f} GiB ({held / unit:.2f} GiB before the first step)")
+    print(f"peak memory: {peak_memory(args.device):.2f} GiB ({held:.2f} GiB before the first step)")
     print(
-        f"matrix products: {operations / 1e9:.0f} GFLOP a step, {operations / median / 1e9:.0f} GFLOP/s, "
-        f"{operations / median / speed:.0%} of this machine's {speed / 1e9:.0f} GFLOP/s"
+        f"matrix products of our step: {flops / 1e9:.0f} GFLOP, {flops / median / 1e9:.0f} GFLOP/s, "
+        f"{flops / median / speed:.0%} of this device's {speed / 1e9:.0f} GFLOP/s"
     )
 
 

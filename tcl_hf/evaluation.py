@@ -44,6 +44,7 @@ from .modeling_tcl_tasks import TCLForQuestionAnswering
 from .processing_tcl import MAX_TOKENS, TCLProcessor
 
 NOT_SCORED = -100.0  # what the paper's code gives to pairs outside the top k
+MAX_PADDING = 1 / 8  # share of the tokens fused at once; with less, groups become too small for fast products
 
 
 def candidates(similarity: Tensor, k: int) -> list[Tensor]:
@@ -161,7 +162,7 @@ def matching_scores(
 
     Args:
         k: candidates by similarity of each image and of each text.
-        batch_size: texts fused with an image at once.
+        batch_size: texts fused with an image at once, at most.
         progress: show a progress bar, with the time left.
     """
     similarity = pairs.image_embeds @ pairs.text_embeds.mT  # (I, T)
@@ -174,7 +175,7 @@ def matching_scores(
     for row, states in zip(pairs.image_rows, pairs.image_states, strict=True):
         image: list[KeyValue] = model.tcl.text_model.project_images(states[None].to(device, dtype))
         texts = chosen[row][lengths[chosen[row]].argsort()]
-        for some in texts.split(batch_size):
+        for some in texts.split(sizes_by_length(lengths[texts].tolist(), batch_size)):
             length = int(lengths[some[-1]])
             words = pairs.text_states[some.to(pairs.text_states.device), :length].to(device, dtype)
             logits = model.match(words, pairs.attention_mask[some, :length], image)
@@ -574,3 +575,18 @@ def batches(items: list, size: int) -> Iterator[list]:
     """Items in lists of `size`."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def sizes_by_length(lengths: list[int], size: int) -> list[int]:
+    """How many of the next texts to take together, of ascending lengths: at most `size`, and little padding.
+
+    A group ends before the text with which more than `MAX_PADDING` of its tokens would be padding.
+    """
+    sizes: list[int] = []
+    count = tokens = 0
+    for length in lengths:
+        if count == size or (count + 1) * length * (1 - MAX_PADDING) > tokens + length:
+            sizes.append(count)
+            count = tokens = 0
+        count, tokens = count + 1, tokens + length
+    return sizes + [count] * bool(count)

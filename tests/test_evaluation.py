@@ -7,12 +7,14 @@ from conftest import small_patches, tiny_processor, tiny_records
 from tcl_hf import TCLForImageTextRetrieval
 from tcl_hf.baselines import ridge_baseline
 from tcl_hf.evaluation import (
+    MAX_PADDING,
     NOT_SCORED,
     candidates,
     chance_recall,
     encode_pairs,
     evaluate_retrieval,
     matching_scores,
+    sizes_by_length,
 )
 from tcl_hf.metrics import retrieval_metrics, retrieval_ranks
 
@@ -106,6 +108,25 @@ def test_matching_scores_equal_the_plain_loop_over_pairs(encoded, k):
                     pairs.text_states[t : t + 1], pairs.attention_mask[t : t + 1], pairs.image_states[i : i + 1]
                 )
             assert scores[i, t].item() == pytest.approx(plain[0, 1].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_texts_of_about_the_same_length_are_matched_together(size):
+    lengths = sorted(torch.randint(4, 31, (90,), generator=torch.Generator().manual_seed(0)).tolist())
+    sizes = sizes_by_length(lengths, size)
+    assert sum(sizes) == 90 and max(sizes) <= size and min(sizes) >= 1
+    groups = [group.tolist() for group in torch.tensor(lengths).split(sizes)]
+    for group, following in zip(groups, [*groups[1:], None], strict=True):
+        padding = len(group) * group[-1] - sum(group)
+        assert padding <= MAX_PADDING * len(group) * group[-1]
+        if following and len(group) < size:  # one more would be too much
+            longer = [*group, following[0]]
+            assert len(longer) * longer[-1] - sum(longer) > MAX_PADDING * len(longer) * longer[-1]
+
+
+def test_no_texts_make_no_group_and_equal_ones_make_full_ones():
+    assert sizes_by_length([], 4) == []
+    assert sizes_by_length([7] * 10, 4) == [4, 4, 2]
 
 
 def test_reranking_everything_depends_on_matching_alone(encoded):

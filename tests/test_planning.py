@@ -35,10 +35,10 @@ def step() -> Step:
     return run_step(small_patches(), PAIRS, TOKENS)
 
 
-def real_step(checkpointing: bool = False) -> tuple[int, int]:
+def real_step(checkpointing: bool = False, patch_dropout: float = 0.0) -> tuple[int, int]:
     """Bytes that a real step keeps for its backward pass, and its operations."""
     torch.manual_seed(0)
-    model = TCLForPreTraining(small_patches()).train()
+    model = TCLForPreTraining(small_patches(patch_dropout=patch_dropout)).train()
     if checkpointing:
         model.activation_checkpointing_enable()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -95,6 +95,19 @@ def test_activations_and_operations_are_those_of_a_real_step(step):
     activations, flops = real_step()
     assert step.activations == pytest.approx(activations, rel=1e-3)
     assert step.flops == flops
+
+
+def test_patches_that_are_dropped_are_not_counted(step):
+    activations, flops = real_step(patch_dropout=0.5)
+    planned = run_step(small_patches(patch_dropout=0.5), PAIRS, TOKENS)
+    assert planned.activations == pytest.approx(activations, rel=1e-3)
+    assert planned.flops == flops
+    # By hand, forward and twice that backward (PyTorch's counter knows no attention kernel of CPUs): 8 patches less in
+    # the linear layers of the student's vision encoder, and in the keys and values of the fusion layers.
+    width, inner, text_width = 24, 96, 32
+    encoder = 2 * 8 * 2 * (4 * width * width + 2 * width * inner)
+    fusion = 2 * 8 * 2 * (2 * width * text_width)
+    assert step.flops - planned.flops == 3 * PAIRS * (encoder + fusion)
 
 
 def test_checkpointing_keeps_what_a_real_step_keeps_and_one_layer(step):

@@ -112,7 +112,8 @@ class TCLConfig(PreTrainedConfig):
         alpha: share of the teacher's soft targets (paper: 0.4).
         mlm_probability: share of the tokens masked (paper: 0.15).
         patch_dropout: share of the patches that the student does not see in a step of pre-training, others for each
-            image (FLIP, arXiv 2212.00794: 0.5 and 0.75; the paper: none). The teacher, evaluation and fine-tuning see all.
+            image (FLIP, arXiv 2212.00794: 0.5 and 0.75; the paper: none). The teacher, evaluation and
+            fine-tuning see all.
         local_grid: patch features are averaged to `local_grid` x `local_grid` regions for LMI (paper: 4).
         gather_negatives: whether LMI and ITM have the samples of all processes as negatives, gradients included; else
             those of their own process, as the paper's code. (CMA and IMC have the keys of all processes.)

@@ -214,7 +214,7 @@ class _Collator:
         captions = [text for text in captions if text.strip()]
         if not captions:
             raise ValueError("no caption")
-        return captions[int(torch.randint(len(captions), ()))]
+        return captions[int(torch.randint(len(captions), ()))]  # a visit's first choice, which it foresees
 
     def _tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` of texts."""

@@ -111,6 +111,9 @@ class TCLConfig(PreTrainedConfig):
         queue_size: features of each modality kept as negatives (paper: 65,536); 0 for none.
         alpha: share of the teacher's soft targets (paper: 0.4).
         mlm_probability: share of the tokens masked (paper: 0.15).
+        patch_dropout: share of the patches that the student does not see in a step of pre-training, others for each
+            image (FLIP, arXiv 2212.00794: 0.5 and 0.75; the paper: none). The teacher, evaluation and
+            fine-tuning see all.
         local_grid: patch features are averaged to `local_grid` x `local_grid` regions for LMI (paper: 4).
         gather_negatives: whether LMI and ITM have the samples of all processes as negatives, gradients included; else
             those of their own process, as the paper's code. (CMA and IMC have the keys of all processes.)
@@ -133,6 +136,7 @@ class TCLConfig(PreTrainedConfig):
     queue_size: int = 65536
     alpha: float | int = 0.4
     mlm_probability: float | int = 0.15
+    patch_dropout: float | int = 0.0
     local_grid: int = 4
     cma_weight: float | int = 1 / 3
     imc_weight: float | int = 1 / 3
@@ -174,6 +178,11 @@ class TCLConfig(PreTrainedConfig):
         for name in ("momentum", "alpha", "mlm_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share: choose a number from 0 to 1.")
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(
+                f"patch_dropout={self.patch_dropout} leaves no patch or is no share: choose 0 to see all patches, or a "
+                "number below 1."
+            )
         for name in ("cma_weight", "imc_weight", "lmi_weight", "itm_weight", "mlm_weight", "queue_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative: choose 0 to leave it out, or more.")
@@ -186,6 +195,11 @@ class TCLConfig(PreTrainedConfig):
                 f"temperature_init_value={self.temperature_init_value} lies outside [0.001, 0.5], "
                 "the range in which training keeps the temperature."
             )
+
+
+def kept_patches(num_patches: int, patch_dropout: float) -> int:
+    """How many patches of an image are left when a share of them is dropped; at least one."""
+    return max(1, round(num_patches * (1 - patch_dropout)))
 
 
 def _check_heads(where: str, hidden_size: int, num_attention_heads: int) -> None:

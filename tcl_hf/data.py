@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -45,6 +48,7 @@ NOT_UTF8 = "\ufffd"  # stands where bytes of a caption could not be decoded
 _JSON_CHUNK = 2**20  # characters read at once
 _JSON_LONGEST_ROW = 2**26  # where this many do not make a row, the file is broken
 _WHITE_SPACE = re.compile(r"\s*")
+_WORD = r"[^\s/-]*[\pL\pN][^\s/-]*"  # of a cleaned caption, as RE2 writes it
 
 _VALIDATION = ("validation", "val", "dev")
 # What the files of some data sets call a split. Karpathy's "restval" are COCO's validation images used for training.
@@ -572,6 +576,12 @@ class Visit:
         """A seed for the choices of this visit."""
         return mix_seeds(self.seed, self.epoch, self.index)
 
+    def caption(self, number: int) -> int:
+        """Which of a record's captions a collator takes: its first choice, foreseen."""
+        if number < 2:
+            return 0
+        return int(torch.randint(number, (), generator=torch.Generator().manual_seed(self.entropy())))
+
 
 class VisitSampler(Sampler[Visit]):
     """The visits of one epoch, shuffled by seed and epoch; `start` skips those of a run that goes on."""
@@ -588,10 +598,89 @@ class VisitSampler(Sampler[Visit]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[Visit]:
+        yield from self._visits(self._order()[self.start :])
+
+    def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(Visit(self.seed, self.epoch, -1).entropy() >> 1)
-        order = torch.randperm(self.num_samples, generator=generator).tolist()
-        for index in order[self.start :]:
+        return torch.randperm(self.num_samples, generator=generator).tolist()
+
+    def _visits(self, order: list[int]) -> Iterator[Visit]:
+        for index in order:
             yield Visit(self.seed, self.epoch, index)
+
+
+class CaptionLengths:
+    """Words and characters of every caption of map-style records, read once and without the images.
+
+    Words follow tokens closely and are counted twenty times faster.
+
+    Raises:
+        DataError: for records without captions.
+    """
+
+    def __init__(self, pairs: Dataset):
+        if "captions" not in getattr(pairs, "column_names", ()):
+            raise DataError(
+                "bucket_by_length puts captions of about the same length together, and these records have none: "
+                "leave it out."
+            )
+        numbers, words, characters = [], [], []
+        for table in pairs.select_columns(["captions"]).with_format("arrow").iter(100_000):
+            column = pc.cast(table["captions"].combine_chunks(), pa.list_(pa.string()))
+            texts = column.flatten()
+            numbers.append(pc.fill_null(pc.list_value_length(column), 0).to_numpy())
+            words.append(pc.fill_null(pc.count_substring_regex(texts, _WORD), 0).to_numpy())
+            characters.append(pc.fill_null(pc.utf8_length(texts), 0).to_numpy())
+        self.first = np.concatenate([[0], *numbers]).cumsum()  # of each sample among all captions
+        self.words, self.characters = np.concatenate(words), np.concatenate(characters)
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def of(self, visit: Visit) -> tuple[int, int]:
+        """Words of the caption that is taken, and among equal ones (all, where words are not spaced) characters.
+
+        Where some of a sample's captions can not be used it may be another's: the order is a guess, not a promise.
+        """
+        first, end = self.first[visit.index : visit.index + 2].tolist()
+        if first == end:
+            return 0, 0
+        caption = first + visit.caption(end - first)
+        return int(self.words[caption]), int(self.characters[caption])
+
+
+class BucketSampler(VisitSampler):
+    """The visits of one epoch in groups of about equally long captions, so that little padding is computed.
+
+    Within windows of the shuffled order visits are sorted by the length of the caption that they take; the groups of a
+    window come in random order. What does not fill a group stays at the end, so that a loader which drops it leaves out
+    what it would without groups.
+
+    Args:
+        lengths: of the captions of each sample.
+        group_size: visits of a group: one batch of each process.
+        window: groups in a window. More leave less padding (of Flickr8k's captions by 32: 10 leave 8 %, 50 leave 2 %)
+            and mix the samples less.
+    """
+
+    def __init__(self, lengths: CaptionLengths, seed: int, group_size: int, window: int = 50):
+        super().__init__(len(lengths), seed)
+        self.lengths, self.group_size, self.window = lengths, group_size, window
+
+    def __iter__(self) -> Iterator[Visit]:
+        size = self.group_size
+        num_grouped = self.num_samples // size * size
+        order = self._order()
+        for begin in range(0, num_grouped, self.window * size):
+            end = min(begin + self.window * size, num_grouped)
+            if end <= self.start:  # done before the run went on
+                continue
+            window = sorted(self._visits(order[begin:end]), key=self.lengths.of)
+            generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch, -1, begin))
+            groups = torch.randperm(len(window) // size, generator=generator).tolist()
+            visits = (visit for group in groups for visit in window[group * size : (group + 1) * size])
+            yield from islice(visits, max(self.start - begin, 0), None)
+        yield from self._visits(order[max(self.start, num_grouped) :])
 
 
 class VisitedPairs(torch.utils.data.Dataset):

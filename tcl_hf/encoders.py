@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
 from transformers.utils import can_return_tuple
 
 from .checksums import verify_checksums, write_checksums
-from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
+from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
 
 KeyValue = tuple[Tensor, Tensor]
 _IMAGE_POSITIONS = re.compile(r"(^|vision_model\.)embeddings\.position_embeddings$")
@@ -367,6 +367,20 @@ class TCLVisionEmbeddings(nn.Module):
         return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + positions
 
 
+def drop_patches(states: Tensor, share: float) -> Tensor:
+    """Keep the class token and so many random patches of each image: (B, 1 + P, D) becomes (B, 1 + K, D).
+
+    The same number of every image, at least one; any is as likely as another, and they stay in their order. They are
+    drawn on the device.
+    """
+    num_images, num_patches = states.shape[0], states.shape[1] - 1
+    num_kept = kept_patches(num_patches, share)
+    # float32 whatever the states are: the few values of half precision would be drawn twice.
+    drawn = torch.rand(num_images, num_patches, device=states.device, dtype=torch.float32).topk(num_kept).indices
+    kept = F.pad(drawn.sort().values + 1, (1, 0))  # (B, 1 + K), the class token's 0 first
+    return states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
+
+
 class TCLVisionLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer."""
 
@@ -432,6 +446,7 @@ class TCLVisionModel(TCLPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        patch_dropout: float = 0.0,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode images.
@@ -441,6 +456,7 @@ class TCLVisionModel(TCLPreTrainedModel):
             interpolate_pos_encoding: resize the positions to images of another size.
             output_attentions: return the attention weights of every layer (B, H, 1 + P, 1 + P).
             output_hidden_states: return the states before the first and after every layer.
+            patch_dropout: leave out a random share of each image's patches, below 1; P counts those that are kept.
 
         Returns:
             `last_hidden_state` (B, 1 + P, D) and `pooler_output`, its class token (B, D).
@@ -450,6 +466,8 @@ class TCLVisionModel(TCLPreTrainedModel):
         """
         output_attentions, output_hidden_states = _what_to_output(self.config, output_attentions, output_hidden_states)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        if patch_dropout:
+            hidden_states = drop_patches(hidden_states, patch_dropout)
         collected = _Collected(hidden_states, output_attentions, output_hidden_states)
         for layer in self.layers:
             hidden_states, weights = layer(hidden_states, output_attentions)

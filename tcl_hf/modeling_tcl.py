@@ -355,7 +355,7 @@ class _Pairs:
 class _View:
     """One encoder's view of a batch; texts as they are and with masks are None where no objective needs them."""
 
-    image_states: Tensor  # (N, 1 + P, width)
+    image_states: Tensor  # (N, 1 + P, width), P the patches that the encoder saw
     image: Tensor  # (N, D)
     text_states: Tensor = None  # (N, L, width)
     text: Tensor = None  # (N, D)
@@ -471,6 +471,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
     """
 
     contrasts = True
+    drops_patches = False  # fine-tuning sees the images that it will be used on
 
     def __init__(self, config: TCLConfig, **taught_heads: nn.Module):
         """Build the model; `taught_heads` are heads of a subclass that the teacher copies besides the encoders."""
@@ -648,7 +649,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         distils_words = masked is not None and not has_no_share(alpha)
         texts = pairs.input_ids if compares else None
 
-        student = _view(self.tcl, pairs, pairs.pixel_values, texts, masked)
+        # The student's alone: LMI pools the teacher's patches on their grid.
+        patch_dropout = config.patch_dropout if self.training and self.drops_patches else 0.0
+        student = _view(self.tcl, pairs, pairs.pixel_values, texts, masked, patch_dropout)
         teacher = None
         if compares or distils_words:
             with torch.no_grad():
@@ -808,10 +811,17 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
 
 
 def _view(
-    tcl: TCLModel, pairs: _Pairs, pixel_values: Tensor, input_ids: Tensor | None, masked: MaskedTokens | None
+    tcl: TCLModel,
+    pairs: _Pairs,
+    pixel_values: Tensor,
+    input_ids: Tensor | None,
+    masked: MaskedTokens | None,
+    patch_dropout: float = 0.0,
 ) -> _View:
     """Encode a batch by one model; texts and masked texts, where given, run as one."""
-    image_states = tcl.encode_image(pixel_values, interpolate_pos_encoding=pairs.interpolate_pos_encoding)
+    image_states = tcl.encode_image(
+        pixel_values, interpolate_pos_encoding=pairs.interpolate_pos_encoding, patch_dropout=patch_dropout
+    )
     view = _View(image_states, tcl.image_features(image_states[:, 0]))
     texts = [] if input_ids is None else [input_ids]
     if masked is not None:
@@ -828,6 +838,7 @@ def _view(
 class TCLForPreTraining(TCLForImageTextRetrieval):
     """TCL as it is pre-trained: retrieval plus masked language modelling."""
 
+    drops_patches = True  # a share of `config.patch_dropout`, in train mode
     _tied_weights_keys = {"lm_head.decoder.weight": "tcl.text_model.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: TCLConfig):

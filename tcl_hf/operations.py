@@ -11,7 +11,7 @@ Shapes: B pairs, L tokens of a text, M masked ones, P states of an image (class 
 from dataclasses import dataclass
 from typing import cast
 
-from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
+from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
 
 FLOAT = 4  # bytes of a float32
 
@@ -94,7 +94,7 @@ def operations(
     student_texts = num_pairs * (compares + predicts)  # texts as they are, and with masks
     teacher_texts = num_pairs * (compares + distils)
     num_patches = (vision.image_size // vision.patch_size) ** 2
-    num_states = 1 + num_patches
+    num_states = {"student": 1 + kept_patches(num_patches, config.patch_dropout), "teacher": 1 + num_patches}
 
     # What the fusion encoder sees: one true pair and two hard negatives for ITM, masked texts for MLM. Of all rows, as
     # many tokens leave the last layer: [CLS] and the masked ones, or [CLS] as many times.
@@ -103,15 +103,16 @@ def operations(
     teacher_rows = FusedRows(num_pairs * distils, queries)
 
     parts = {
-        "image encoder, student": image_encoder(vision, num_pairs),
-        "image encoder, teacher": image_encoder(vision, num_pairs, taught=True) * (compares or distils),
+        "image encoder, student": image_encoder(vision, num_pairs, num_states["student"]),
+        "image encoder, teacher": image_encoder(vision, num_pairs, num_states["teacher"], taught=True)
+        * (compares or distils),
         "text encoder, student": text_encoder(text, student_texts, num_tokens),
         "text encoder, teacher": text_encoder(text, teacher_texts, num_tokens, taught=True),
     }
     for name, rows, gradients in (("student", student_rows, 2), ("teacher", teacher_rows, 0)):
-        keys_and_values = product(num_pairs * num_states, vision.hidden_size, text.hidden_size, gradients) * 2
+        keys_and_values = product(num_pairs * num_states[name], vision.hidden_size, text.hidden_size, gradients) * 2
         parts[f"keys and values of images, {name}"] = keys_and_values * (text.num_fusion_layers * bool(rows.rows))
-        parts[f"fusion encoder, {name}"] = fusion_encoder(text, rows, num_tokens, num_states, gradients)
+        parts[f"fusion encoder, {name}"] = fusion_encoder(text, rows, num_tokens, num_states[name], gradients)
     parts |= {
         "matching head": product(3 * num_pairs, text.hidden_size, 2) * matches,
         "language-model head, student": language_model_head(text, num_pairs * num_masked) * predicts,
@@ -172,12 +173,12 @@ def attention(rows: int, queries: int, keys: int, width: int, gradients: int = 2
     return Work(flops, gradients * flops, (1 + gradients) * FLOAT * moved)
 
 
-def image_encoder(config: TCLVisionConfig, num_images: int, taught: bool = False) -> Work:
-    """Patches, then layers on the class token and the patches."""
+def image_encoder(config: TCLVisionConfig, num_images: int, num_states: int, taught: bool = False) -> Work:
+    """All patches of the images, then layers on the states of each, the class token's and those of patches."""
     gradients = 0 if taught else 2
     width, inner = config.hidden_size, config.intermediate_size
     num_patches = (config.image_size // config.patch_size) ** 2
-    states = num_images * (1 + num_patches)
+    states = num_images * num_states
     patches = product(
         num_images * num_patches,
         config.num_channels * config.patch_size**2,
@@ -186,7 +187,7 @@ def image_encoder(config: TCLVisionConfig, num_images: int, taught: bool = False
     )
     layer = (
         product(states, width, width, gradients) * 4  # queries, keys, values, output
-        + attention(num_images, 1 + num_patches, 1 + num_patches, width, gradients)
+        + attention(num_images, num_states, num_states, width, gradients)
         + product(states, width, inner, gradients)
         + product(states, inner, width, gradients)
     )

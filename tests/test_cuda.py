@@ -1,4 +1,4 @@
-"""On a GPU: the values of the CPU, no wait for the device in a step, and every precision and kernel that users choose."""
+"""On a GPU: the values of the CPU, no wait for the device in a step, every precision and kernel that users choose."""
 
 import contextlib
 

@@ -645,11 +645,11 @@ class ReadBack(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("with_ids", [False, True])
-def test_a_training_step_reads_nothing_back_from_the_device(with_ids):
+@pytest.mark.parametrize(("with_ids", "patch_dropout"), [(False, 0.0), (True, 0.0), (False, 0.5)])
+def test_a_training_step_reads_nothing_back_from_the_device(with_ids, patch_dropout):
     from tcl_hf.training import _Guard, _Meter, parameter_groups
 
-    model = TCLForPreTraining(small_patches()).train()
+    model = TCLForPreTraining(small_patches(patch_dropout=patch_dropout)).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.02), fused=True)
     batch = training_batch()
     batch["mlm_positions"] = masked_positions(batch["mlm_labels"])
@@ -750,6 +750,8 @@ def test_teacher_and_tied_head_follow_resized_token_embeddings(new_size, tmp_pat
         ({"momentum": 1.5}, "momentum=1.5"),
         ({"alpha": -0.1}, "alpha=-0.1"),
         ({"itm_weight": -1}, "itm_weight=-1"),
+        ({"patch_dropout": 1.0}, "patch_dropout=1.0 leaves no patch"),
+        ({"patch_dropout": -0.5}, "patch_dropout=-0.5 leaves no patch or is no share"),
         ({"temperature_init_value": 3.0}, "temperature_init_value=3.0"),
     ],
 )

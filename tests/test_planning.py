@@ -20,6 +20,7 @@ from tcl_hf.planning import (
     memory_per_gpu,
     run_step,
     throughput,
+    typical_masked,
 )
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -35,10 +36,10 @@ def step() -> Step:
     return run_step(small_patches(), PAIRS, TOKENS)
 
 
-def real_step(checkpointing: bool = False, attention: str = "sdpa") -> tuple[int, int]:
+def real_step(checkpointing: bool = False, attention: str = "sdpa", patch_dropout: float = 0.0) -> tuple[int, int]:
     """Bytes that a real step keeps for its backward pass, and its operations."""
     torch.manual_seed(0)
-    model = TCLForPreTraining(small_patches()).train()
+    model = TCLForPreTraining(small_patches(patch_dropout=patch_dropout)).train()
     model.set_attn_implementation(attention)
     if checkpointing:
         model.activation_checkpointing_enable()
@@ -121,6 +122,22 @@ def test_activations_of_the_encoders_by_hand():
     ids = tokens + TOKENS + 1  # of words, positions and the type
     floats = tokens * (embeddings + 2 * (layer(width, inner) + dropout)) + padding
     assert kept["text encoder"] == 4 * floats + 8 * ids
+
+
+def test_patches_that_are_dropped_are_not_counted(step):
+    activations, _ = real_step(patch_dropout=0.5)
+    _, flops = real_step(attention="eager", patch_dropout=0.5)
+    planned = run_step(small_patches(patch_dropout=0.5), PAIRS, TOKENS)
+    assert planned.activations == pytest.approx(activations, rel=1e-3)
+    assert planned.flops == flops
+    # By hand, forward and twice that backward: 8 patches less in the student's image encoder and its attention, and in
+    # the keys and values of the fusion layers and what attends to them.
+    width, inner, text_width, layers = 24, 96, 32, 2
+    encoder = layers * 2 * 8 * (4 * width * width + 2 * width * inner) + layers * 2 * 2 * width * (17**2 - 9**2)
+    keys_and_values = layers * 2 * 8 * 2 * width * text_width
+    queries = TOKENS + 1 + typical_masked(small_patches(), TOKENS)  # of both fusion layers
+    attending = 4 * 2 * 2 * 8 * text_width * queries  # four texts to an image
+    assert step.flops - planned.flops == 3 * PAIRS * (encoder + keys_and_values + attending)
 
 
 def test_checkpointing_keeps_what_a_real_step_keeps_and_one_layer(step):

@@ -167,6 +167,15 @@ def test_a_run_goes_on_from_a_checkpoint_at_another_size(tmp_path):
         build("--model", str(tmp_path), "--image_size", "30")
 
 
+def test_patch_dropout_is_a_field_of_the_run_and_not_of_the_checkpoint(tmp_path):
+    _, model, processor = build("--config", '{"patch_dropout": 0.5}')
+    assert model.config.patch_dropout == 0.5
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    _, again, _ = build("--model", str(tmp_path), "--config", '{"patch_dropout": 0}')
+    assert again.config.patch_dropout == 0
+
+
 def test_a_run_without_a_validation_split_says_that_it_does_not_evaluate(tmp_path, caplog):
     (tmp_path / "0.png").write_bytes(png(0))
     file = tmp_path / "pairs.json"

@@ -123,6 +123,39 @@ def test_a_resumed_run_goes_on_bit_for_bit(reference, tmp_path, save_steps):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_run_of_buckets_goes_on_bit_for_bit(tmp_path):
+    """Captions of one to eight words; checkpoints within an epoch and at its end."""
+    records = tiny_records(26)
+    for number, record in enumerate(records):
+        record["captions"] = [" ".join(["dog"] * (1 + (number + k) % 8)) for k in range(3)]
+
+    class Seen(TCLPreTrainingCollator):
+        def __call__(self, records):
+            batch = super().__call__(records)
+            lengths.append(batch["attention_mask"].sum(1).tolist())
+            return batch
+
+    def run(folder, **options):
+        tiny_run(tmp_path / folder, records, collator=Seen(tiny_processor()), bucket_by_length=True, **options)
+
+    class Killed(Exception):
+        pass
+
+    def kill(model):
+        raise Killed
+
+    lengths: list[list[int]] = []
+    run("whole")
+    assert len(lengths) == 12 and all(max(batch) - min(batch) <= 2 for batch in lengths)
+    for save_steps in (4, 6):
+        folder = f"killed-{save_steps}"
+        with pytest.raises(Killed):
+            run(folder, evaluate=kill, save_steps=save_steps, eval_steps=save_steps + 1)
+        torch.manual_seed(99)
+        run(folder, model=TCLForPreTraining(small_patches()), resume=True)
+        assert losses(tmp_path / folder) == losses(tmp_path / "whole")
+
+
 def test_checkpoints_are_whole_or_not_there_and_rotate(tmp_path):
     tiny_run(tmp_path, save_steps=1, save_total_limit=2)
     assert sorted(folder.name for folder in (tmp_path / CHECKPOINTS).iterdir()) == ["step-00000004", "step-00000005"]
@@ -209,6 +242,8 @@ def test_a_stream_trains_for_max_steps(tmp_path):
     assert len(losses(tmp_path)) == 5
     with pytest.raises(ValueError, match="max_steps"):
         tiny_run(tmp_path, pairs=stream)
+    with pytest.raises(TrainingError, match="a stream does not know: leave out one of bucket_by_length and streaming"):
+        tiny_run(tmp_path, pairs=stream, max_steps=5, bucket_by_length=True)
 
 
 def test_a_tensorboard_tracker_receives_the_losses(tmp_path):

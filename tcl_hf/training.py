@@ -526,7 +526,7 @@ def _ignore_sigterm(worker: int) -> None:
 
 
 class _Guard:
-    """Masks updates with a non-finite loss or gradient, on the device, and remembers the first."""
+    """Masks updates with a non-finite loss or gradient in any process, on the device, and remembers the first."""
 
     def __init__(self, device: torch.device):
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # all forwards of this optimizer step
@@ -540,6 +540,10 @@ class _Guard:
         self.finite = self.finite & loss.isfinite()
         if norm is not None and not scaled:
             self.finite = self.finite & norm.isfinite()
+        if norm is not None and is_distributed():  # where one masks its update, all do: they would part ways
+            finite = self.finite.float()
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+            self.finite = finite > 0
         bad = torch.stack([torch.full_like(loss, step, dtype=torch.float32), loss.float()])
         self.first = torch.where((self.first[0] < 0) & ~self.finite, bad, self.first)
         if norm is not None:

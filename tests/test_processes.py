@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_patches, training_batch
+from test_sharding import in_two_processes
 
 from tcl_hf import TCLForImageTextRetrieval, TCLForPreTraining
+from tcl_hf.training import NonFiniteError, _Guard
 
 ROOT = Path(__file__).parents[1]
 NUM_PAIRS = 6  # of both processes
@@ -125,3 +127,44 @@ def test_two_processes_equal_one(found, case):
     for name, gradient in first["gradients"].items():
         assert torch.equal(gradient, second["gradients"][name]), name
         torch.testing.assert_close(gradient, alone["gradients"][name], rtol=1e-4, atol=1e-5)
+
+
+def take_steps_of_which_one_is_bad(rank: int, folder: Path) -> None:
+    """Three optimizer steps of two forwards; in the second step the first loss of rank 1 is not a number.
+
+    The gradient stays finite: the number that is none is a constant.
+    """
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    model = torch.nn.parallel.DistributedDataParallel(layer)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    guard, weights = _Guard(torch.device("cpu")), []
+    for step in range(3):
+        for last in (False, True):
+            with synchronised(model, last):
+                loss = model(torch.full((1, 3), rank + 1.0)).sum()
+                loss = loss + (float("nan") if (rank, step, last) == (1, 1, False) else 0)
+                loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()]) if last else None
+            assert norm is None or norm.isfinite()
+            guard.watch(optimizer, step, loss, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(layer.weight.detach().clone())
+    try:
+        guard.check(None)
+        message = "nothing was found"
+    except NonFiniteError as error:
+        message = str(error)
+    torch.save((weights, message), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_loss_that_is_not_finite_in_one_process_masks_the_update_of_all(tmp_path):
+    in_two_processes(take_steps_of_which_one_is_bad, tmp_path)
+    (first, message), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    assert message.startswith("Step 2:") and other.startswith("Step 2: the loss was nan")

@@ -137,11 +137,12 @@ class Progress:
     epoch: int = 0
     batch: int = 0  # batches of this epoch done, per process
     best: float = -math.inf  # of the metric by which the model is kept
+    samples: dict[str, int] = field(default_factory=dict)  # seen and skipped by the first process
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
@@ -257,6 +258,11 @@ def _train(
                 f"each had its own random numbers and share of the data. Start {wrote}."
             )
         accelerator.load_state(str(checkpoint))
+        if accelerator.is_main_process:
+            skipped.mend_list()
+        accelerator.wait_for_everyone()
+        skipped.load_state_dict(progress.samples)
+        accelerator.wait_for_everyone()  # before any adds to the list
         if progress.step >= num_steps:
             raise TrainingError(
                 f"{checkpoint} is at step {progress.step}, and the run is to end at {num_steps}: "
@@ -341,6 +347,7 @@ def _train(
             stopping = not last and agreement.any(stop.received)
             if stopping or (args.save_steps and progress.step % args.save_steps == 0 and not last):
                 guard.check(newest_checkpoint(output_dir))
+                progress.samples = skipped.state_dict()
                 spared = pusher.on_its_way if pusher else None
                 saved = save_checkpoint(
                     accelerator, output_dir, progress.step, args.save_total_limit, agreement.any, spared

@@ -1,5 +1,6 @@
 """Two real processes against one: the same losses, gradients and queues."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -7,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_patches, training_batch
+from conftest import small_patches, tiny_processor, tiny_records, training_batch
+from datasets import Dataset, concatenate_datasets
 from test_sharding import in_two_processes
 
 from tcl_hf import TCLForImageTextRetrieval, TCLForPreTraining
-from tcl_hf.training import NonFiniteError, _Guard
+from tcl_hf.collators import TCLPreTrainingCollator
+from tcl_hf.streams import StreamLoader
+from tcl_hf.training import NonFiniteError, TrainingArguments, _Guard, train
 
 ROOT = Path(__file__).parents[1]
 NUM_PAIRS = 6  # of both processes
@@ -168,3 +172,50 @@ def test_a_loss_that_is_not_finite_in_one_process_masks_the_update_of_all(tmp_pa
         assert torch.equal(one, two)
     assert torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
     assert message.startswith("Step 2:") and other.startswith("Step 2: the loss was nan")
+
+
+SHARDS = (9, 5, 8)  # the first lanes of both processes differ, and so do the last batches
+
+
+def unequal_stream():
+    return concatenate_datasets(
+        [
+            Dataset.from_list([record | {"image_id": f"{shard}{number}"} for number, record in enumerate(own)])
+            for shard, own in enumerate(map(tiny_records, SHARDS))
+        ]
+    ).to_iterable_dataset(num_shards=3)
+
+
+def train_on_an_unequal_stream(rank: int, folder: Path) -> None:
+    """Two epochs and a bit; notes the ids that each step sees."""
+    torch.manual_seed(0)
+    model, processor, seen = TCLForPreTraining(small_patches()), tiny_processor(), []
+    model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["image_ids"].tolist()), with_kwargs=True)
+    args = TrainingArguments(str(folder / "run"), batch_size=3, num_workers=0, max_steps=8, logging_steps=8)
+    train(model, unequal_stream(), TCLPreTrainingCollator(processor, with_image_ids=True), processor, args)
+    torch.save(seen, folder / f"{rank}.pt")
+
+
+def test_training_takes_of_an_unequal_stream_what_both_processes_have(tmp_path):
+    in_two_processes(train_on_an_unequal_stream, tmp_path)
+    trained = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    expected: list[list[list[int]]] = [[], []]
+    lost = []
+    for epoch in range(8):
+        collator = TCLPreTrainingCollator(tiny_processor(), with_image_ids=True)
+        own = []
+        for rank in (0, 1):
+            loader = StreamLoader(unequal_stream(), collator, 3, 0, rank=rank, world_size=2)
+            loader.begin(epoch)
+            own.append([batch["image_ids"].tolist() if batch else [] for batch in loader])
+        everything = [number for batches in own for batch in batches for number in batch]
+        assert len(everything) == len(set(everything)) == sum(SHARDS)
+        lost.append(sum(SHARDS))
+        for first, second in itertools.zip_longest(*own, fillvalue=[]):
+            number = min(len(first), len(second))
+            lost[-1] -= 2 * number
+            if number:
+                expected[0].append(first[:number])
+                expected[1].append(second[:number])
+    assert trained == [batches[:8] for batches in expected]
+    assert 0 < max(lost)

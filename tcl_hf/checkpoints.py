@@ -15,6 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch.utils.serialization import config as serialization
 
 from .checksums import checksum
 
@@ -51,9 +52,11 @@ def save_checkpoint(
     failure: Exception | None = None
     try:
         if accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for killed in final.parent.glob(f"{_NAME}.tmp"):  # in the midst of a checkpoint, perhaps of another step
+                shutil.rmtree(killed, ignore_errors=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(unfinished))
+        with serialization.patch("save.compute_crc32", False):  # the manifest has better, and one is slow enough
+            accelerator.save_state(str(unfinished))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
         failure = error
     if any_process(failure is not None):
@@ -88,17 +91,14 @@ def _not_written(final: Path, output_dir: Path, failure: Exception | None) -> Ch
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(4) as pool:  # files are hashed and flushed side by side
-        sums = dict(zip(files, pool.map(_flushed_checksum, files), strict=True))
+    with ThreadPoolExecutor(4) as flushing, ThreadPoolExecutor(4) as hashing:  # the disk and the cores work together
+        flushed = flushing.map(_flush, files)
+        sums = dict(zip(files, hashing.map(checksum, files), strict=True))
+        list(flushed)  # raises what a flush has raised
     listed = {path.relative_to(folder).as_posix(): [path.stat().st_size, sums[path]] for path in files}
     (folder / MANIFEST).write_text(json.dumps(facts | {"files": listed}, indent=1) + "\n")
     _flush(folder / MANIFEST)
     _flush(folder)
-
-
-def _flushed_checksum(path: Path) -> str:
-    _flush(path)
-    return checksum(path)
 
 
 def _flush(path: Path) -> None:

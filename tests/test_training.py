@@ -130,6 +130,14 @@ def test_checkpoints_are_whole_or_not_there_and_rotate(tmp_path):
     assert newest_checkpoint(tmp_path).name == "step-00000005"
 
 
+def test_what_a_kill_left_of_a_checkpoint_is_removed_by_the_next(tmp_path):
+    unfinished = tmp_path / CHECKPOINTS / "step-00000009.tmp"
+    unfinished.mkdir(parents=True)
+    (unfinished / "model.safetensors").write_bytes(b"half")
+    tiny_run(tmp_path, save_steps=3)
+    assert [folder.name for folder in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000003"]
+
+
 def test_a_folder_with_checkpoints_of_another_run_is_refused(tmp_path):
     tiny_run(tmp_path, save_steps=4)
     with pytest.raises(TrainingError, match="holds checkpoints of an earlier run"):

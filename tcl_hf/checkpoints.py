@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from accelerate import Accelerator
@@ -73,9 +74,11 @@ def save_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)
             failure = error
         else:
-            for old in sorted(final.parent.glob(_NAME))[: -max(limit, 1)]:
+            # Newer ones can only be damaged, passed over by a run that was resumed: they go first.
+            others = sorted(final.parent.glob(_NAME), key=lambda path: (path.name <= final.name, path.name))
+            for old in others[: -max(limit, 1)]:
                 if old != spared:
-                    shutil.rmtree(old)
+                    _remove_in_background(old)
     if any_process(failure is not None):
         raise _not_written(final, output_dir, failure) from failure
     return final
@@ -87,6 +90,13 @@ def _not_written(final: Path, output_dir: Path, failure: Exception | None) -> Ch
         f"{final} could not be written ({reason}): make room and go on with --resume. "
         f"Last good checkpoint: {newest_checkpoint(output_dir) or 'none'}."
     )
+
+
+def _remove_in_background(checkpoint: Path) -> None:
+    """Take a checkpoint's name away at once, and its files while training goes on: a second or so for gigabytes."""
+    unnamed = checkpoint.with_suffix(".tmp")  # if this is killed, the next checkpoint removes what is left
+    checkpoint.rename(unnamed)
+    Thread(target=shutil.rmtree, args=(unnamed,), kwargs={"ignore_errors": True}).start()
 
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_last_good_one(reference, tm
     assert f"{checkpoint} is passed over: its " in caplog.text
     resumed(tmp_path)
     assert losses(tmp_path) == losses(reference)
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_a_good_one_out(tmp_path):
+    tiny_run(tmp_path, save_steps=2, save_total_limit=2)
+    newest, deadline = newest_checkpoint(tmp_path), time.monotonic() + 60
+    (newest / "optimizer.bin").write_bytes(b"damaged")
+    resumed(tmp_path, save_steps=3, save_total_limit=1, max_steps=4)
+    assert newest_whole_checkpoint(tmp_path) == newest_checkpoint(tmp_path) == newest.with_name("step-00000003")
+    while (leftovers := list((tmp_path / CHECKPOINTS).glob("*.tmp"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not leftovers
 
 
 def test_a_resumed_run_logs_the_same_means_over_steps_before_and_after(tmp_path):

@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import numpy as np
 
 NUM_SAMPLES, BATCH, EPOCHS = 96, 4, 3
 SEEN = "seen-{}.jsonl"
+PREEMPTED = 75  # exit code after SIGTERM
 
 
 def train_child(folder: Path, streaming: bool, resume: bool) -> None:
@@ -93,24 +95,39 @@ def write_data(folder: Path) -> None:
         datasets.Dataset.from_list(rows, features=features).to_parquet(folder / f"train-{shard}.parquet")
 
 
-def start(folder: Path, streaming: bool, processes: int, resume: bool) -> subprocess.Popen:
-    """Start a child in a process group of its own."""
+def start(folder: Path, streaming: bool, processes: int, resume: bool) -> list[subprocess.Popen]:
+    """Start the processes of a run in one process group, without a launcher, which would start groups of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", str(folder)]
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *launcher, *command[1:]]
     command += ["--streaming"] * streaming + ["--resume"] * resume
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
-    log = (folder.parent / f"{folder.name}.log").open("a")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    started: list[subprocess.Popen] = []
+    with (folder.parent / f"{folder.name}.log").open("a") as log:
+        for rank in range(processes):
+            own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+            group = started[0].pid if started else 0  # 0 makes one
+            started.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, process_group=group))
+    return started
 
 
 def finish(folder: Path, streaming: bool, processes: int, resume: bool) -> None:
-    """Run a child to its end."""
-    child = start(folder, streaming, processes, resume)
-    if child.wait() != 0:
+    """Run to the end."""
+    codes = [child.wait() for child in start(folder, streaming, processes, resume)]
+    if any(codes):
         sys.exit(f"{folder} failed: see {folder}.log")
+
+
+def steps_done(folder: Path) -> int:
+    """The step of the last line of the log; a line that is being written does not count."""
+    metrics = folder / "metrics.jsonl"
+    text = metrics.read_text() if metrics.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def can_resume(folder: Path) -> bool:
@@ -122,27 +139,38 @@ def can_resume(folder: Path) -> bool:
     return False
 
 
-def kill_once(folder: Path, streaming: bool, processes: int, with_signal: int, draw: random.Random) -> str:
-    """Start or resume a run, and kill its whole group at a random moment of its training."""
+def kill_once(
+    folder: Path, streaming: bool, processes: int, with_signal: int, kills_left: int, draw: random.Random
+) -> str:
+    """Start or resume a run, and kill its whole group at a random moment; the moments are spread over the run."""
     resume = can_resume(folder)
+    newest = max((folder / "checkpoints").glob("step-????????"), default=None)
+    first = int(newest.name.removeprefix("step-")) if newest else 0
+    last = EPOCHS * NUM_SAMPLES // BATCH // processes - 6  # so that a kill finds the run before its end
+    target = first + 1 + draw.randrange(max(2 * (last - first) // (kills_left + 1), 1))
     metrics = folder / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-    child = start(folder, streaming, processes, resume)
-    while child.poll() is None and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
-        time.sleep(0.02)
-    time.sleep(draw.uniform(0, 2.5))
-    if child.poll() is not None:
-        return "had ended" if child.returncode == 0 else f"failed ({child.returncode})"
-    os.killpg(child.pid, with_signal)
-    if with_signal == signal.SIGTERM:
-        try:
-            child.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            return "did not stop"
-    child.wait()
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return f"killed at step {json.loads(lines[-1])['step'] if lines else 0}"
+    children = start(folder, streaming, processes, resume)
+
+    def running() -> bool:
+        return all(child.poll() is None for child in children)
+
+    # The lines of the run before are there until the new one has dropped those beyond its checkpoint.
+    while running() and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
+        time.sleep(0.002)
+    while running() and steps_done(folder) < target:
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0, 0.3))  # a few steps, saves between them
+    was_running = running()
+    if was_running:
+        os.killpg(children[0].pid, with_signal)
+    codes = {child.wait() for child in children}
+    if not was_running or codes == {0}:
+        return "had ended" if codes == {0} else f"FAILED {codes}"
+    if codes != {PREEMPTED if with_signal == signal.SIGTERM else -signal.SIGKILL}:
+        return f"FAILED {codes}"
+    saving = any((folder / "checkpoints").glob("*.tmp"))
+    return f"killed at step {steps_done(folder)}" + ", while saving" * saving
 
 
 def curve(folder: Path) -> list[dict]:
@@ -189,9 +217,10 @@ def main() -> None:
         folder = root / name
         for kill in range(number, args.kills, len(cases)):
             with_signal = (signal.SIGKILL, signal.SIGTERM)[kill // len(cases) % 2]
-            print(
-                f"{name}: {with_signal.name}, {kill_once(folder, streaming, processes, with_signal, draw)}", flush=True
-            )
+            kills_left = len(range(kill, args.kills, len(cases)))
+            what = kill_once(folder, streaming, processes, with_signal, kills_left, draw)
+            print(f"{name}: {with_signal.name}, {what}", flush=True)
+            good = good and "FAILED" not in what
         if not (folder / "model.safetensors").exists():
             finish(folder, streaming, processes, can_resume(folder))
         same = curve(folder) == curve(root / f"{name}-whole")

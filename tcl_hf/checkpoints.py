@@ -11,10 +11,12 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch.utils.serialization import config as serialization
 
 from .checksums import checksum
 
@@ -51,9 +53,11 @@ def save_checkpoint(
     failure: Exception | None = None
     try:
         if accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for killed in final.parent.glob(f"{_NAME}.tmp"):  # in the midst of a checkpoint, perhaps of another step
+                shutil.rmtree(killed, ignore_errors=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(unfinished))
+        with serialization.patch("save.compute_crc32", False):  # the manifest has better, and one is slow enough
+            accelerator.save_state(str(unfinished))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
         failure = error
     if any_process(failure is not None):
@@ -70,9 +74,11 @@ def save_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)
             failure = error
         else:
-            for old in sorted(final.parent.glob(_NAME))[: -max(limit, 1)]:
+            # Newer ones can only be damaged, passed over by a run that was resumed: they go first.
+            others = sorted(final.parent.glob(_NAME), key=lambda path: (path.name <= final.name, path.name))
+            for old in others[: -max(limit, 1)]:
                 if old != spared:
-                    shutil.rmtree(old)
+                    _remove_in_background(old)
     if any_process(failure is not None):
         raise _not_written(final, output_dir, failure) from failure
     return final
@@ -86,19 +92,23 @@ def _not_written(final: Path, output_dir: Path, failure: Exception | None) -> Ch
     )
 
 
+def _remove_in_background(checkpoint: Path) -> None:
+    """Take a checkpoint's name away at once, and its files while training goes on: a second or so for gigabytes."""
+    unnamed = checkpoint.with_suffix(".tmp")  # if this is killed, the next checkpoint removes what is left
+    checkpoint.rename(unnamed)
+    Thread(target=shutil.rmtree, args=(unnamed,), kwargs={"ignore_errors": True}).start()
+
+
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(4) as pool:  # files are hashed and flushed side by side
-        sums = dict(zip(files, pool.map(_flushed_checksum, files), strict=True))
+    with ThreadPoolExecutor(4) as flushing, ThreadPoolExecutor(4) as hashing:  # the disk and the cores work together
+        flushed = flushing.map(_flush, files)
+        sums = dict(zip(files, hashing.map(checksum, files), strict=True))
+        list(flushed)  # raises what a flush has raised
     listed = {path.relative_to(folder).as_posix(): [path.stat().st_size, sums[path]] for path in files}
     (folder / MANIFEST).write_text(json.dumps(facts | {"files": listed}, indent=1) + "\n")
     _flush(folder / MANIFEST)
     _flush(folder)
-
-
-def _flushed_checksum(path: Path) -> str:
-    _flush(path)
-    return checksum(path)
 
 
 def _flush(path: Path) -> None:

@@ -193,7 +193,7 @@ class _Collator:
             except _BAD_IMAGE as error:
                 if isinstance(error, DataError):
                     raise
-                self.skipped.add(record.get("image_id", "?"), f"{type(error).__name__}: {error}")
+                self.skipped.add(record.get("image_id", "?"), f"{type(error).__name__}: {error}", record.get("visit"))
                 return None
 
     def _sample(self, record: dict) -> Any:
@@ -359,7 +359,7 @@ class TCLTaskCollator(_Collator):
             except ValueError as error:
                 if isinstance(error, DataError) or len(records) == 1:
                     raise
-                self.skipped.add(one.get("image_id", "?"), f"ValueError: {error}")
+                self.skipped.add(one.get("image_id", "?"), f"ValueError: {error}", record.get("visit"))
         if not texts:
             raise ValueError("no text")
         images = first["images"] if "images" in first else [first.get("image")]

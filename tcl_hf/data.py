@@ -464,7 +464,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 30522) -> TCLToke
 class SkippedSamples:
     """Counts the samples that could not be used and lists them, one JSON line each, also from worker processes.
 
-    It also knows the sample that each of a loader's workers began last, for the case that it dies.
+    A run that goes on makes the visits after its checkpoint again, also those of batches that were prepared ahead: it
+    lists no visit that is listed already, and counts none twice. The sample that each of a loader's workers began last
+    is known, for the case that it dies.
 
     Args:
         path: the list's file; None keeps none.
@@ -475,6 +477,8 @@ class SkippedSamples:
     max_share: float = 0.1
     min_seen: int = 100
     last: str = field(default="none yet", init=False)
+    # Visits listed by the run before this one, and whether its checkpoint has counted them.
+    _listed: dict[str, bool] = field(default_factory=dict, init=False, repr=False)
     _seen: Any = field(default_factory=lambda: Value("q", 0), repr=False)
     _skipped: Any = field(default_factory=lambda: Value("q", 0), repr=False)
     _begun: Any = field(default_factory=lambda: Array("c", _WORKERS * _ID_BYTES, lock=False), repr=False)
@@ -483,19 +487,50 @@ class SkippedSamples:
     def count(self) -> int:
         return self._skipped.value
 
+    def state_dict(self) -> dict[str, int]:
+        """The numbers of this process so far, and how long the list is, for a checkpoint."""
+        with self._skipped.get_lock():  # nothing is counted and not yet listed
+            size = os.path.getsize(self.path) if self.path is not None and os.path.exists(self.path) else 0
+            return {"seen": self._seen.value, "count": self.count, "list_bytes": size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a checkpoint: with its numbers, and knowing what is listed."""
+        self._seen.value, self._skipped.value = state.get("seen", 0), state.get("count", 0)
+        if self.path is None or not os.path.exists(self.path):
+            return
+        position = 0
+        with open(self.path, "rb") as file:
+            for text in file:
+                position += len(text)
+                line = json.loads(text) if text.endswith(b"\n") else {}
+                if "visit" in line:
+                    name = _visit_name(line["image_id"], *line["visit"])
+                    self._listed[name] = position <= state.get("list_bytes", 0)
+
+    def mend_list(self) -> None:
+        """Take off the last line if a kill has cut it; for one process, while no other adds to the list."""
+        if self.path is not None and os.path.exists(self.path):
+            content = Path(self.path).read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+
     def saw(self, number: int) -> None:
         with self._seen.get_lock():
             self._seen.value += number
 
-    def add(self, image_id: object, reason: str) -> None:
-        """Note one bad sample and why it is bad."""
+    def add(self, image_id: object, reason: str, visit: "Visit | None" = None) -> None:
+        """Note one bad sample, why it is bad, and the visit on which it was found."""
         self.last = f"{image_id}: {reason}"
+        entry: dict[str, Any] = {"image_id": str(image_id), "reason": reason}
+        is_listed = is_counted = False
+        if visit is not None:
+            entry["visit"] = [visit.epoch, visit.index]
+            name = _visit_name(entry["image_id"], *entry["visit"])
+            is_listed, is_counted = name in self._listed, self._listed.get(name, False)
         with self._skipped.get_lock():
-            self._skipped.value += 1
-            if self.path is not None:
-                line = json.dumps({"image_id": str(image_id), "reason": reason}, ensure_ascii=False)
+            self._skipped.value += not is_counted
+            if self.path is not None and not is_listed:
                 with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def begins(self, image_id: object) -> None:
         """Note the sample that this process works on, if it is a worker of a loader."""
@@ -551,6 +586,11 @@ class SkippedSamples:
                 f"{skipped} of {seen} samples could not be used, more than the share of {self.max_share:g} that "
                 f"max_bad_share allows; they are listed in {self.path}."
             )
+
+
+def _visit_name(image_id: str, epoch: int, index: int) -> str:
+    """What a visit of a sample is known by; several samples may share one, as texts about one image do."""
+    return f"{epoch} {index} {image_id}"
 
 
 def mix_seeds(*numbers: int) -> int:

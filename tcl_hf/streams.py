@@ -261,7 +261,7 @@ class _Lanes(torch.utils.data.IterableDataset):
                     is_empty = is_empty and not own
                     continue
                 rows = 0
-                for rows, record in enumerate(self._shard(source, shard), 1):
+                for rows, record in enumerate(self._shard(source, shard, Visit(self.seed, number, -1 - lane)), 1):
                     if (rows - 1) % step != first:
                         continue
                     is_empty = False
@@ -276,8 +276,8 @@ class _Lanes(torch.utils.data.IterableDataset):
                     f"Source {source + 1} of the mixture holds no records: leave it out, or check its split."
                 )
 
-    def _shard(self, source: int, shard: int) -> Iterator[dict]:
-        """The records of one shard; if it breaks off, those before."""
+    def _shard(self, source: int, shard: int, visit: Visit) -> Iterator[dict]:
+        """The records of one shard; if it breaks off, those before, and it is listed with its visit by this lane."""
         stream, first_shard, num_shards = self.sources[source]
         image_id: object = "none"
         try:
@@ -289,7 +289,7 @@ class _Lanes(torch.utils.data.IterableDataset):
         except _BROKEN_SHARD as error:
             if self.skipped is not None:
                 reason = f"{type(error).__name__}: {error}; the rest of the shard is left out, after {image_id}"
-                self.skipped.add(f"shard {first_shard + shard}", reason)
+                self.skipped.add(f"shard {first_shard + shard}", reason, visit)
 
     def _visited(self, record: dict, number: int, shard: int, row: int) -> dict:
         """A record with its visit; an id that is only a row is one of the whole stream with the shard's number."""

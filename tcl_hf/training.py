@@ -141,11 +141,12 @@ class Progress:
     epoch: int = 0
     batch: int = 0  # batches of this epoch done, per process
     best: float = -math.inf  # of the metric by which the model is kept
+    samples: dict[str, int] = field(default_factory=dict)  # seen and skipped by the first process
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
@@ -261,6 +262,11 @@ def _train(
                 f"each had its own random numbers and share of the data. Start {wrote}."
             )
         accelerator.load_state(str(checkpoint))
+        if accelerator.is_main_process:
+            skipped.mend_list()
+        accelerator.wait_for_everyone()
+        skipped.load_state_dict(progress.samples)
+        accelerator.wait_for_everyone()  # before any adds to the list
         if progress.step >= num_steps:
             raise TrainingError(
                 f"{checkpoint} is at step {progress.step}, and the run is to end at {num_steps}: "
@@ -345,6 +351,7 @@ def _train(
             stopping = not last and agreement.any(stop.received)
             if stopping or (args.save_steps and progress.step % args.save_steps == 0 and not last):
                 guard.check(newest_checkpoint(output_dir))
+                progress.samples = skipped.state_dict()
                 spared = pusher.on_its_way if pusher else None
                 saved = save_checkpoint(
                     accelerator, output_dir, progress.step, args.save_total_limit, agreement.any, spared
@@ -530,7 +537,7 @@ def _ignore_sigterm(worker: int) -> None:
 
 
 class _Guard:
-    """Masks updates with a non-finite loss or gradient, on the device, and remembers the first."""
+    """Masks updates with a non-finite loss or gradient in any process, on the device, and remembers the first."""
 
     def __init__(self, device: torch.device):
         self.finite = torch.ones((), dtype=torch.bool, device=device)  # all forwards of this optimizer step
@@ -544,6 +551,10 @@ class _Guard:
         self.finite = self.finite & loss.isfinite()
         if norm is not None and not scaled:
             self.finite = self.finite & norm.isfinite()
+        if norm is not None and is_distributed():  # where one masks its update, all do: they would part ways
+            finite = self.finite.float()
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+            self.finite = finite > 0
         bad = torch.stack([torch.full_like(loss, step, dtype=torch.float32), loss.float()])
         self.first = torch.where((self.first[0] < 0) & ~self.finite, bad, self.first)
         if norm is not None:

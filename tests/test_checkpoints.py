@@ -1,8 +1,11 @@
 """Checkpoints: whole or not there, verified, and written when a scheduler takes the machine away."""
 
+import hashlib
 import os
 import resource
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +46,21 @@ def test_a_manifest_lists_every_file_and_the_processes(tmp_path):
     names = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
     assert manifest["files"].keys() == names - {MANIFEST} and names > {"model.safetensors", "optimizer.bin"}
     assert what_is_damaged(checkpoint) is None
+    for name, (size, digest) in manifest["files"].items():
+        content = (checkpoint / name).read_bytes()
+        assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the names of open files are those of Linux")
+def test_files_are_flushed_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    flushed, renamed = [], []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    monkeypatch.setattr(Path, "rename", lambda self, to: renamed.append(list(flushed)) or rename(self, to))
+    tiny_run(tmp_path, save_steps=4)
+    (before,) = renamed
+    files = {path.name for path in newest_checkpoint(tmp_path).iterdir()}
+    assert {Path(name).name for name in before} == {*files, "step-00000004.tmp"}
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest", "no manifest"])
@@ -60,6 +78,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_last_good_one(reference, tm
     assert f"{checkpoint} is passed over: its " in caplog.text
     resumed(tmp_path)
     assert losses(tmp_path) == losses(reference)
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_a_good_one_out(tmp_path):
+    tiny_run(tmp_path, save_steps=2, save_total_limit=2)
+    newest, deadline = newest_checkpoint(tmp_path), time.monotonic() + 60
+    (newest / "optimizer.bin").write_bytes(b"damaged")
+    resumed(tmp_path, save_steps=3, save_total_limit=1, max_steps=4)
+    assert newest_whole_checkpoint(tmp_path) == newest_checkpoint(tmp_path) == newest.with_name("step-00000003")
+    while (leftovers := list((tmp_path / CHECKPOINTS).glob("*.tmp"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not leftovers
 
 
 def test_a_resumed_run_logs_the_same_means_over_steps_before_and_after(tmp_path):

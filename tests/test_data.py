@@ -258,6 +258,35 @@ def test_too_many_bad_samples_stop_the_run():
         skipped.check()
 
 
+def test_a_run_that_goes_on_counts_from_its_checkpoint_on_and_lists_no_visit_twice(tmp_path):
+    path = tmp_path / "list.jsonl"
+    before = SkippedSamples(path)
+    before.saw(190)
+    for index in range(19):
+        before.add("a", "bad", Visit(0, 1, index))
+    state = before.state_dict()
+    before.add("a", "bad", Visit(0, 1, 19))  # after the checkpoint
+    with path.open("a") as file:
+        file.write('{"image_id": "cut by a k')
+    after = SkippedSamples(path, max_share=0.1)
+    after.mend_list()
+    after.load_state_dict(state)
+    after.check()
+    after.add("a", "bad", Visit(0, 1, 18))  # of a batch that was prepared ahead
+    after.check()
+    after.add("a", "bad, in other words", Visit(0, 1, 19))
+    with pytest.raises(DataError, match="20 of 190 samples"):
+        after.check()
+    after.add("b", "bad", Visit(0, 1, 2))  # another text of the same visit
+    after.add("a", "bad", Visit(0, 2, 2))
+    after.add("a", "bad")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["image_id"], line.get("visit")) for line in lines] == [
+        *(("a", [1, index]) for index in range(20)),
+        *(("b", [1, 2]), ("a", [2, 2]), ("a", None)),
+    ]
+
+
 def test_skips_are_counted_across_worker_processes(tmp_path):
     skipped = SkippedSamples(tmp_path / "skipped.jsonl")
     collator = TCLPreTrainingCollator(tiny_processor(), skipped=skipped, empty_batches=True)

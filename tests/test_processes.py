@@ -1,5 +1,6 @@
 """Two real processes against one: the same losses, gradients and queues."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -7,9 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_patches, training_batch
+from conftest import small_patches, tiny_processor, tiny_records, training_batch
+from datasets import Dataset
+from test_sharding import in_two_processes
 
 from tcl_hf import TCLForImageTextRetrieval, TCLForPreTraining
+from tcl_hf.collators import TCLPreTrainingCollator
+from tcl_hf.streams import StreamLoader
+from tcl_hf.training import NonFiniteError, TrainingArguments, _Guard, train
 
 ROOT = Path(__file__).parents[1]
 NUM_PAIRS = 6  # of both processes
@@ -125,3 +131,84 @@ def test_two_processes_equal_one(found, case):
     for name, gradient in first["gradients"].items():
         assert torch.equal(gradient, second["gradients"][name]), name
         torch.testing.assert_close(gradient, alone["gradients"][name], rtol=1e-4, atol=1e-5)
+
+
+def take_steps_of_which_one_is_bad(rank: int, folder: Path) -> None:
+    """Three optimizer steps of two forwards; in the second step the first loss of rank 1 is not a number.
+
+    The gradient stays finite: the number that is none is a constant.
+    """
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    model = torch.nn.parallel.DistributedDataParallel(layer)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    guard, weights = _Guard(torch.device("cpu")), []
+    for step in range(3):
+        for last in (False, True):
+            with synchronised(model, last):
+                loss = model(torch.full((1, 3), rank + 1.0)).sum()
+                loss = loss + (float("nan") if (rank, step, last) == (1, 1, False) else 0)
+                loss.backward()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in layer.parameters()]) if last else None
+            assert norm is None or norm.isfinite()
+            guard.watch(optimizer, step, loss, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(layer.weight.detach().clone())
+    try:
+        guard.check(None)
+        message = "nothing was found"
+    except NonFiniteError as error:
+        message = str(error)
+    torch.save((weights, message), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_loss_that_is_not_finite_in_one_process_masks_the_update_of_all(tmp_path):
+    in_two_processes(take_steps_of_which_one_is_bad, tmp_path)
+    (first, message), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
+    assert message.startswith("Step 2:") and other.startswith("Step 2: the loss was nan")
+
+
+def unequal_stream():
+    """23 records in shards of 8, 8 and 7, of which each process reads one whole, and both share the third."""
+    return Dataset.from_list(tiny_records(23)).to_iterable_dataset(num_shards=3)
+
+
+def train_on_an_unequal_stream(rank: int, folder: Path) -> None:
+    """Two epochs; notes the ids that each step sees."""
+    torch.manual_seed(0)
+    model, processor, seen = TCLForPreTraining(small_patches()), tiny_processor(), []
+    model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["image_ids"].tolist()), with_kwargs=True)
+    args = TrainingArguments(str(folder / "run"), batch_size=3, num_workers=0, max_steps=8, logging_steps=8)
+    train(model, unequal_stream(), TCLPreTrainingCollator(processor, with_image_ids=True), processor, args)
+    torch.save(seen, folder / f"{rank}.pt")
+
+
+def test_training_takes_of_an_unequal_stream_what_both_processes_have(tmp_path):
+    in_two_processes(train_on_an_unequal_stream, tmp_path)
+    trained = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    expected: list[list[list[int]]] = [[], []]
+    lost = []
+    for epoch in range(3):
+        collator = TCLPreTrainingCollator(tiny_processor(), with_image_ids=True)
+        own = []
+        for rank in (0, 1):
+            loader = StreamLoader(unequal_stream(), collator, 3, 0, rank=rank, world_size=2)
+            loader.begin(epoch)
+            own.append([batch["image_ids"].tolist() if batch else [] for batch in loader])
+        everything = [number for batches in own for batch in batches for number in batch]
+        assert len(everything) == len(set(everything)) == 23
+        lost.append(23)
+        for first, second in itertools.zip_longest(*own, fillvalue=[]):
+            number = min(len(first), len(second))
+            lost[-1] -= 2 * number
+            if number:
+                expected[0].append(first[:number])
+                expected[1].append(second[:number])
+    assert trained == [batches[:8] for batches in expected]
+    assert min(lost) > 0  # their number is odd

@@ -221,6 +221,32 @@ def test_two_real_processes_share_a_stream_and_end_together(tmp_path):
         assert sorted(itertools.chain(*first, *second)) == names(*sizes)
 
 
+def left_out(sizes, world_size, epoch=0):
+    """How many samples an epoch loses where each position has as many of each process as the one with fewest."""
+    made = [batches(stream(*sizes), epoch, rank=rank, world_size=world_size) for rank in range(world_size)]
+    positions = itertools.zip_longest(*(map(len, own) for own in made), fillvalue=0)
+    return sum(sum(numbers) - world_size * min(numbers) for numbers in positions)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shards_of_one_size_dealt_out_evenly_leave_nothing_out(world_size):
+    assert left_out((7,) * 6, world_size) == left_out((11,) * 12, world_size) == 0
+
+
+@pytest.mark.parametrize("sizes", [(7,), (10,) * 5, (13,) * 7, (9,) * 11, (3, 9, 1, 4, 20, 2, 2, 8, 6, 11, 1)])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_unequal_processes_leave_out_no_more_than_the_documented_bound(sizes, world_size):
+    lanes = lanes_of_a_process([len(sizes)], world_size)
+    whole, left = divmod(len(sizes), world_size * lanes)
+    by_size = sorted(sizes)
+    difference = sum(by_size[-whole:]) - sum(by_size[:whole]) if whole else 0
+    bound = (world_size - 1) * lanes * (left + difference)
+    found = [left_out(sizes, world_size, epoch) for epoch in range(4)]
+    assert max(found) <= bound
+    if sizes == (7,):  # one shard read by all: 4 and 3 rows; 3, 2 and 2
+        assert found == [1] * 4
+
+
 # Mixtures
 
 

@@ -158,9 +158,18 @@ def test_a_run_of_buckets_goes_on_bit_for_bit(tmp_path):
 
 def test_checkpoints_are_whole_or_not_there_and_rotate(tmp_path):
     tiny_run(tmp_path, save_steps=1, save_total_limit=2)
-    assert sorted(folder.name for folder in (tmp_path / CHECKPOINTS).iterdir()) == ["step-00000004", "step-00000005"]
+    names = sorted(folder.name for folder in (tmp_path / CHECKPOINTS).iterdir() if folder.suffix != ".tmp")
+    assert names == ["step-00000004", "step-00000005"]
     (tmp_path / CHECKPOINTS / "step-00000009.tmp").mkdir()
     assert newest_checkpoint(tmp_path).name == "step-00000005"
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_removed_by_the_next(tmp_path):
+    unfinished = tmp_path / CHECKPOINTS / "step-00000009.tmp"
+    unfinished.mkdir(parents=True)
+    (unfinished / "model.safetensors").write_bytes(b"half")
+    tiny_run(tmp_path, save_steps=3)
+    assert [folder.name for folder in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000003"]
 
 
 def test_a_folder_with_checkpoints_of_another_run_is_refused(tmp_path):
@@ -310,6 +319,36 @@ def test_bad_samples_are_left_out_and_the_run_goes_on(tmp_path):
     assert last["skipped_samples"] == 4  # two samples, two epochs
     listed = [json.loads(line)["image_id"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert sorted(listed) == ["3", "3", "7", "7"]
+
+
+def listed(folder) -> list[tuple[str, list[int]]]:
+    lines = map(json.loads, (folder / "skipped.jsonl").read_text().splitlines())
+    return sorted((line["image_id"], line["visit"]) for line in lines)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_resumed_run_lists_each_bad_visit_once(tmp_path, streaming, num_workers):
+    """Also those between the checkpoint and the kill, those of batches prepared ahead, and a line that was cut."""
+    records = tiny_records(24)
+    for record in records[::4]:
+        record["image"] = {"bytes": b"broken", "path": None}
+    options = {"records": records, "batch_size": 6, "max_bad_share": 1.0, "max_steps": 8, "num_workers": num_workers}
+    if streaming:
+        options["pairs"] = Dataset.from_list(records).to_iterable_dataset(num_shards=2)
+
+    def kill(model):
+        raise KeyboardInterrupt
+
+    whole = tiny_run(tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path / "killed", save_steps=3, eval_steps=5, evaluate=kill, **options)
+    with (tmp_path / "killed" / "skipped.jsonl").open("a") as file:
+        file.write('{"image_id": "8", "rea')
+    resumed = tiny_run(tmp_path / "killed", resume=True, **options)
+    assert listed(tmp_path / "killed") == listed(tmp_path / "whole")
+    assert len(listed(tmp_path / "whole")) == 12  # six samples in two epochs
+    assert resumed["skipped_samples"] == whole["skipped_samples"] == 12
 
 
 def test_batches_of_bad_samples_alone_are_passed_over(tmp_path):

@@ -1,0 +1,85 @@
+"""How long a checkpoint of the base model stops training, against writing as many bytes to the same disk.
+
+`python benchmarks/checkpoint.py [--folder FOLDER] [--repeats 5]`: the paper's model with its teacher, queues and
+AdamW's states, on the CPU. In turn the bytes alone are written in large blocks and flushed to the disk, and the
+checkpoint is saved as training saves it: written, hashed, flushed and renamed. The one before is removed while training
+goes on; here that is waited for outside the measurement.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import trange
+
+from tcl_hf import TCLConfig, TCLForPreTraining
+from tcl_hf.checkpoints import save_checkpoint
+from tcl_hf.training import parameter_groups
+
+BLOCK = 2**26
+
+
+def write_raw(path: Path, num_bytes: int) -> float:
+    """Seconds to write random bytes and have the disk keep them."""
+    block = memoryview(os.urandom(min(BLOCK, num_bytes)))
+    os.sync()
+    start = time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for done in range(0, num_bytes, BLOCK):
+            file.write(block[: num_bytes - done])
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    path.unlink()
+    return seconds
+
+
+def base_model() -> Accelerator:
+    """The paper's model and its optimizer after a step, as training holds them."""
+    accelerator = Accelerator(cpu=True)
+    model = TCLForPreTraining(TCLConfig())
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.02), fused=True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+    accelerator.prepare(model, optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    return accelerator
+
+
+def main() -> None:
+    """Write both in turn, and print the ratio of each pair."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="on the disk to measure; a temporary folder is made in it")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    accelerator = base_model()
+    raw, blocked = [], []
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+
+        def save(step: int) -> Path:
+            return save_checkpoint(accelerator, folder, step, 1, bool)
+
+        num_bytes = sum(path.stat().st_size for path in save(0).iterdir())
+        for step in trange(1, args.repeats + 1, desc="Writing"):
+            raw.append(write_raw(folder / "raw", num_bytes))
+            os.sync()
+            start = time.perf_counter()
+            save(step)
+            blocked.append(time.perf_counter() - start)
+            while any(folder.rglob("*.tmp")):
+                time.sleep(0.1)
+    ratios = [one / other for one, other in zip(blocked, raw, strict=True)]
+    print(f"{num_bytes / 1e9:.2f} GB, {args.repeats} pairs\n| | median | least | most |\n|---|---|---|---|")
+    for what, values in (("raw, s", raw), ("checkpoint, s", blocked), ("ratio of a pair", ratios)):
+        print(f"| {what} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
+
+
+if __name__ == "__main__":
+    main()

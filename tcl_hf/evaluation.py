@@ -28,6 +28,7 @@ from .grounding import (
     similarity_heat_map,
     sliding_boxes,
 )
+from .losses import similarity as scaled_similarity
 from .metrics import (
     accuracy,
     consistency,
@@ -86,6 +87,10 @@ class EncodedPairs:
     text_embeds: Tensor
     image_of_text: Tensor
     texts: list[str]
+
+    def similarity(self) -> Tensor:
+        """Cosine similarities of all images and texts (I, T), in float32 under autocast too."""
+        return scaled_similarity(self.image_embeds, self.text_embeds, torch.ones((), device=self.image_embeds.device))
 
 
 @torch.no_grad()
@@ -165,7 +170,7 @@ def matching_scores(
         batch_size: texts fused with an image at once, at most.
         progress: show a progress bar, with the time left.
     """
-    similarity = pairs.image_embeds @ pairs.text_embeds.mT  # (I, T)
+    similarity = pairs.similarity()  # (I, T)
     scores = torch.full_like(similarity, NOT_SCORED)
     chosen = candidates(similarity, k)
     lengths = pairs.attention_mask.sum(-1)
@@ -208,7 +213,7 @@ def evaluate_retrieval(
     """
     with evaluating(model):
         pairs = encode_pairs(model, processor, records, captions_per_image, batch_size, states_dtype, progress)
-        similarity = pairs.image_embeds @ pairs.text_embeds.mT
+        similarity = pairs.similarity()
         metrics = retrieval_metrics(similarity, similarity, pairs.image_of_text)
         if k is not None:
             scores = matching_scores(model, pairs, k, progress=progress)

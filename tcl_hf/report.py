@@ -149,7 +149,7 @@ def picture_sheet(
     plt = _pyplot()
     model.eval()
     pairs = encode_pairs(model, processor, records, captions_per_image=1)
-    similarity = pairs.image_embeds @ pairs.text_embeds.mT  # (I, T)
+    similarity = pairs.similarity()  # (I, T)
     scores = matching_scores(model, pairs, k)
     num_texts, num_images = min(num_texts, len(records)), min(num_images, len(records))
     figure, axes = plt.subplots(

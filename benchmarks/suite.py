@@ -8,8 +8,7 @@ of a peer's time by ours in the same round, with the least and the most.
 In the rounds of the pre-training step the machine itself is measured too: float32 matrix products, written to memory
 that is there, and the bandwidth of a copy.
 
-Ours runs as the scripts run it, which ask for huge pages (see `training.use_huge_pages`); peers run as they are. What
-each of our ways gives is in `ablation.py`, the original code in `original.py`.
+What each of our ways gives is in `ablation.py`; the original code is timed in `original.py`.
 """
 
 import argparse
@@ -410,9 +409,6 @@ class Contender:
             "TRANSFORMERS_VERBOSITY": "error",
             "HF_HUB_OFFLINE": "1",
         }
-        environment.pop("THP_MEM_ALLOC_ENABLE", None)
-        if name == OURS:
-            environment["THP_MEM_ALLOC_ENABLE"] = "1"
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT)
         self.read()

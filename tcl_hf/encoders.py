@@ -198,6 +198,21 @@ def resize_positions(positions: Tensor, grid: int | tuple[int, int]) -> Tensor:
     return torch.cat([positions[:, :1], planes.flatten(-2).mT.to(positions.dtype)], dim=1)
 
 
+def drop(states: Tensor, p: float, training: bool) -> Tensor:
+    """Dropout, as `F.dropout`; on a CPU from 31 random bits a number, which are drawn in a third of its time."""
+    if not training or not 0 < p < 1 or states.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(states, p, training)
+    kept = torch.empty(states.shape, dtype=torch.int32).random_() >= round(p * 2**31)
+    return states * (kept / (1 - p)).to(states.dtype)
+
+
+class TCLDropout(nn.Dropout):
+    """A module for `drop`."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return drop(states, self.p, self.training)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -218,7 +233,7 @@ def eager_attention_forward(
     elif attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    output = F.dropout(weights, dropout, module.training) @ value
+    output = drop(weights, dropout, module.training) @ value
     return output.transpose(1, 2).contiguous(), weights
 
 
@@ -490,7 +505,7 @@ class TCLTextEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = TCLDropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, num_past: int = 0) -> Tensor:
         """Embed token ids (N, L), or words already embedded (N, L, D); the token type is always 0.
@@ -527,7 +542,7 @@ class TCLTextLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = TCLDropout(config.hidden_dropout_prob)
 
     def project_image(self, image_states: Tensor) -> KeyValue:
         """Project image states (B, P, D) to the keys and values of this layer; its own method, see `sharding`."""

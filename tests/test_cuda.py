@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import small_patches, tiny_processor, tiny_records, training_batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,6 +27,14 @@ def batch_on(device: str, config: TCLConfig) -> dict[str, torch.Tensor]:
     batch = training_batch(4, config=config)
     batch["mlm_positions"] = masked_positions(batch["mlm_labels"])
     return {name: value.to(device) for name, value in batch.items()}
+
+
+@pytest.fixture(autouse=True)
+def new_accelerator():
+    """Each run chooses its precision anew."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture

@@ -139,6 +139,18 @@ def test_reranking_everything_depends_on_matching_alone(encoded):
     assert reranked == {name: value for name, value in expected.items() if "recall" in name}
 
 
+def test_an_evaluation_under_autocast_compares_in_float32(encoded):
+    """Matching scores are stored beside similarities, and half precision would tie many of these."""
+    model, pairs = encoded
+    expected = pairs.similarity()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pairs.similarity(), expected)
+        scores = matching_scores(model, pairs, 3)
+        metrics = evaluate_retrieval(model, tiny_processor(), tiny_records(7), k=3)
+    assert scores.dtype == torch.float32
+    assert 0 <= metrics["reranked_recall@1"] <= 100
+
+
 def test_each_direction_reranks_only_its_own_candidates(encoded):
     """With one candidate each, re-ranking changes nothing at rank 1."""
     model, _ = encoded

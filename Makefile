@@ -24,8 +24,9 @@ check: $(VENV)/.dev ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.demo ## time a pre-training step of the base size by parts
-	$(BIN)/python benchmarks/pretrain_step.py
+bench: $(VENV)/.demo ## time ours beside its peers, and what each of our ways gives (half an hour on an idle machine)
+	$(BIN)/python benchmarks/suite.py --plot runs/performance.png
+	$(BIN)/python benchmarks/ablation.py --repeats 3
 
 clean: ## remove the environment, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

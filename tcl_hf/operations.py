@@ -52,11 +52,13 @@ class FusedRows:
 
     Args:
         rows: pairs of a text and an image.
+        images: rows of keys and values that they read; texts of the same image that are neighbours share them.
         queries: tokens of each whose last states are used: so many run through the last layer, whose self-attention
             has keys and values of all tokens nevertheless.
     """
 
     rows: int
+    images: int
     queries: int
 
 
@@ -99,8 +101,8 @@ def operations(
     # What the fusion encoder sees: one true pair and two hard negatives for ITM, masked texts for MLM. Of all rows, as
     # many tokens leave the last layer: [CLS] and the masked ones, or [CLS] as many times.
     queries = 1 + num_masked * predicts
-    student_rows = FusedRows(num_pairs * (3 * matches + predicts), queries)
-    teacher_rows = FusedRows(num_pairs * distils, queries)
+    student_rows = FusedRows(num_pairs * (3 * matches + predicts), num_pairs * (1 + matches), queries)
+    teacher_rows = FusedRows(num_pairs * distils, num_pairs, queries)
 
     parts = {
         "image encoder, student": image_encoder(vision, num_pairs, num_states["student"]),
@@ -162,14 +164,14 @@ def product(rows: int, inner: int, columns: int, gradients: int = 2) -> Work:
     return Work(flops, gradients * flops, (1 + gradients) * FLOAT * moved)
 
 
-def attention(rows: int, queries: int, keys: int, width: int, gradients: int = 2) -> Work:
+def attention(rows: int, queries: int, keys: int, width: int, gradients: int = 2, key_rows: int = 0) -> Work:
     """Scores of `queries` with `keys` in each row, and the values they weight; `gradients` is 2 or 0.
 
-    The width is that of all heads together. Backward reads queries, keys, values, output and its gradient, and writes
+    The width is that of all heads together. With `key_rows` several rows of queries share one of keys and values. Backward reads queries, keys, values, output and its gradient, and writes
     three gradients: twice the forward.
     """
     flops = 2 * (2 * rows * queries * keys * width)
-    moved = 2 * rows * (queries + keys) * width
+    moved = 2 * (rows * queries + (key_rows or rows) * keys) * width
     return Work(flops, gradients * flops, (1 + gradients) * FLOAT * moved)
 
 
@@ -206,13 +208,21 @@ def fusion_encoder(
     """The other layers, on rows of L tokens each with an image of P states; keys and values of images not included."""
     if not fused.rows or not config.num_fusion_layers:
         return NOTHING
-    layer = text_layer(config, fused.rows, num_tokens, num_tokens, num_states, gradients)
-    last = text_layer(config, fused.rows, fused.queries, num_tokens, num_states, gradients)
+    layer, last = (
+        text_layer(config, fused.rows, queries, num_tokens, num_states, gradients, fused.images)
+        for queries in (num_tokens, fused.queries)
+    )
     return layer * (config.num_fusion_layers - 1) + last
 
 
 def text_layer(
-    config: TCLTextConfig, rows: int, queries: int, num_tokens: int, num_states: int = 0, gradients: int = 2
+    config: TCLTextConfig,
+    rows: int,
+    queries: int,
+    num_tokens: int,
+    num_states: int = 0,
+    gradients: int = 2,
+    num_images: int = 0,
 ) -> Work:
     """A layer of the text model on rows of L tokens, of which only some have queries and go on from there.
 
@@ -220,6 +230,7 @@ def text_layer(
         queries: tokens of a row that attend and are fed forward.
         num_tokens: tokens of a row that have keys and values (L).
         num_states: states of the image that the queries attend to (P); 0 for a layer without cross-attention.
+        num_images: rows of keys and values that the rows attend to; as many as these if 0.
     """
     width, inner = config.hidden_size, config.intermediate_size
     work = (
@@ -231,7 +242,7 @@ def text_layer(
     )
     if num_states:
         work += product(rows * queries, width, width, gradients) * 2  # queries, output
-        work += attention(rows, queries, num_states, width, gradients)
+        work += attention(rows, queries, num_states, width, gradients, num_images)
     return work
 
 

@@ -170,6 +170,9 @@ def test_attention_moves_queries_keys_values_and_output_and_no_scores():
     assert attention(3, 6, 10, 16, gradients=0) == Work(2 * 2 * 3 * 6 * 10 * 16, 0, forward)
     assert attention(3, 6, 10, 16).bytes == forward + backward
     assert attention(3, 6, 10, 16).backward == 2 * attention(3, 6, 10, 16).forward
+    shared = attention(6, 4, 10, 16, gradients=0, key_rows=2)  # three rows of queries to each of keys and values
+    assert shared.flops == attention(6, 4, 10, 16, gradients=0).flops
+    assert shared.bytes == 4 * 16 * (2 * 6 * 4 + 2 * 2 * 10)
 
 
 def test_half_precision_halves_the_bytes_of_the_encoders_and_no_operations():
@@ -191,7 +194,7 @@ def test_updates_read_and_write_every_weight():
 def test_a_last_layer_with_fewer_queries_saves_all_but_keys_and_values_of_the_other_tokens():
     text = small_patches().text_config
     width, inner, tokens, states, pairs, masked = 32, 48, 7, 17, 4, 3
-    every, used = FusedRows(4 * pairs, tokens), FusedRows(4 * pairs, 1 + masked)
+    every, used = FusedRows(4 * pairs, 2 * pairs, tokens), FusedRows(4 * pairs, 2 * pairs, 1 + masked)
     a_token = 4 * width**2 + 2 * width * inner + 2 * (tokens + states) * width  # 4: queries and outputs, twice
     saved = 4 * pairs * (tokens - 1 - masked)  # tokens
     difference = fusion_encoder(text, every, tokens, states).flops - fusion_encoder(text, used, tokens, states).flops

@@ -38,6 +38,7 @@ def fresh_accelerator():
 
 
 def tiny_run(folder, records=None, model=None, evaluate=None, pairs=None, collator=None, **options):
+    AcceleratorState._reset_state(True)  # another run may have left its precision, as the reference does
     options = {
         "epochs": 2,
         "batch_size": 4,

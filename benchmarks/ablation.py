@@ -1,0 +1,249 @@
+"""What each of our ways gives: a pre-training step with one of them off at a time: `python benchmarks/ablation.py`.
+
+One model and one batch, in one process; the ways take turns, round after round, each beside the whole in its round. The
+numbers stay those of the whole to rounding (tests compare them), but for the random draws. Below are the opt-in ways,
+which change the result: bf16, patch dropout and, with `--compile`, the compiler, whose first steps do not count.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from original import replaced
+from plain import draw_negatives, plain_lmi_loss
+from pretrain_step import SIZES, random_batch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from tcl_hf import TCLConfig, TCLForPreTraining, encoders, modeling_tcl
+from tcl_hf.momentum import MomentumTeacher
+from tcl_hf.training import parameter_groups
+
+
+class Step:
+    """A training step of ours, and what it stands on."""
+
+    def __init__(self, config: TCLConfig, batch: dict[str, Tensor]):
+        self.model = TCLForPreTraining(config).train()
+        self.batch = batch
+        self.fused, self.loop = (
+            torch.optim.AdamW(parameter_groups(self.model, 0.02), lr=1e-5, **how)
+            for how in ({"fused": True}, {"foreach": False})
+        )
+        self.optimizer = self.fused
+        self.forward: Callable[..., Any] = self.model
+        self.precision: AbstractContextManager = contextlib.nullcontext()
+
+    def run(self) -> float:
+        """Seconds of a step."""
+        start = time.perf_counter()
+        self.model.update_teacher()
+        with self.precision:
+            loss = self.forward(**self.batch, alpha=0.4).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+
+# Ways that are off
+
+
+@contextlib.contextmanager
+def eager_attention(step: Step) -> Iterator[None]:
+    step.model.set_attn_implementation("eager")
+    yield
+    step.model.set_attn_implementation("sdpa")
+
+
+@contextlib.contextmanager
+def pytorch_s_attention_with_dropout(step: Step) -> Iterator[None]:
+    """Its plain kernel, which it has for dropout on a CPU: also for the layers that would run ours."""
+    sdpa = encoders.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with replaced(encoders, "eager_attention_forward", sdpa):
+        yield
+
+
+def pytorch_s_dropout(step: Step) -> AbstractContextManager:
+    return replaced(encoders, "drop", F.dropout)
+
+
+@contextlib.contextmanager
+def all_rows_copied(step: Step) -> Iterator[None]:
+    """Keys and values gathered for every pair."""
+    fuse = encoders.TCLTextModel.fuse
+
+    def with_index(self, states: Tensor, mask: Tensor, images: Any, index: Tensor | None = None, **what: Any) -> Any:
+        num_images = images[0][0].shape[0]
+        own = len(states) - (0 if index is None else len(index))
+        rows = torch.arange(num_images).repeat_interleave(own // num_images)
+        return fuse(self, states, mask, images, rows if index is None else torch.cat([rows, index]), **what)
+
+    with replaced(encoders.TCLTextModel, "fuse", with_index):
+        yield
+
+
+@contextlib.contextmanager
+def projected_for_every_pair(step: Step) -> Iterator[None]:
+    """Keys and values made of image states that are repeated for every pair."""
+    fuse = encoders.TCLTextModel.fuse
+
+    def of_pairs(self, states: Tensor, mask: Tensor, images: Any, index: Tensor | None = None, **what: Any) -> Any:
+        own = len(states) - (0 if index is None else len(index))
+        rows = torch.arange(len(images)).repeat_interleave(own // len(images))
+        rows = rows if index is None else torch.cat([rows, index])
+        return fuse(self, states, mask, self.project_images(images[rows]), **what)
+
+    def fuse_states(
+        self, states: Tensor, mask: Tensor, images: Tensor, index: Tensor | None = None, **what: Any
+    ) -> Any:
+        return self.text_model.fuse(states, mask, images, index, **what)
+
+    with replaced(encoders.TCLTextModel, "fuse", of_pairs), replaced(modeling_tcl.TCLModel, "fuse", fuse_states):
+        yield
+
+
+@contextlib.contextmanager
+def whole_last_layer(step: Step) -> Iterator[None]:
+    """Every token of the last fusion layer, of which some are taken."""
+    fuse = encoders.TCLTextModel.fuse
+
+    def all_tokens(self, *args: Any, positions: Tensor | None = None, **what: Any) -> Any:
+        output = fuse(self, *args, **what)
+        if positions is not None:
+            output.last_hidden_state = encoders.select_tokens(output.last_hidden_state, positions)
+        return output
+
+    with replaced(encoders.TCLTextModel, "fuse", all_tokens):
+        yield
+
+
+@contextlib.contextmanager
+def all_words_predicted(step: Step) -> Iterator[None]:
+    """Logits of every token, and so of the last layer too."""
+    positions = step.batch.pop("mlm_positions")
+    yield
+    step.batch["mlm_positions"] = positions
+
+
+def textbook_lmi(step: Step) -> AbstractContextManager:
+    return replaced(modeling_tcl, "lmi_loss", plain_lmi_loss)
+
+
+def teacher_by_tensor(step: Step) -> AbstractContextManager:
+    def update(self: MomentumTeacher, student: torch.nn.Module, momentum: float) -> None:
+        with torch.no_grad():
+            for own, theirs in zip(*self._pairs(student), strict=True):
+                own.data = own.data * momentum + theirs.data * (1 - momentum)
+
+    return replaced(MomentumTeacher, "update", update)
+
+
+def negatives_in_a_loop(step: Step) -> AbstractContextManager:
+    def loop(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
+        return draw_negatives(logits, excluded), ~excluded.all(-1)
+
+    return replaced(modeling_tcl, "sample_hard_negatives", loop)
+
+
+@contextlib.contextmanager
+def adamw_in_a_loop(step: Step) -> Iterator[None]:
+    step.optimizer = step.loop
+    yield
+    step.optimizer = step.fused
+
+
+OFF: dict[str, Callable[[Step], AbstractContextManager]] = {
+    "fused attention kernel (eager in its place)": eager_attention,
+    "own attention kernel where there is dropout": pytorch_s_attention_with_dropout,
+    "own dropout": pytorch_s_dropout,
+    "texts of an image as neighbours (all gathered)": all_rows_copied,
+    "keys and values once for an image": projected_for_every_pair,
+    "last layer for used tokens alone": whole_last_layer,
+    "masked words alone predicted": all_words_predicted,
+    "LMI by one logsumexp": textbook_lmi,
+    "teacher moved in place, all tensors at once": teacher_by_tensor,
+    "negatives without a loop": negatives_in_a_loop,
+    "fused AdamW": adamw_in_a_loop,
+}
+
+
+# Ways that change the result
+
+
+@contextlib.contextmanager
+def bf16(step: Step) -> Iterator[None]:
+    step.precision = torch.autocast("cpu", torch.bfloat16)
+    yield
+    step.precision = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def patch_dropout(share: float, step: Step) -> Iterator[None]:
+    step.model.config.patch_dropout = share
+    yield
+    step.model.config.patch_dropout = 0.0
+
+
+@contextlib.contextmanager
+def compiled(step: Step) -> Iterator[None]:
+    if not hasattr(step, "compiled"):
+        step.compiled = torch.compile(step.model.forward)  # type: ignore[attr-defined]
+    step.forward = step.compiled  # type: ignore[attr-defined]
+    yield
+    step.forward = step.model
+
+
+OPT_IN: dict[str, Callable[[Step], AbstractContextManager]] = {
+    "bf16 by autocast": bf16,
+    "half of the patches dropped": partial(patch_dropout, 0.5),
+    "three quarters of the patches dropped": partial(patch_dropout, 0.75),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--length", type=int, default=25, help="tokens of a text")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", help="ways whose names contain one of these words")
+    parser.add_argument("--compile", action="store_true", help="time the compiled forward too; minutes to compile")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    config = TCLConfig(**SIZES[args.size])
+    step = Step(config, random_batch(config, args.pairs, args.length))
+    ways = OFF | OPT_IN | ({"compiled": compiled} if args.compile else {})
+    if args.only:
+        ways = {name: way for name, way in ways.items() if any(word in name for word in args.only)}
+    step.run()
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for number in tqdm(range(args.repeats + 1), desc="rounds"):
+        for name, way in ways.items():
+            whole = step.run()
+            with way(step):
+                other = step.run()
+            if number:  # the first round allocates
+                seconds[name].append((whole, other))
+    every = [whole for values in seconds.values() for whole, _ in values]
+    print(f"{args.size}, {args.pairs} pairs of {args.length} tokens, {torch.get_num_threads()} threads, float32")
+    print(f"all on: {statistics.median(every):.3f} s ({min(every):.3f} to {max(every):.3f})\n")
+    for title, chosen in (("off", OFF), ("on, with another result", ways.keys() - OFF.keys())):
+        print(f"| {title} | s | time of the whole step, times (least to most) |\n|---|---:|---|")
+        for name in ways:
+            if name in chosen:
+                ratios = [other / whole for whole, other in seconds[name]]
+                spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+                print(f"| {name} | {statistics.median(other for _, other in seconds[name]):.3f} | {spread} |")
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -167,8 +167,8 @@ def product(rows: int, inner: int, columns: int, gradients: int = 2) -> Work:
 def attention(rows: int, queries: int, keys: int, width: int, gradients: int = 2, key_rows: int = 0) -> Work:
     """Scores of `queries` with `keys` in each row, and the values they weight; `gradients` is 2 or 0.
 
-    The width is that of all heads together. With `key_rows` several rows of queries share one of keys and values. Backward reads queries, keys, values, output and its gradient, and writes
-    three gradients: twice the forward.
+    The width is that of all heads together. With `key_rows` several rows of queries share one of keys and values.
+    Backward reads queries, keys, values, output and its gradient, and writes three gradients: twice the forward.
     """
     flops = 2 * (2 * rows * queries * keys * width)
     moved = 2 * (rows * queries + (key_rows or rows) * keys) * width

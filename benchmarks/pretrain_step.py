@@ -111,8 +111,9 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     fields = dict(SIZES[args.size])
-    fields["vision_config"] = fields.get("vision_config", {}) | {"patch_dropout": args.patch_dropout}
-    config = TCLConfig(**fields)
+    if args.plain and args.patch_dropout:
+        parser.error("--patch_dropout: the plain reference sees all patches; leave out one of both")
+    config = TCLConfig(**fields, patch_dropout=args.patch_dropout)
     model: nn.Module = (PlainTCL if args.plain else TCLForPreTraining)(config).train().to(args.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.02), lr=1e-5, fused=None if args.plain else True)
     batch = {name: value.to(args.device) for name, value in random_batch(config, args.pairs, args.length).items()}

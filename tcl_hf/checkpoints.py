@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 _NAME = "step-????????"
+_REMOVED = ".removed"  # ends the name of one that is being removed
 
 
 class CheckpointWriteError(OSError):
@@ -53,8 +54,9 @@ def save_checkpoint(
     failure: Exception | None = None
     try:
         if accelerator.is_main_process:
-            for killed in final.parent.glob(f"{_NAME}.tmp"):  # in the midst of a checkpoint, perhaps of another step
-                shutil.rmtree(killed, ignore_errors=True)
+            for suffix in (".tmp", _REMOVED):  # what a kill has left, perhaps of another step
+                for left in final.parent.glob(f"{_NAME}{suffix}"):
+                    shutil.rmtree(left, ignore_errors=True)
         accelerator.wait_for_everyone()
         with serialization.patch("save.compute_crc32", False):  # the manifest has better, and one is slow enough
             accelerator.save_state(str(unfinished))
@@ -94,8 +96,12 @@ def _not_written(final: Path, output_dir: Path, failure: Exception | None) -> Ch
 
 def _remove_in_background(checkpoint: Path) -> None:
     """Take a checkpoint's name away at once, and its files while training goes on: a second or so for gigabytes."""
-    unnamed = checkpoint.with_suffix(".tmp")  # if this is killed, the next checkpoint removes what is left
-    checkpoint.rename(unnamed)
+    unnamed = checkpoint.with_suffix(_REMOVED)  # if this is killed, the next checkpoint removes what is left
+    try:
+        checkpoint.rename(unnamed)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s.", checkpoint, error)
+        return
     Thread(target=shutil.rmtree, args=(unnamed,), kwargs={"ignore_errors": True}).start()
 
 

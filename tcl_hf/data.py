@@ -465,8 +465,8 @@ class SkippedSamples:
     """Counts the samples that could not be used and lists them, one JSON line each, also from worker processes.
 
     A run that goes on makes the visits after its checkpoint again, also those of batches that were prepared ahead: it
-    lists no visit that is listed already, and counts none twice. The sample that each of a loader's workers began last
-    is known, for the case that it dies.
+    lists no bad sample that is listed already, and counts none twice. (Good ones that were prepared ahead count twice
+    among those seen.) The sample that each of a loader's workers began last is known, for the case that it dies.
 
     Args:
         path: the list's file; None keeps none.
@@ -502,7 +502,10 @@ class SkippedSamples:
         with open(self.path, "rb") as file:
             for text in file:
                 position += len(text)
-                line = json.loads(text) if text.endswith(b"\n") else {}
+                try:
+                    line = json.loads(text)
+                except ValueError:  # cut off in the midst, by a full disk for instance: it tells of no visit
+                    continue
                 if "visit" in line:
                     name = _visit_name(line["image_id"], *line["visit"])
                     self._listed[name] = position <= state.get("list_bytes", 0)

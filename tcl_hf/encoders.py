@@ -202,7 +202,7 @@ def drop(states: Tensor, p: float, training: bool) -> Tensor:
     """Dropout, as `F.dropout`; on a CPU from 31 random bits a number, which are drawn in a third of its time."""
     if not training or not 0 < p < 1 or states.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(states, p, training)
-    kept = torch.empty(states.shape, dtype=torch.int32).random_() >= round(p * 2**31)
+    kept = torch.empty(states.shape, dtype=torch.int32, device=states.device).random_() >= round(p * 2**31)
     return states * (kept / (1 - p)).to(states.dtype)
 
 
@@ -680,15 +680,15 @@ class TCLTextModel(TCLTextPreTrainedModel):
             image_mask: which of the images' states count (B, P); all if None. (A decoder of answers reads a question
                 as its "image", and questions are padded.)
             cache: keys and values of the tokens before, which these are added to.
-            positions: tokens whose last states are wanted (N, M): the last layer computes no others, and the states
-                and weights that it returns are those of these tokens.
+            positions: tokens whose last states are wanted (N, M). The last layer computes no others, where the
+                attention implementation lets it; its states and weights, if asked for, are then of these alone.
         """
         mask = self._mask(text_states, attention_mask, cache)
         if image_mask is not None:
             image_mask = self._image_mask(text_states, image_mask, image_index)
         # A causal mask, and the flash backend's of padding, are for queries that end where the keys end.
         needs_all = self.config.causal or "flash" in (self.config._attn_implementation or "")
-        at_last = None if needs_all else positions
+        at_last = None if needs_all or not self.fusion_layers else positions
         collected = _Collected(text_states, output_attentions, output_hidden_states)
         for layer, (key, value) in zip(self.fusion_layers, images, strict=True):
             chosen = at_last if layer is self.layers[-1] else None

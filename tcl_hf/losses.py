@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NO_IMAGE_ID = -100
+LMI_GROUP = 128  # samples whose similarities to all locals stand at once
 
 
 def similarity(queries: Tensor, keys: Tensor, temperature: Tensor) -> Tensor:
-    """Return `queries . keys / temperature` (N, K) in float32, for queries (N, D) and keys (K, D)."""
+    """Return `queries . keys / temperature` (..., N, K) in float32, for queries (..., N, D) and keys (..., K, D)."""
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.float() / temperature.float()  # fewer numbers to divide than similarities
         return queries @ keys.float().mT
@@ -109,7 +110,7 @@ def lmi_loss(features: Tensor, local_features: Tensor, temperature: Tensor, mask
 
     With `s_ijk = features_i . local_jk / temperature`, the loss of local k of sample i is
     `-log(e^s_iik / (e^s_iik + sum over j != i and all k' of e^s_ijk'))`. The sum over the others does not depend
-    on k, so the largest tensor is the similarity itself, (N, M, L).
+    on k, so it is one number for each sample.
 
     Args:
         features: student features of whole samples (N, D).
@@ -118,21 +119,52 @@ def lmi_loss(features: Tensor, local_features: Tensor, temperature: Tensor, mask
 
     Returns:
         Mean over the real locals of a sample, then over the samples that have any; 0 if none has.
+
+    Raises:
+        ValueError: if the locals have a gradient, which would not be computed.
     """
-    num_samples, (num_rows, num_locals, _) = len(features), local_features.shape
-    logits = similarity(features, local_features.flatten(0, 1), temperature)  # (N, M * L)
-    logits = logits.unflatten(-1, (num_rows, num_locals))  # (N, M, L)
+    if local_features.requires_grad and torch.is_grad_enabled():
+        raise ValueError("local_features have a gradient, but LMI learns from the teacher's: detach them.")
     if mask is None:
-        mask = torch.ones(num_rows, num_locals, dtype=torch.bool, device=logits.device)
+        mask = torch.ones(local_features.shape[:2], dtype=torch.bool, device=features.device)
     mask = mask.bool()
-    own = torch.eye(num_samples, num_rows, dtype=torch.bool, device=logits.device)
-    # A finite floor: logsumexp over nothing but -inf has no gradient, and a batch of one has no other row.
-    floor = torch.finfo(logits.dtype).min
-    others = logits.masked_fill(own[..., None] | ~mask, floor).flatten(1).logsumexp(-1)  # (N,)
-    positives, mask = logits.diagonal().mT, mask[:num_samples]  # (N, L): logits[i, i]
+    with torch.autocast(features.device.type, enabled=False):
+        queries, local_features = features.float() / temperature.float(), local_features.float()  # (N, D), (M, L, D)
+        others, mean_key = _log_sum_over_others(queries, local_features, mask)
+        # The gradient of a log of summed exponentials is the mean of its keys, which is known already.
+        others = others + ((queries - queries.detach()) * mean_key).sum(-1)  # (N,)
+        own = local_features[: len(features)]
+        positives = (queries[:, None] @ own.mT)[:, 0]  # (N, L)
     per_local = F.softplus(others[:, None] - positives)  # -log(e^p / (e^p + e^others))
+    mask = mask[: len(features)]
     per_sample = (per_local * mask).sum(-1) / mask.sum(-1).clamp(min=1)
     return _masked_mean(per_sample, mask.any(-1))
+
+
+@torch.no_grad()
+def _log_sum_over_others(queries: Tensor, local_features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """For each query (N, D) the log of the sum of `e^(query . local)` over the real locals of other rows (M, L, D).
+
+    Returns it (N,), and the mean of these locals weighted by their summands (N, D). Similarities (N, M * L) stand for a
+    group of queries at a time.
+    """
+    num_rows, num_locals, _ = local_features.shape
+    nothing = torch.finfo(queries.dtype).min  # finite: a batch of one has no other row, and a text perhaps no local
+    if not num_locals:
+        return queries.new_full(queries.shape[:1], nothing), torch.zeros_like(queries)
+    keys = local_features.flatten(0, 1)  # (M * L, D)
+    row_of_key = torch.arange(num_rows, device=keys.device).repeat_interleave(num_locals)
+    sums, means = [], []
+    for first in range(0, len(queries), LMI_GROUP):
+        logits = queries[first : first + LMI_GROUP] @ keys.mT  # (n, M * L)
+        rows = torch.arange(first, first + len(logits), device=keys.device)[:, None]
+        logits.masked_fill_((row_of_key == rows) | ~mask.flatten(), nothing)
+        largest = logits.amax(-1, keepdim=True)
+        summands = logits.sub_(largest).exp_()
+        total = summands.sum(-1, keepdim=True)
+        sums.append((largest + total.log())[:, 0])
+        means.append(summands @ keys / total)
+    return torch.cat(sums), torch.cat(means)
 
 
 def sample_hard_negatives(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from .losses import (
     sample_hard_negatives,
     similarity,
 )
-from .momentum import FeatureQueue, MomentumTeacher, gather_own_first, gather_padded
+from .momentum import FeatureQueue, MomentumTeacher, gather_own_first, gather_padded, is_distributed
 from .starting_points import StartingPoint, read_text_encoder, read_vision_encoder
 
 logger = logging.get_logger(__name__)
@@ -234,7 +234,8 @@ class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
         Args:
             images: states (B, 1 + P, width), or what `text_model.project_images` made of them, which is cheaper
                 where an image is used again.
-            image_index: the image of each text (N,). Without it every image serves N / B neighbouring texts.
+            image_index: the image of each text (N,), or of the last R texts (R,). Without it, and for the texts before
+                these, every image serves as many neighbouring texts as any other.
         """
         if isinstance(images, Tensor):
             images = self.text_model.project_images(images)
@@ -735,7 +736,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         num_pairs, length = pairs.attention_mask.shape
         # What negatives are drawn from, the own batch first.
         text_states, mask, image_states = student.text_states, pairs.attention_mask, student.image_states
-        gathers = bool(self.config.itm_weight) and self.config.gather_negatives
+        gathers = bool(self.config.itm_weight) and self.config.gather_negatives and is_distributed()
         if gathers:
             text_states, image_states = (gather_padded(x, with_gradient=True) for x in (text_states, image_states))
             mask = gather_padded(mask)
@@ -744,7 +745,8 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         # The texts that an image is fused with are neighbours, which share its keys and values: the true one, a
         # negative one, the masked one. After all these come the true ones once more, each with a negative image.
         texts, masks, tokens, hard_image = [], [], [], None
-        wanted = mask.new_zeros(num_pairs, 1) if masked is None else masked.tokens()  # (N, 1 + M); None for all tokens
+        wanted = text_states.new_zeros(num_pairs, 1, dtype=torch.long)  # (N, 1 + M); None for all tokens
+        wanted = wanted if masked is None else masked.tokens()
         first = None if wanted is None else torch.zeros_like(wanted)  # [CLS], as many times
         if self.config.itm_weight:
             hard_image, has_image, hard_text, has_text = self._hard_negatives(pairs, student, teacher)

@@ -18,6 +18,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, SequenceClassifierOutput
 from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .configuration_tcl import TCLConfig, TCLTextConfig
 from .encoders import KeyValue, TCLLMHead, TCLTextModel, TCLTextPreTrainedModel, copy_of, shape_of
@@ -283,6 +284,7 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
             **what,
         )
 
+    @deprecate_kwarg("past_key_values", version="6.0.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -352,6 +354,14 @@ def fill_decoder(state_dict: dict[str, Any], config: TCLTextConfig) -> dict[str,
             if layer >= 0 and fits:
                 filled[f"{owner}text_decoder.text_model.layers.{layer}.{rest}"] = copy_of(value)
     return filled
+
+
+def _rows_of_cache(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """A cache with the keys and values of these rows (R,) of another."""
+    chosen = DynamicCache()
+    for number, layer in enumerate(cache.layers):
+        chosen.update(layer.keys[rows], layer.values[rows], number)
+    return chosen
 
 
 @dataclass
@@ -565,23 +575,27 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         first, chosen = first_tokens[:, candidate_ids[:, 1]].topk(min(k, len(candidate_ids)))  # (N, k)
         scores = 2 * first
 
-        longest = int(candidate_mask[chosen].sum(-1).max())
-        answer_ids = candidate_ids[chosen][..., 1 : longest - 1].flatten(0, 1)  # (N * k, L - 2): [SEP] predicts nothing
-        targets = candidate_ids[chosen][..., 2:longest].flatten(0, 1)
-        counts = candidate_mask[chosen][..., 2:longest].flatten(0, 1).bool()
-        if answer_ids.shape[1]:
-            cache.batch_repeat_interleave(chosen.shape[1])
-            states = decoder.decode(answer_ids, projected, question_mask, cache=cache).last_hidden_state
-            rest = torch.zeros(counts.shape, device=scores.device)
-            rest[counts] = torch.cat(
-                [
-                    -F.cross_entropy(decoder.lm_head(some).float(), ids, reduction="none")
-                    for some, ids in zip(
-                        states[counts].split(chunk_size), targets[counts].split(chunk_size), strict=True
-                    )
-                ]
-            )
-            scores = scores + rest.sum(-1).view_as(scores)
+        # Answers of one length are read together: most have one or two tokens, and padding would be most of the work.
+        answer_ids = candidate_ids[chosen].flatten(0, 1)  # (N * k, L)
+        lengths = candidate_mask[chosen].sum(-1).flatten()
+        rest = torch.zeros(len(lengths), device=scores.device)
+        for length in lengths.unique().tolist():
+            if length < 3:  # [CLS] and one token, which has been scored
+                continue
+            rows = (lengths == length).nonzero().flatten()
+            ids = answer_ids[rows, 1:length]  # (R, length - 1); the last, [SEP], predicts nothing
+            question = rows // chosen.shape[1]
+            states = decoder.decode(
+                ids[:, :-1], projected, question_mask, question, cache=_rows_of_cache(cache, question)
+            ).last_hidden_state
+            log_p = [
+                -F.cross_entropy(decoder.lm_head(some).float(), targets, reduction="none")
+                for some, targets in zip(
+                    states.flatten(0, 1).split(chunk_size), ids[:, 1:].flatten().split(chunk_size), strict=True
+                )
+            ]
+            rest[rows] = torch.cat(log_p).view(len(rows), -1).sum(-1)
+        scores = scores + rest.view_as(scores)
         scores, order = scores.sort(-1, descending=True)
         return TCLRankedAnswers(chosen.gather(-1, order), scores.softmax(-1), scores)
 

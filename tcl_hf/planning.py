@@ -98,7 +98,7 @@ def run_step(config: TCLConfig, batch_size: int, num_tokens: int, mixed_precisio
 
         def forward() -> _Kept:
             kept = _Kept(model)
-            with kept.watching(), torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
+            with kept.watching(), torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision in HALF_PRECISION):
                 model(**batch, alpha=config.alpha)
             return kept
 

@@ -86,7 +86,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_a_good_one_out(tmp_path):
     (newest / "optimizer.bin").write_bytes(b"damaged")
     resumed(tmp_path, save_steps=3, save_total_limit=1, max_steps=4)
     assert newest_whole_checkpoint(tmp_path) == newest_checkpoint(tmp_path) == newest.with_name("step-00000003")
-    while (leftovers := list((tmp_path / CHECKPOINTS).glob("*.tmp"))) and time.monotonic() < deadline:
+    while (leftovers := list((tmp_path / CHECKPOINTS).glob("*.*"))) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not leftovers
 

@@ -157,6 +157,28 @@ def test_lmi_of_one_row_has_no_negatives_and_finite_gradients(tau):
     assert all(torch.isfinite(g).all() for g in gradients(loss, features, tau))
 
 
+@pytest.mark.parametrize("group", [1, 3, 7, 128])
+def test_lmi_is_the_same_in_groups_of_any_size(group, monkeypatch):
+    torch.manual_seed(0)
+    features = F.normalize(torch.randn(7, 16), dim=-1).requires_grad_()
+    parts, tau = F.normalize(torch.randn(9, 5, 16), dim=-1), torch.tensor(0.1, requires_grad=True)
+    mask = torch.rand(9, 5) < 0.7
+    expected = lmi_loss(features, parts, tau, mask)
+    monkeypatch.setattr("tcl_hf.losses.LMI_GROUP", group)
+    found = lmi_loss(features, parts, tau, mask)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(loss, (features, tau)) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_lmi_refuses_locals_whose_gradient_would_be_lost():
+    features, parts = torch.ones(2, 4), torch.ones(2, 3, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="LMI learns from the teacher's: detach them"):
+        lmi_loss(features, parts, torch.tensor(0.1))
+    with torch.no_grad():
+        assert lmi_loss(features, parts, torch.tensor(0.1)).isfinite()
+
+
 def test_lmi_of_texts_without_tokens_is_zero(tau):
     features = unit(N, D, seed=1, grad=True)
     assert lmi_loss(features, torch.empty(N, 0, D), tau, torch.empty(N, 0)).item() == 0

@@ -800,6 +800,27 @@ def test_a_model_without_fusion_layers_says_so_unless_no_objective_needs_them():
     assert torch.isfinite(TCLForPreTraining(config).train()(**batch).loss)
 
 
+def test_tokens_are_selected_where_no_layer_fuses():
+    model = TCLForImageTextRetrieval(small_patches(text_config={"fusion_layer": 4}, itm_weight=0, mlm_weight=0)).eval()
+    states, positions = torch.randn(2, 5, 32), torch.tensor([[3, 1], [0, 4]])
+    fused = model.tcl.text_model.fuse(states, None, [], positions=positions)
+    assert torch.equal(fused.last_hidden_state, torch.stack([states[0, [3, 1]], states[1, [0, 4]]]))
+    assert torch.equal(fused.pooler_output, torch.stack([states[0, 3], states[1, 0]]))
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
+def test_a_mask_of_padding_may_have_any_type(model_class, dtype):
+    torch.manual_seed(0)
+    model = model_class(small_patches()).eval()
+    batch = training_batch(4) | {"image_ids": torch.tensor([0, 1, 2, 3])}
+    losses = []
+    for mask in (batch["attention_mask"], batch["attention_mask"].to(dtype)):
+        torch.manual_seed(1)
+        losses.append(model(**batch | {"attention_mask": mask}).loss)
+    assert torch.equal(*losses)
+
+
 def test_inputs_that_do_not_fit_are_refused_with_a_sentence():
     model = TCLForPreTraining(small_patches()).train()
     batch = training_batch(4)

@@ -924,6 +924,17 @@ def test_attentions_of_answers_are_causal_with_any_mask():
                 torch.testing.assert_close(weights.sum(-1), torch.ones(2, weights.shape[1], 5))
 
 
+def test_a_decoder_takes_its_cache_by_both_names():
+    decoder = stirred(TCLForQuestionAnswering, 0).eval().text_decoder
+    ids, states = torch.tensor([[CLS, 31, 54]]), torch.randn(1, 6, decoder.config.hidden_size)
+    with torch.no_grad():
+        expected = decoder(ids, encoder_hidden_states=states).logits[:, -1]
+        for name in ("cache", "past_key_values"):
+            first = decoder(ids[:, :2], encoder_hidden_states=states, use_cache=True)
+            found = decoder(ids[:, 2:], **{name: first.cache}).logits[:, -1]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture
 def writer():
     """A model some of whose answers end early."""

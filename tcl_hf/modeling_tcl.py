@@ -745,7 +745,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         # The texts that an image is fused with are neighbours, which share its keys and values: the true one, a
         # negative one, the masked one. After all these come the true ones once more, each with a negative image.
         texts, masks, tokens, hard_image = [], [], [], None
-        wanted = text_states.new_zeros(num_pairs, 1, dtype=torch.long)  # (N, 1 + M); None for all tokens
+        wanted = mask.new_zeros(num_pairs, 1, dtype=torch.long)  # (N, 1 + M); None for all tokens
         wanted = wanted if masked is None else masked.tokens()
         first = None if wanted is None else torch.zeros_like(wanted)  # [CLS], as many times
         if self.config.itm_weight:

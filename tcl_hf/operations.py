@@ -131,13 +131,17 @@ def operations(
         """Of the features of one modality with keys; no gradient reaches the keys, which are the teacher's."""
         return product(num_pairs, config.projection_dim, num_keys, gradients)
 
+    def locals_of_all(num_locals: int) -> Work:
+        """Of the features with all locals, and the gradient beside it at once; and of each with its own."""
+        own = product(1, config.projection_dim, num_locals, gradients=1) * num_pairs
+        return similarities(num_pairs * num_locals, gradients=0) * 2 + own
+
     num_keys = num_pairs + config.queue_size
     parts |= {
         # Both directions, student and teacher.
         "CMA": (similarities(num_keys) + similarities(num_keys, gradients=0)) * (2 * bool(config.cma_weight)),
         "IMC": similarities(num_keys) * (2 * bool(config.imc_weight)),
-        "LMI": (similarities(num_pairs * config.local_grid**2) + similarities(num_pairs * (num_tokens - 1)))
-        * bool(config.lmi_weight),
+        "LMI": (locals_of_all(config.local_grid**2) + locals_of_all(num_tokens - 1)) * bool(config.lmi_weight),
         # The logits that are returned, and those that hard negatives are drawn from, in both directions.
         "similarities in the batch": similarities(num_pairs, gradients=0) * (compares + 2 * matches),
     }

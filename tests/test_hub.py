@@ -60,6 +60,8 @@ def hub(server, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: False)
+    # Its client keeps the address of its first use, and tries one that does not answer for half a minute.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     monkeypatch.setenv("HF_TOKEN", server.token)
     server.recover()
     server.requests.clear()

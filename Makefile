@@ -26,7 +26,7 @@ check: $(VENV)/.dev ## check style and types
 
 bench: $(VENV)/.demo ## time ours beside its peers, and what each of our ways gives (half an hour on an idle machine)
 	$(BIN)/python benchmarks/suite.py --plot runs/performance.png
-	$(BIN)/python benchmarks/ablation.py --repeats 3
+	$(BIN)/python benchmarks/ablation.py --repeats 2
 
 clean: ## remove the environment, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

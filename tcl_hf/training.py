@@ -572,7 +572,7 @@ class _Guard:
         step, loss = self.first.tolist()
         if step >= 0:
             raise NonFiniteError(
-                f"Step {int(step) + 1}: the loss was {loss:g}; it or its gradient was not finite, here or in another "
+                f"Step {int(step) + 1}: the loss was {loss:g} or its gradient was not finite, here or in another "
                 "process. No such update reached the weights. "
                 f"Last good checkpoint: {checkpoint or 'none was saved (see save_steps)'}. "
                 "Lower the learning rate, clip the gradient (max_grad_norm) or look at the data of that step."

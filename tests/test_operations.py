@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import small_patches, tiny_config
+from pretrain_step import SIZES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,21 +16,7 @@ from tcl_hf import TCLConfig
 from tcl_hf.operations import FusedRows, Work, attention, fusion_encoder, operations, product, updates
 from tcl_hf.planning import PlanArguments, count_parameters, describe_operations, empty_model
 
-SMALL = {
-    "vision_config": {
-        "hidden_size": 384,
-        "num_attention_heads": 6,
-        "intermediate_size": 1536,
-        "patch_size": 14,
-        "image_size": 112,
-    },
-    "text_config": {
-        "hidden_size": 384,
-        "num_attention_heads": 12,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 9,
-    },
-}
+SMALL = SIZES["small"]
 ALBEF = {"cma_weight": 1, "imc_weight": 0, "lmi_weight": 0}
 CMA = ALBEF | {"itm_weight": 0, "mlm_weight": 0}
 ALONE = {f"{name}_weight": 0 for name in ("cma", "imc", "lmi", "itm", "mlm")}

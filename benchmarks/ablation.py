@@ -7,6 +7,7 @@ which change the result: bf16, patch dropout and, with `--compile`, the compiler
 
 import argparse
 import contextlib
+import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +24,11 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from tcl_hf import TCLConfig, TCLForPreTraining, encoders, modeling_tcl
+from tcl_hf.allocation import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 from tcl_hf.momentum import MomentumTeacher
 from tcl_hf.training import parameter_groups
+
+M_MMAP_THRESHOLD, M_MMAP_MAX_DEFAULT = -3, 65536  # glibc's malloc.h
 
 
 class Step:
@@ -160,6 +164,21 @@ def adamw_in_a_loop(step: Step) -> Iterator[None]:
     step.optimizer = step.fused
 
 
+@contextlib.contextmanager
+def memory_given_back(step: Step) -> Iterator[None]:
+    """As glibc does after some large blocks were freed: it then keeps blocks up to 32 MiB, and 64 MiB at the end."""
+    if keep_freed_memory():
+        libc = ctypes.CDLL(None)
+        for name, value in {
+            M_MMAP_MAX: M_MMAP_MAX_DEFAULT,
+            M_MMAP_THRESHOLD: 2**25,
+            M_TRIM_THRESHOLD: 2**26,
+        }.items():
+            libc.mallopt(name, value)
+    yield
+    keep_freed_memory()
+
+
 OFF: dict[str, Callable[[Step], AbstractContextManager]] = {
     "fused attention kernel (eager in its place)": eager_attention,
     "own attention kernel where there is dropout": pytorch_s_attention_with_dropout,
@@ -172,6 +191,7 @@ OFF: dict[str, Callable[[Step], AbstractContextManager]] = {
     "teacher moved in place, all tensors at once": teacher_by_tensor,
     "negatives without a loop": negatives_in_a_loop,
     "fused AdamW": adamw_in_a_loop,
+    "freed memory kept": memory_given_back,
 }
 
 
@@ -218,6 +238,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="time the compiled forward too; minutes to compile")
     args = parser.parse_args()
     torch.manual_seed(0)
+    keep_freed_memory()  # as `train` does
     config = TCLConfig(**SIZES[args.size])
     step = Step(config, random_batch(config, args.pairs, args.length))
     ways = OFF | OPT_IN | ({"compiled": compiled} if args.compile else {})

@@ -64,8 +64,10 @@ class OurStep:
         from pretrain_step import random_batch
 
         from tcl_hf import TCLConfig, TCLForPreTraining
+        from tcl_hf.allocation import keep_freed_memory
         from tcl_hf.training import parameter_groups
 
+        keep_freed_memory()  # as `train` does
         self.libraries = peak_bytes()
         self.model = TCLForPreTraining(TCLConfig()).train()
         for parameter in self.model.teacher.parameters():

@@ -16,6 +16,7 @@ from plain import PlainTCL
 from torch import nn
 
 from tcl_hf import TCLConfig, TCLForPreTraining
+from tcl_hf.allocation import keep_freed_memory
 from tcl_hf.collators import mask_tokens, masked_positions
 from tcl_hf.operations import operations
 from tcl_hf.training import parameter_groups
@@ -109,6 +110,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.device == "cpu" and not args.plain:
+        keep_freed_memory()  # as `train` does
     torch.manual_seed(0)
     fields = dict(SIZES[args.size])
     if args.plain and args.patch_dropout:

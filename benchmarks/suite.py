@@ -2,8 +2,9 @@
 
 A work has contenders: ours, the plain reference (`plain.py`), and models of transformers with encoders of the same
 sizes, as far as they have the part. Each contender has a process of its own, which stays; they compute one after
-another, round after round, so that a machine that gets slower does so for all. A ratio is the median over the rounds
-of a peer's time by ours in the same round, with the least and the most.
+another, round after round, in an order drawn for each, so that a machine that gets slower does so for all and none is
+always first. A ratio is the median over the rounds of a peer's time by ours in the same round, with the least and the
+most.
 
 In the rounds of the pre-training step the machine itself is measured too: float32 matrix products, written to memory
 that is there, and the bandwidth of a copy.
@@ -16,6 +17,7 @@ import atexit
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -75,10 +77,12 @@ def training_step(size: str, pairs: int, name: str) -> Run:
     from pretrain_step import SIZES, random_batch
 
     from tcl_hf import TCLConfig, TCLForPreTraining
+    from tcl_hf.allocation import keep_freed_memory
     from tcl_hf.training import parameter_groups
 
     config = TCLConfig(**SIZES[size])
     if name == OURS:
+        keep_freed_memory()  # as `train` does
         model: nn.Module = TCLForPreTraining(config).train()
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.02), lr=1e-5, fused=True)
     else:
@@ -436,8 +440,8 @@ def measure(name: str, repeats: int | None = None) -> dict[str, list[dict[str, A
     contenders = {who: Contender(name, who) for who in work.contenders}
     told: dict[str, list[dict[str, Any]]] = {who: [] for who in contenders}
     for number in range((repeats or work.repeats) + 1):
-        for who, contender in contenders.items():
-            answer = contender.ask()
+        for who in random.Random(number).sample(list(contenders), len(contenders)):
+            answer = contenders[who].ask()
             answer["seconds"] *= work.scale.get(who, 1.0)
             if number:
                 told[who].append(answer)

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .allocation import keep_freed_memory
 from .checkpoints import (
     CHECKPOINTS,
     newest_checkpoint,
@@ -203,6 +204,8 @@ def _train(
         # Each process reads its own batches: sending them from rank 0 fails on a batch of bad samples alone.
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()

@@ -17,7 +17,7 @@ from tcl_hf import TCLForPreTraining
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"checksums", "configuration_tcl", "losses", "metrics"},
+    {"allocation", "checksums", "configuration_tcl", "losses", "metrics"},
     {"momentum", "encoders", "operations"},
     {"starting_points"},
     {"modeling_tcl", "modeling_tcl_tasks", "processing_tcl", "image_processing_tcl", "tokenization_tcl"},

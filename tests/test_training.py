@@ -84,6 +84,13 @@ def test_a_run_leaves_a_model_that_loads_its_processor_and_metrics(reference):
     assert [line["alpha"] for line in lines] == pytest.approx([0, 0.4 / 3, 0.8 / 3, 0.4, 0.4, 0.4])
 
 
+def test_a_run_on_a_cpu_keeps_its_freed_memory(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("tcl_hf.training.keep_freed_memory", lambda: asked.append(True))
+    tiny_run(tmp_path, max_steps=1)
+    assert asked
+
+
 def test_two_runs_with_one_seed_have_the_same_losses(reference, tmp_path):
     tiny_run(tmp_path)
     assert losses(tmp_path) == losses(reference)

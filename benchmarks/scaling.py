@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--image_size", type=int, default=64, help="pixels; large enough that computing outweighs reading"
+        "--image_size", type=int, default=128, help="pixels; at 64 the workers that read need a core themselves"
     )
     args = parser.parse_args()
     found: dict[str, list[float]] = {way: [] for way in WAYS}

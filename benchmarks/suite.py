@@ -361,7 +361,7 @@ WORKS = {
         9,
     ),
     "rerank": Work(
-        "re-ranking, 40 images x 200 texts, k = 16", all_with(reranking, TWO), 3, True, scale={PLAIN: PART_OF_LOOPS}
+        "re-ranking, 40 images x 200 texts, k = 16", all_with(reranking, TWO), 2, True, scale={PLAIN: PART_OF_LOOPS}
     ),
     "answers": Work("ranking 3,128 answers, k = 128, 2 questions", all_with(answers, TWO), agree=True),
     **{
@@ -406,7 +406,7 @@ def resident_bytes() -> int:
 
 
 class Contender:
-    """A process that does its work when asked."""
+    """A process that does its work when asked; it says once that it is ready."""
 
     def __init__(self, work: str, name: str):
         command = [sys.executable, __file__, "--child", work, name]
@@ -417,7 +417,6 @@ class Contender:
         }
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT)
-        self.read()
 
     def ask(self) -> dict[str, Any]:
         self.process.stdin.write("run\n")
@@ -449,6 +448,8 @@ def measure(name: str, repeats: int | None = None) -> dict[str, list[dict[str, A
     """What each contender of a work told in each round; a first round, which allocates, does not count."""
     work = WORKS[name]
     contenders = {who: Contender(name, who) for who in work.contenders}
+    for contender in contenders.values():  # all prepare at once
+        contender.read()
     told: dict[str, list[dict[str, Any]]] = {who: [] for who in contenders}
     for number in range((repeats or work.repeats) + 1):
         for who in order_of(contenders, number):

@@ -28,7 +28,7 @@ from tcl_hf.allocation import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 from tcl_hf.momentum import MomentumTeacher
 from tcl_hf.training import parameter_groups
 
-M_MMAP_THRESHOLD, M_MMAP_MAX_DEFAULT = -3, 65536  # glibc's malloc.h
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 class Step:
@@ -169,12 +169,9 @@ def memory_given_back(step: Step) -> Iterator[None]:
     """As glibc does after some large blocks were freed: it then keeps blocks up to 32 MiB, and 64 MiB at the end."""
     if keep_freed_memory():
         libc = ctypes.CDLL(None)
-        for name, value in {
-            M_MMAP_MAX: M_MMAP_MAX_DEFAULT,
-            M_MMAP_THRESHOLD: 2**25,
-            M_TRIM_THRESHOLD: 2**26,
-        }.items():
-            libc.mallopt(name, value)
+        libc.mallopt(M_MMAP_MAX, 65536)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
     yield
     keep_freed_memory()
 

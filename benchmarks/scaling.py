@@ -1,4 +1,4 @@
-"""Pairs per second of the default pre-training with one process and with two, on an otherwise idle machine.
+"""Pairs per second of pre-training on the default pictures with one process and with two, on an otherwise idle machine.
 
 `python benchmarks/scaling.py`: one process with one thread, two processes (gloo) with one thread each, and one process
 with two threads, in turn and repeated. Each process reads and augments its own data in one worker.

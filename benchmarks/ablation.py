@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from tcl_hf import TCLConfig, TCLForPreTraining, encoders, modeling_tcl
-from tcl_hf.allocation import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
-from tcl_hf.momentum import MomentumTeacher
-from tcl_hf.training import parameter_groups
+from tcl_hf import TCLConfig, TCLForPreTraining
+from tcl_hf.models import encoders, modeling_tcl
+from tcl_hf.models.momentum import MomentumTeacher
+from tcl_hf.training.allocation import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+from tcl_hf.training.optimization import parameter_groups
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 

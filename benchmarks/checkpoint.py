@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from tqdm.auto import trange
 
 from tcl_hf import TCLConfig, TCLForPreTraining
-from tcl_hf.checkpoints import save_checkpoint
-from tcl_hf.training import parameter_groups
+from tcl_hf.training.checkpoints import save_checkpoint
+from tcl_hf.training.optimization import parameter_groups
 
 BLOCK = 2**26
 

@@ -19,8 +19,8 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from tcl_hf import augmentation as ours
-from tcl_hf.image_processing_tcl import TCLImageProcessor
+from tcl_hf.data import augmentation as ours
+from tcl_hf.models.image_processing_tcl import TCLImageProcessor
 
 MEAN, STD = TCLImageProcessor.image_mean, TCLImageProcessor.image_std
 SIZE = 256

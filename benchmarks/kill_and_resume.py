@@ -33,8 +33,9 @@ def train_child(folder: Path, streaming: bool, resume: bool) -> None:
     import torch.distributed as dist
 
     from tcl_hf import TCLConfig, TCLForPreTraining, TCLImageProcessorPil, TCLProcessor, training
-    from tcl_hf.collators import TCLPreTrainingCollator
-    from tcl_hf.data import load_pairs, train_tokenizer
+    from tcl_hf.data.collators import TCLPreTrainingCollator
+    from tcl_hf.data.pairs import load_pairs
+    from tcl_hf.data.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer([f"word{i}" for i in range(NUM_SAMPLES)], vocab_size=300)
     processor = TCLProcessor(TCLImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
@@ -63,11 +64,11 @@ def train_child(folder: Path, streaming: bool, resume: bool) -> None:
     args = training.TrainingArguments(
         output_dir=str(folder),
         max_steps=EPOCHS * NUM_SAMPLES // BATCH // world,
-        epochs=EPOCHS,
-        batch_size=BATCH,
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH,
         learning_rate=1e-3,
         warmup_steps=3,
-        num_workers=2,
+        dataloader_num_workers=2,
         logging_steps=1,
         save_steps=3,
         resume=resume,

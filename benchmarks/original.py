@@ -64,8 +64,8 @@ class OurStep:
         from pretrain_step import random_batch
 
         from tcl_hf import TCLConfig, TCLForPreTraining
-        from tcl_hf.allocation import keep_freed_memory
-        from tcl_hf.training import parameter_groups
+        from tcl_hf.training.allocation import keep_freed_memory
+        from tcl_hf.training.optimization import parameter_groups
 
         keep_freed_memory()  # as `train` does
         self.libraries = peak_bytes()
@@ -82,8 +82,8 @@ class OurStep:
 
     def values(self) -> dict[str, Any]:
         """Losses and norms of gradients, by the original's names."""
-        import tcl_hf.modeling_tcl as modeling
-        from tcl_hf.convert import original_names
+        import tcl_hf.models.modeling_tcl as modeling
+        from tcl_hf.sharing.convert import original_names
 
         drawn, exist = iter(self.negatives), torch.ones(PAIRS, dtype=torch.bool)
         with (
@@ -121,7 +121,7 @@ class OurReranking:
 
     def __init__(self, file: Path):
         from tcl_hf import TCLConfig, TCLForImageTextRetrieval
-        from tcl_hf.evaluation import EncodedPairs
+        from tcl_hf.evaluation.retrieval import EncodedPairs
 
         config = TCLConfig(use_momentum_teacher=False)
         self.model = TCLForImageTextRetrieval(config).eval()
@@ -145,7 +145,7 @@ class OurReranking:
         return self.run(0)["values"]
 
     def run(self, number: int) -> dict[str, Any]:
-        from tcl_hf.evaluation import matching_scores
+        from tcl_hf.evaluation.retrieval import matching_scores
 
         start = time.perf_counter()
         scores = matching_scores(self.model, self.pairs, K_RETRIEVAL)
@@ -217,7 +217,7 @@ def num_patches(config: Any) -> int:
 
 def save_work(file: Path, model: nn.Module, **inputs: Any) -> None:
     """Write a model, by the original's names, and its inputs for the other side."""
-    from tcl_hf.convert import to_original
+    from tcl_hf.sharing.convert import to_original
 
     torch.save({"model": to_original(model), "inputs": inputs}, file)
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tcl_hf import TCLConfig, TCLTextConfig, TCLVisionConfig
-from tcl_hf.evaluation import NOT_SCORED, EncodedPairs
-from tcl_hf.losses import NO_IMAGE_ID
-from tcl_hf.modeling_tcl import MATCHES, MAX_TEMPERATURE, MIN_TEMPERATURE, TCLLossOutput
-from tcl_hf.modeling_tcl_tasks import TCLRankedAnswers
+from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedPairs
+from tcl_hf.models.losses import NO_IMAGE_ID
+from tcl_hf.models.modeling_tcl import MATCHES, MAX_TEMPERATURE, MIN_TEMPERATURE, TCLLossOutput
+from tcl_hf.models.modeling_tcl_tasks import TCLRankedAnswers
 
 # Layers
 

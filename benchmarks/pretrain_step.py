@@ -16,10 +16,10 @@ from plain import PlainTCL
 from torch import nn
 
 from tcl_hf import TCLConfig, TCLForPreTraining
-from tcl_hf.allocation import keep_freed_memory
-from tcl_hf.collators import mask_tokens, masked_positions
-from tcl_hf.operations import operations
-from tcl_hf.training import parameter_groups
+from tcl_hf.data.collators import mask_tokens, masked_positions
+from tcl_hf.training.allocation import keep_freed_memory
+from tcl_hf.training.operations import operations
+from tcl_hf.training.optimization import parameter_groups
 
 SIZES = {
     "base": {},  # ViT-B/16 at 256 pixels, BERT-base: the paper's

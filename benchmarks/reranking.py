@@ -14,9 +14,9 @@ import torch
 from plain import PlainTCL, plain_rerank
 
 from tcl_hf import TCLConfig, TCLForImageTextRetrieval
-from tcl_hf.data import load_pairs
-from tcl_hf.evaluation import NOT_SCORED, EncodedPairs, candidates, encode_pairs, matching_scores
-from tcl_hf.processing_tcl import TCLProcessor
+from tcl_hf.data.pairs import load_pairs
+from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedPairs, candidates, encode_pairs, matching_scores
+from tcl_hf.models.processing_tcl import TCLProcessor
 
 
 def random_pairs(images: int, texts: int) -> tuple[TCLForImageTextRetrieval, EncodedPairs]:

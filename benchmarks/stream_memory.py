@@ -17,11 +17,13 @@ import psutil
 from PIL import Image
 from tqdm.auto import trange
 
-from tcl_hf.collators import TCLAugmentation, TCLPreTrainingCollator
-from tcl_hf.data import load_pairs, train_tokenizer
-from tcl_hf.image_processing_tcl import TCLImageProcessorPil
-from tcl_hf.processing_tcl import TCLProcessor
-from tcl_hf.streams import StreamLoader
+from tcl_hf.data.augmentation import TCLAugmentation
+from tcl_hf.data.collators import TCLPreTrainingCollator
+from tcl_hf.data.pairs import load_pairs
+from tcl_hf.data.streams import StreamLoader
+from tcl_hf.data.tokenizer import train_tokenizer
+from tcl_hf.models.image_processing_tcl import TCLImageProcessorPil
+from tcl_hf.models.processing_tcl import TCLProcessor
 
 
 def write_tars(folder: Path, samples: int, per_tar: int, side: int) -> None:

@@ -77,8 +77,8 @@ def training_step(size: str, pairs: int, name: str) -> Run:
     from pretrain_step import SIZES, random_batch
 
     from tcl_hf import TCLConfig, TCLForPreTraining
-    from tcl_hf.allocation import keep_freed_memory
-    from tcl_hf.training import parameter_groups
+    from tcl_hf.training.allocation import keep_freed_memory
+    from tcl_hf.training.optimization import parameter_groups
 
     config = TCLConfig(**SIZES[size])
     if name == OURS:
@@ -242,7 +242,7 @@ def reranking(name: str) -> Run:
     from original import IMAGES, K_RETRIEVAL, TEXTS, OurReranking
     from plain import PlainTCL, plain_rerank
 
-    from tcl_hf.evaluation import matching_scores
+    from tcl_hf.evaluation.retrieval import matching_scores
 
     with tempfile.TemporaryDirectory() as folder:
         own = OurReranking(Path(folder) / "work.pt")
@@ -280,7 +280,7 @@ def local_loss(num_samples: int, name: str) -> Run:
     """Value and gradient of LMI with 16 locals of 256 numbers each."""
     from plain import plain_lmi_loss
 
-    from tcl_hf.losses import lmi_loss
+    from tcl_hf.models.losses import lmi_loss
 
     torch.manual_seed(0)
     features = nn.functional.normalize(torch.randn(num_samples, 256), dim=-1).requires_grad_()
@@ -299,7 +299,7 @@ def views(name: str) -> Run:
     """Two augmented views of 256 pixels of eight JPEGs of 500 x 375, decoded."""
     from data_pipeline import MEAN, SIZE, STD, PlainAugmentation, photo, seeded
 
-    from tcl_hf.augmentation import TCLAugmentation
+    from tcl_hf.data.augmentation import TCLAugmentation
 
     torch.set_num_threads(1)
     augmentation = (TCLAugmentation if name == OURS else PlainAugmentation)(SIZE, MEAN, STD)
@@ -523,7 +523,7 @@ def limits(told: dict[str, list[dict[str, Any]]]) -> str:
     from pretrain_step import random_batch
 
     from tcl_hf import TCLConfig
-    from tcl_hf.operations import operations
+    from tcl_hf.training.operations import operations
 
     config = TCLConfig()
     masked = random_batch(config, 4, LENGTH)["mlm_positions"].shape[1]

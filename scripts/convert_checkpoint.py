@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from tcl_hf import TCLImageProcessorPil, TCLProcessor, TCLTokenizer
-from tcl_hf.cards import plain_card
-from tcl_hf.convert import ALBEF, CheckpointError, check_conversion, convert, write_original
+from tcl_hf.sharing.cards import plain_card
+from tcl_hf.sharing.convert import ALBEF, CheckpointError, check_conversion, convert, write_original
 
 DEFAULT_TOKENIZER = "google-bert/bert-base-uncased"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import set_seed
 
-from tcl_hf.cards import add_results
-from tcl_hf.data import DataError
-from tcl_hf.recipes import ModelArguments, RecipeError, open_model, parse_recipe
-from tcl_hf.report import PREDICTIONS, prediction_sheet, task_table
-from tcl_hf.tasks import (
+from tcl_hf.data.pairs import DataError
+from tcl_hf.recipes.arguments import ModelArguments, RecipeError, parse_recipe
+from tcl_hf.recipes.build import open_model
+from tcl_hf.recipes.report import PREDICTIONS, prediction_sheet, task_table
+from tcl_hf.recipes.tasks import (
     TASKS,
     TaskArguments,
     add_words,
@@ -25,9 +25,10 @@ from tcl_hf.tasks import (
     statement,
     write_results,
 )
-from tcl_hf.training import TrainingArguments
+from tcl_hf.sharing.cards import add_results
+from tcl_hf.training.arguments import TCLTrainingArguments
 
-DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "easy_vqa.yaml"
+DEFAULT_RECIPE = "easy_vqa"
 
 
 @dataclass
@@ -41,7 +42,7 @@ class EvaluationArguments:
 
 
 def main() -> None:
-    types = (TaskArguments, ModelArguments, TrainingArguments, EvaluationArguments)
+    types = (TaskArguments, ModelArguments, TCLTrainingArguments, EvaluationArguments)
     data, parts, args, how = parse_recipe(types, DEFAULT_RECIPE)
     task = TASKS[data.task]
     if task.evaluate is None:

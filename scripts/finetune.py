@@ -8,11 +8,12 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import set_seed
 
-from tcl_hf.checkpoints import CheckpointWriteError
-from tcl_hf.data import DataError, SharedImages
-from tcl_hf.recipes import ModelArguments, RecipeError, open_model, parse_recipe
-from tcl_hf.report import Run, write_task_report
-from tcl_hf.tasks import (
+from tcl_hf.data.pairs import DataError
+from tcl_hf.data.sampling import SharedImages
+from tcl_hf.recipes.arguments import ModelArguments, RecipeError, parse_recipe
+from tcl_hf.recipes.build import open_model
+from tcl_hf.recipes.report import Run, write_task_report
+from tcl_hf.recipes.tasks import (
     ANSWERS,
     TASKS,
     TaskArguments,
@@ -22,13 +23,16 @@ from tcl_hf.tasks import (
     load_task,
     statement,
 )
-from tcl_hf.training import NonFiniteError, TrainingArguments, TrainingError, train
+from tcl_hf.training.arguments import TCLTrainingArguments, TrainingError
+from tcl_hf.training.checkpoints import CheckpointWriteError
+from tcl_hf.training.guard import NonFiniteError
+from tcl_hf.training.loop import train
 
-DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "easy_vqa.yaml"
+DEFAULT_RECIPE = "easy_vqa"
 
 
 def main() -> None:
-    data, parts, args = parse_recipe((TaskArguments, ModelArguments, TrainingArguments), DEFAULT_RECIPE)
+    data, parts, args = parse_recipe((TaskArguments, ModelArguments, TCLTrainingArguments), DEFAULT_RECIPE)
     task, output_dir = TASKS[data.task], Path(args.output_dir)
     set_seed(args.seed)
     model, processor = open_model(parts, task.model_class)
@@ -52,7 +56,11 @@ def main() -> None:
     if PartialState().is_main_process:
         said = statement(data, model.config, data.dataset_name, data.task, len(held_out) if held_out else 0)
         run = Run([data.dataset_name], len(records), [parts.model], " ".join(["accelerate launch", *sys.argv]))
-        print(write_task_report(output_dir, metrics, said, run, args.keep_best, held_out[0] if held_out else None))
+        print(
+            write_task_report(
+                output_dir, metrics, said, run, args.metric_for_best_model, held_out[0] if held_out else None
+            )
+        )
         print(f"Model, processor, metrics and card are in {output_dir}")
 
 

@@ -7,14 +7,13 @@ starts from count at the sizes that its config gives, or else the paper's.
 
 import logging
 import sys
-from pathlib import Path
 
 from tcl_hf import TCLConfig
-from tcl_hf.planning import PlanArguments, describe, describe_operations
-from tcl_hf.recipes import DataArguments, ModelArguments, RecipeError, parse_recipe
-from tcl_hf.training import TrainingArguments
+from tcl_hf.recipes.arguments import DataArguments, ModelArguments, RecipeError, parse_recipe
+from tcl_hf.training.arguments import TCLTrainingArguments
+from tcl_hf.training.planning import PlanArguments, describe, describe_operations
 
-DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "tcl_4m.yaml"
+DEFAULT_RECIPE = "tcl_4m"
 
 
 def config_of(parts: ModelArguments) -> TCLConfig:
@@ -30,13 +29,13 @@ def config_of(parts: ModelArguments) -> TCLConfig:
 
 
 def main() -> None:
-    types = (DataArguments, ModelArguments, TrainingArguments, PlanArguments)
+    types = (DataArguments, ModelArguments, TCLTrainingArguments, PlanArguments)
     data, parts, args, plan = parse_recipe(types, DEFAULT_RECIPE)
     precision = args.mixed_precision or "bf16"
     config = config_of(parts)
-    print(describe(config, args.batch_size, data.max_tokens, precision, args.epochs, plan))
+    print(describe(config, args.per_device_train_batch_size, data.max_tokens, precision, args.num_train_epochs, plan))
     if plan.operations:
-        print("\n" + describe_operations(config, args.batch_size, data.max_tokens, precision, plan))
+        print("\n" + describe_operations(config, args.per_device_train_batch_size, data.max_tokens, precision, plan))
 
 
 if __name__ == "__main__":

@@ -7,29 +7,23 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import set_seed
 
-from tcl_hf.baselines import ridge_baseline
-from tcl_hf.checkpoints import CheckpointWriteError
-from tcl_hf.data import DataError, captions_of
-from tcl_hf.evaluation import evaluate_retrieval
-from tcl_hf.recipes import (
-    DataArguments,
-    ModelArguments,
-    RecipeError,
-    build_collator,
-    build_model,
-    load_data,
-    name_of,
-    parse_recipe,
-)
-from tcl_hf.report import Run, write_report
-from tcl_hf.tasks import statement
-from tcl_hf.training import NonFiniteError, TrainingArguments, TrainingError, train
+from tcl_hf.data.pairs import DataError, captions_of
+from tcl_hf.evaluation.baselines import ridge_baseline
+from tcl_hf.evaluation.retrieval import evaluate_retrieval
+from tcl_hf.recipes.arguments import DataArguments, ModelArguments, RecipeError, parse_recipe
+from tcl_hf.recipes.build import build_collator, build_model, load_data, name_of
+from tcl_hf.recipes.report import Run, write_report
+from tcl_hf.recipes.tasks import statement
+from tcl_hf.training.arguments import TCLTrainingArguments, TrainingError
+from tcl_hf.training.checkpoints import CheckpointWriteError
+from tcl_hf.training.guard import NonFiniteError
+from tcl_hf.training.loop import train
 
-DEFAULT_RECIPE = Path(__file__).parent / "recipes" / "openmoji.yaml"
+DEFAULT_RECIPE = "openmoji"
 
 
 def main() -> None:
-    data, parts, args = parse_recipe((DataArguments, ModelArguments, TrainingArguments), DEFAULT_RECIPE)
+    data, parts, args = parse_recipe((DataArguments, ModelArguments, TCLTrainingArguments), DEFAULT_RECIPE)
     set_seed(args.seed)
     pairs, records = load_data(data)
     model, processor = build_model(parts, captions_of(pairs))

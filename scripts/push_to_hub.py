@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from tcl_hf.hub import HubError, push
+from tcl_hf.sharing.hub import HubError, push
 
 
 def main() -> None:

@@ -15,24 +15,24 @@ from transformers import (
     AutoTokenizer,
 )
 
-from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
-from .encoders import TCLPreTrainedModel, TCLTextModel, TCLVisionModel
-from .image_processing_tcl import TCLImageProcessor, TCLImageProcessorPil
-from .modeling_tcl import (
+from .inference.pipelines import register_pipelines
+from .models.configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
+from .models.encoders import TCLPreTrainedModel, TCLTextModel, TCLVisionModel
+from .models.image_processing_tcl import TCLImageProcessor, TCLImageProcessorPil
+from .models.modeling_tcl import (
     TCLForImageTextRetrieval,
     TCLForMaskedLM,
     TCLForPreTraining,
     TCLModel,
 )
-from .modeling_tcl_tasks import (
+from .models.modeling_tcl_tasks import (
     TCLForQuestionAnswering,
     TCLForTextAssignment,
     TCLForVisualEntailment,
     TCLForVisualReasoning,
 )
-from .pipelines import register_pipelines
-from .processing_tcl import TCLProcessor
-from .tokenization_tcl import TCLTokenizer
+from .models.processing_tcl import TCLProcessor
+from .models.tokenization_tcl import TCLTokenizer
 
 __version__ = "0.1.0"
 

@@ -5,13 +5,16 @@ import contextlib
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import small_patches, tiny_processor, tiny_records, training_batch
+from helpers import small_patches, tiny_processor, tiny_records, training_batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tcl_hf import TCLConfig, TCLForImageTextRetrieval, TCLForPreTraining
-from tcl_hf.collators import TCLPreTrainingCollator, masked_positions
-from tcl_hf.data import load_pairs
-from tcl_hf.training import TrainingArguments, parameter_groups, read_metrics, train
+from tcl_hf.data.collators import TCLPreTrainingCollator, masked_positions
+from tcl_hf.data.pairs import load_pairs
+from tcl_hf.training.arguments import TCLTrainingArguments
+from tcl_hf.training.log import read_metrics
+from tcl_hf.training.loop import train
+from tcl_hf.training.optimization import parameter_groups
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 DRAWN = torch.tensor([1, 2, 3, 0]), torch.tensor([2, 3, 0, 1])
@@ -44,7 +47,7 @@ def fixed_draws(monkeypatch):
     def fix():
         drawn = iter(DRAWN)
         monkeypatch.setattr(
-            "tcl_hf.modeling_tcl.sample_hard_negatives",
+            "tcl_hf.models.modeling_tcl.sample_hard_negatives",
             lambda logits, excluded: (next(drawn).to(logits.device), torch.ones(4, device=logits.device).bool()),
         )
 
@@ -173,16 +176,17 @@ def test_training_runs_and_resumes(precision, tmp_path):
         model = TCLForPreTraining(wide_heads(text_config={"vocab_size": len(processor.tokenizer)}))
         fields = {
             "max_steps": steps,
-            "epochs": 3,
-            "batch_size": 4,
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 4,
             "warmup_steps": 2,
             "logging_steps": 1,
             "save_steps": 2,
         }
-        args = TrainingArguments(
+        args = TCLTrainingArguments(
             str(tmp_path / folder),
-            mixed_precision=precision,
-            num_workers=0,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            dataloader_num_workers=0,
             learning_rate=1e-3,
             resume=resume,
             **fields,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import png, small_patches, tiny_processor, tiny_records, training_batch
+from helpers import png, small_patches, tiny_processor, tiny_records, training_batch
 from torch.nn import functional as F
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
@@ -22,10 +22,10 @@ from tcl_hf import (
     TCLModel,
     TCLVisionModel,
 )
-from tcl_hf.collators import open_image
-from tcl_hf.evaluation import encode_pairs, matching_scores
-from tcl_hf.export import export_onnx, export_programs
-from tcl_hf.training import TCLMomentumCallback
+from tcl_hf.data.images import open_image
+from tcl_hf.evaluation.retrieval import encode_pairs, matching_scores
+from tcl_hf.inference.export import export_onnx, export_programs
+from tcl_hf.training.trainer_callback import TCLMomentumCallback
 
 PAGE = Path(__file__).parents[1] / "docs" / "interoperability.md"
 INPUTS = ("input_ids", "attention_mask", "pixel_values")

@@ -10,51 +10,28 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import small_patches, tiny_processor, training_batch
+from helpers import ROOT, small_patches, tiny_processor, training_batch
 
 import tcl_hf
 from tcl_hf import TCLForPreTraining
 
-ROOT = Path(__file__).parents[1]
-FLOORS = [
-    {"allocation", "checksums", "configuration_tcl", "losses", "metrics"},
-    {"momentum", "encoders", "operations"},
-    {"starting_points"},
-    {"modeling_tcl", "modeling_tcl_tasks", "processing_tcl", "image_processing_tcl", "tokenization_tcl"},
-    {
-        *("convert", "export", "grounding", "openmoji", "planning", "sharding"),
-        *("data", "streams", "annotations", "easy_vqa", "scenes", "augmentation", "collators"),
-    },
-    {"evaluation", "pipelines", "baselines", "cards", "checkpoints", "health", "hub"},
-    {"training", "recipes", "report"},
-    {"tasks"},
-]
-# Within a floor, these modules stand on others of it.
-BESIDE = {
-    "modeling_tcl_tasks": {"modeling_tcl"},
-    "processing_tcl": {"image_processing_tcl", "tokenization_tcl"},
-    "data": {"openmoji"},
-    "annotations": {"data"},
-    "streams": {"data"},
-    "easy_vqa": {"annotations"},
-    "scenes": {"annotations", "openmoji"},
-    "collators": {"augmentation", "data"},
-    "report": {"training"},
-    "hub": {"cards", "checkpoints"},
-}
-EXPORTED = {
-    *("checksums", "configuration_tcl", "losses", "momentum", "encoders", "starting_points", "modeling_tcl"),
-    "modeling_tcl_tasks",
-    *("processing_tcl", "image_processing_tcl", "tokenization_tcl"),
-}
+# A module imports from its own package and from those before it; `data` and `inference` do not know each other.
+ORDER = ("models", "data", "inference", "evaluation", "training", "sharing", "recipes")
+STRANGERS = {("data", "inference"), ("inference", "data")}
+
+
+def modules_of(package: str) -> list[Path]:
+    return sorted(path for path in (ROOT / "tcl_hf" / package).rglob("*.py") if path.stem != "__init__")
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:
-    """Own modules and foreign packages that a module imports."""
+    """The packages of ours, and the foreign ones, that a module imports from."""
     own, foreign = set(), set()
+    place = path.relative_to(ROOT / "tcl_hf").parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            own.add(node.module)
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = node.module.split(".") if node.module else [node.names[0].name]
+            own.add([*place[: len(place) - node.level + 1], *names][0])
         elif isinstance(node, ast.ImportFrom):
             foreign.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
@@ -62,22 +39,25 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
     return own, foreign
 
 
-def test_every_module_has_a_floor_and_imports_from_below():
-    modules = {path.stem for path in (ROOT / "tcl_hf").glob("*.py")} - {"__init__"}
-    assert modules == set().union(*FLOORS)
-    for number, floor in enumerate(FLOORS):
-        below = set().union(*FLOORS[:number], set())
-        for module in floor:
-            own, _ = imports_of(ROOT / "tcl_hf" / f"{module}.py")
-            assert own <= below | BESIDE.get(module, set()), f"{module} imports {own - below}"
+def test_packages_import_from_those_before_them():
+    """models <- data, inference <- evaluation <- training <- sharing <- recipes."""
+    folders = {path.parent.name for path in (ROOT / "tcl_hf").glob("*/*.py")}
+    assert folders == set(ORDER)
+    for number, package in enumerate(ORDER):
+        allowed = {name for name in ORDER[: number + 1] if (package, name) not in STRANGERS}
+        for path in modules_of(package):
+            own, _ = imports_of(path)
+            assert own <= allowed, f"{path} imports from {own - allowed}"
 
 
 def test_models_import_only_what_every_user_has():
     """Code that travels to the Hub may need torch, transformers and what these bring."""
     allowed = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
-    for module in EXPORTED:
-        _, foreign = imports_of(ROOT / "tcl_hf" / f"{module}.py")
-        assert foreign <= allowed, f"{module} imports {foreign - allowed}"
+    for path in modules_of("models"):
+        own, foreign = imports_of(path)
+        assert own <= {"models"} and foreign <= allowed, (
+            f"{path.stem} imports {(own - {'models'}) | (foreign - allowed)}"
+        )
 
 
 def test_importing_the_package_brings_models_and_pipelines_alone():
@@ -86,14 +66,10 @@ def test_importing_the_package_brings_models_and_pipelines_alone():
     program = f"{base}; import tcl_hf; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     new = set(done.stdout.split())
-    own = {name.removeprefix("tcl_hf.") for name in new if name.startswith("tcl_hf.")}
-    assert own == EXPORTED | {"grounding", "pipelines"}
+    own = {name.split(".")[1] for name in new if name.startswith("tcl_hf.")}
+    assert own == {"models", "inference"}
     heavy = {"datasets", "pandas", "pyarrow", "matplotlib", "scipy", "sklearn", "torchao", "peft", "accelerate"}
     assert not heavy & new
-
-
-def test_there_are_no_sub_packages():
-    assert not [path for path in (ROOT / "tcl_hf").rglob("*.py") if path.parent.name != "tcl_hf"]
 
 
 def test_scripts_stay_short():

@@ -1,0 +1,1 @@
+"""From sources to batches: records, their order, views and collators."""

@@ -1,0 +1,125 @@
+"""Questions about images and their answers: VQA v2, Visual Genome, ALBEF's lists."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+from datasets import Dataset
+
+from ..pairs import FEATURES, DataError
+from .rows import TEXT, Images, Row, Source, load_records, read_json
+
+VISUAL_GENOME_WEIGHT = 0.5  # of an answer from there, as in the paper's code
+QUESTION_FEATURES = datasets.Features(
+    {
+        "image": FEATURES["image"],
+        "image_id": TEXT,
+        "question": TEXT,
+        "question_id": TEXT,
+        "answers": datasets.List(TEXT),
+        "weight": datasets.Value("float32"),
+        "answer_type": TEXT,
+        "question_type": TEXT,
+    }
+)
+
+
+# Question answering
+
+
+def load_questions(
+    source: str | list[str],
+    split: str = "train",
+    *,
+    image_root: str | dict[str, str] | None = None,
+    annotations: str | list[str] | None = None,
+    columns: dict[str, str] | None = None,
+) -> Dataset:
+    """Load questions about images as records `image`, `image_id`, `question`, `question_id`, `answers`, `weight`.
+
+    `answers` are as given, with repeats (ten in VQA v2), and empty for a test question; `weight` is their share of the
+    loss together: 1.0, or 0.5 for Visual Genome's. `answer_type` and `question_type` are None where a file has none.
+
+    Args:
+        source: one or several of
+            VQA v2's questions, with `annotations` (images are `COCO_val2014_000000000042.jpg` in the folder `val2014`
+            of `image_root` if it has one, else in `image_root` itself; so for every "data_subtype");
+            ALBEF's JSON list of `question_id`, `question`, `answer`, `image` and `dataset` ("vqa" or "vg");
+            a `datasets` source with `image`, `question` and `answer` or `answers`, or with `image` and `qa`, a list of
+            `question` and `answer`, each of which makes a record.
+        split: the split of a `datasets` source; a file has none.
+        image_root: a folder to which paths are relative (the source's own if None), or parquet files or a folder of
+            them with `image_id` and `image`, whatever their splits; or one for each `dataset` of ALBEF's lists.
+        annotations: files with the answers to VQA v2's questions.
+        columns: what the source calls a column of the records, where the name is not a usual one.
+
+    Raises:
+        DataError: naming file, row and remedy, if a field or an image is missing or a question has no annotation.
+    """
+    return load_records(_read_questions, QUESTION_FEATURES, source, split, image_root, annotations, columns)
+
+
+def _read_questions(source: Source) -> Iterator[dict]:
+    answers = {}
+    for file in source.annotations:
+        for number, fields in read_json(file):
+            answers[str(Row(file, number, fields, {}).need("question_id"))] = fields
+    for row in source.rows():
+        if answers:
+            question_id = str(row.need("question_id"))
+            if question_id not in answers:
+                raise row.error(
+                    f"its question '{question_id}' is not in {' and '.join(source.annotations)}: give the annotations "
+                    "that belong to the questions."
+                )
+            row = replace(row, fields=answers[question_id] | row.fields)
+        pairs = row.get("qa")
+        if pairs is None:
+            yield _question(row, source.images)
+            continue
+        image_id = row.get("image_id") or row.number
+        for number, pair in enumerate(pairs):
+            fields = row.fields | {"question_id": f"{image_id}-{number}"} | pair
+            yield _question(replace(row, fields=fields), source.images)
+
+
+def _question(row: Row, images: Images) -> dict:
+    subtype, coco_id = row.get("data_subtype"), row.get("image_id")
+    if subtype is None or coco_id is None:
+        record = images.of(row)
+    else:
+        subtype = subtype.replace("test-dev", "test")  # a part of the questions about the images of test2015
+        record = images.of(row, f"COCO_{subtype}_{coco_id:0>12}.jpg", (subtype,))
+    answers = row.get("answers")
+    answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
+    answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+    if not all(isinstance(answer, str) for answer in answers):
+        raise row.error(f"its answers are {answers!r:.80}: each must be a text.")
+    return record | {
+        "question": row.text("question"),
+        "question_id": row.text_or_none("question_id") or f"{record['image_id']}-{row.number}",
+        "answers": answers,
+        "weight": VISUAL_GENOME_WEIGHT if row.get("dataset") == "vg" else 1.0,
+        "answer_type": row.text_or_none("answer_type"),
+        "question_type": row.text_or_none("question_type"),
+    }
+
+
+def read_answer_list(path: str) -> list[str]:
+    """The answers a model chooses from, in the order of the JSON list at `path`.
+
+    Raises:
+        DataError: if the file is not a list of texts, naming the first other entry.
+    """
+    try:
+        answers = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} could not be read as a JSON list of answers: {error}.") from error
+    if not isinstance(answers, list) or not answers:
+        raise DataError(f'{path} is not a JSON list of answers: write it as ["yes", "no", ...].')
+    for number, answer in enumerate(answers, 1):
+        if not isinstance(answer, str):
+            raise DataError(f"{path}, row {number}: {answer!r:.60} is not a text: write every answer in quotes.")
+    return answers

@@ -1,0 +1,1 @@
+"""Evaluators, one module each, and the metrics that they feed."""

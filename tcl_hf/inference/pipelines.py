@@ -1,0 +1,449 @@
+"""The tasks of TCL as transformers pipelines: `pipeline(task, model=folder)` after `import tcl_hf`.
+
+| task | record | result |
+|---|---|---|
+| image-text-matching | `image`, `text` (one or several) | `score` that they match and `similarity` of each text |
+| visual-question-answering | `image`, `question` | answers: the best of given `candidates`, or written ones |
+| visual-entailment, visual-reasoning | `image` or `images`, `text` | labels with scores |
+| visual-grounding | `image`, `text`; maybe `phrase`, `boxes` | `box`, `score`, `point`, `heat_map` |
+
+Shapes: B images, N texts of each, L tokens, C candidates.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from transformers import AutoConfig, Pipeline, pipelines
+from transformers.image_utils import load_image
+from transformers.pipelines import PIPELINE_REGISTRY, PipelineException
+
+from ..models.encoders import TCLPreTrainedModel
+from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval, TCLForPreTraining
+from ..models.modeling_tcl_tasks import TCLForQuestionAnswering, TCLForVisualEntailment, TCLForVisualReasoning
+from ..models.tokenization_tcl import clean_question
+from .grounding import (
+    box_from_heat_map,
+    box_scores,
+    check_heat,
+    draw_heat_map,
+    heat_point,
+    matching_heat_map,
+    phrase_map,
+    phrase_span,
+    phrase_tokens,
+    similarity_heat_map,
+    sliding_boxes,
+)
+
+MAX_QUESTION_WORDS = 50  # as in the original's evaluation
+
+Record = Mapping[str, Any]
+
+
+class _ImageTextPipeline(Pipeline):
+    """What the pipelines share: records of an image and a text, and a processor for both.
+
+    The model is put in eval mode.
+    """
+
+    _load_processor = True
+    _load_tokenizer = _load_image_processor = _load_video_processor = _load_feature_extractor = False
+    model_classes: tuple[type[TCLPreTrainedModel], ...]
+    text_name = "text"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.model, self.model_classes):
+            raise _wrong_model(self.task, type(self.model).__name__, self.model_classes)
+        self.model.eval()
+
+    def __call__(self, inputs: Any = None, text: str | list[str] | None = None, **kwargs) -> Any:
+        """Run on one record or several, or on images with their texts.
+
+        Args:
+            inputs: a record, a dictionary; a list, generator or dataset of them, of which the latter two give an
+                iterator. Or an image or a list of them (PIL, path, URL or base64), with `text`; also called `image`
+                or `images`.
+            text: the text of an image. Lists of images and texts are pairs; one of either goes with all of the other.
+            kwargs: parameters of the task, and of all transformers pipelines (`batch_size`, `num_workers`), and
+                `timeout`, seconds to wait for an image from a URL.
+
+        Raises:
+            ValueError: if something is missing or does not fit.
+        """
+        for name in ("image", "images"):
+            inputs = kwargs.pop(name, inputs)
+        text = kwargs.pop(self.text_name, text)
+        if text is not None:
+            inputs = self._records(inputs, text)
+        elif isinstance(inputs, Iterable) and not isinstance(inputs, str | Mapping | list | Dataset):
+            # transformers knows generators and PyTorch's datasets, but not those of `datasets`.
+            inputs = Subset(inputs, range(len(inputs))) if isinstance(inputs, Sized) else (one for one in inputs)
+        return super().__call__(inputs, **kwargs)
+
+    def _records(self, images: Any, text: str | list[str]) -> Record | list[Record]:
+        """The records of one image or several, with one text or several."""
+        lists = [given for given in (images, text) if isinstance(given, list)]
+        if len({len(given) for given in lists}) > 1:
+            raise ValueError(
+                f"{len(images)} images and {len(text)} texts are no pairs: pass as many, or one of either."
+            )
+        if not lists:
+            return {"image": images, self.text_name: text}
+        number = len(lists[0])
+        images, texts = (given if isinstance(given, list) else [given] * number for given in (images, text))
+        return [{"image": image, self.text_name: text} for image, text in zip(images, texts, strict=True)]
+
+    def _text(self, record: Record) -> str:
+        """The text of a record."""
+        return _checked_text(_checked_record(record, self.text_name).get(self.text_name), self.text_name)
+
+    def _image(self, record: Record, timeout: float | None) -> Image.Image:
+        """The image of a record, upright and in RGB."""
+        return _open_image(_checked_record(record, self.text_name).get("image"), timeout)
+
+    def _pixels(self, images: list[Image.Image]) -> Tensor:
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+
+
+class ImageTextMatchingPipeline(_ImageTextPipeline):
+    """Tells how well texts match an image: {"image": ..., "text": one or several}.
+
+    Each text gets a dictionary of `text`, `score`, the probability that it matches, and `similarity`, the cosine of
+    their features; several texts get a list, in their order. With images and texts as two arguments, each image meets
+    all texts. An image is encoded, and projected to keys and values, once for all its texts.
+    """
+
+    model_classes = (TCLForImageTextRetrieval, TCLForPreTraining)
+
+    def _records(self, images: Any, text: str | list[str]) -> Record | list[Record]:
+        if isinstance(images, list):
+            return [{"image": image, "text": text} for image in images]
+        return {"image": images, "text": text}
+
+    def _sanitize_parameters(self, timeout: float | None = None) -> tuple[dict, dict, dict]:
+        return _given(timeout=timeout), {}, {}
+
+    def preprocess(self, record: Record, timeout: float | None = None) -> dict:
+        """Pixels of the image, and tokens of its texts (1, N, L), padded to the greatest length.
+
+        So transformers can stack them; of images with fewer texts than others it makes rows of padding.
+        """
+        image, text = self._image(record, timeout), record.get("text")
+        texts = list(text) if isinstance(text, list | tuple) else [text]
+        if not texts:
+            raise ValueError("The list of texts is empty: pass at least one.")
+        texts = [_checked_text(one, "text") for one in texts]
+        tokens = self.processor(text=texts, padding="max_length", return_tensors="pt")
+        return {
+            "pixel_values": self._pixels([image]),
+            "input_ids": tokens["input_ids"][None],
+            "attention_mask": tokens["attention_mask"][None],
+            "text": text,
+        }
+
+    def _forward(self, inputs: dict) -> dict:
+        input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]  # (B, N, L)
+        size, length = input_ids.shape[:2], int(attention_mask.sum(-1).max())
+        input_ids, attention_mask = (x[..., :length].flatten(0, 1) for x in (input_ids, attention_mask))
+        tcl = self.model.tcl
+        images = tcl.encode_image(inputs["pixel_values"])
+        texts = tcl.encode_text(input_ids, attention_mask)
+        logits = self.model.match(texts, attention_mask, images)  # (B * N, 2)
+        text_features = tcl.text_features(texts[:, 0]).view(*size, -1)
+        return {
+            "score": logits.float().softmax(-1)[:, MATCHES].view(size),
+            "similarity": torch.einsum("bd,bnd->bn", tcl.image_features(images[:, 0]), text_features),
+            "text": inputs["text"],
+        }
+
+    def postprocess(self, outputs: dict) -> dict | list[dict]:
+        """`text`, `score` and `similarity` of each text."""
+        text = outputs["text"]
+        texts = [text] if isinstance(text, str) else text
+        rows = zip(texts, outputs["score"][0].tolist(), outputs["similarity"][0].tolist(), strict=False)
+        results = [{"text": one, "score": score, "similarity": similarity} for one, score, similarity in rows]
+        return results[0] if isinstance(text, str) else results
+
+
+class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
+    """Answers a question about an image: {"image": ..., "question": ...}.
+
+    With `candidates` the best `top_k` (5) of them, each a dictionary of `answer` and `score`, the probability among
+    the `k` (128) candidates with the most probable first tokens. Else an answer written by the model, a list of one
+    dictionary of `answer`; other parameters then go to the model's `generate`.
+    """
+
+    model_classes = (TCLForQuestionAnswering,)
+    text_name = "question"
+
+    def _sanitize_parameters(
+        self,
+        candidates: list[str] | None = None,
+        top_k: int | None = None,
+        k: int | None = None,
+        timeout: float | None = None,
+        **generate_kwargs,
+    ) -> tuple[dict, dict, dict]:
+        forward = _given(k=k) | generate_kwargs
+        if candidates is not None:
+            if isinstance(candidates, str) or not len(candidates):
+                raise ValueError(
+                    f"candidates={candidates!r} is no list of answers: pass at least one, or None to write."
+                )
+            forward["candidates"] = self._tokens_of_answers(candidates)
+        return _given(timeout=timeout), forward, _given(candidates=candidates, top_k=top_k)
+
+    def _tokens_of_answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask (C, L) of `[CLS] answer [SEP]`, as the answers stand: the original does not clean them."""
+        tokenizer = self.processor.tokenizer
+        sep = "" if tokenizer.add_sep_token else tokenizer.sep_token
+        texts = [f"{_checked_text(answer, 'candidate')}{sep}" for answer in answers]
+        tokens = tokenizer(texts, padding=True, return_tensors="pt", clean_up_text=False)
+        return tokens["input_ids"], tokens["attention_mask"]
+
+    def preprocess(self, record: Record, timeout: float | None = None) -> dict:
+        """Pixels of the image, and tokens of its question."""
+        image, question = self._image(record, timeout), self._text(record)
+        if self.processor.clean_text:
+            question = clean_question(question, MAX_QUESTION_WORDS)
+        longest = self.model.config.text_config.max_position_embeddings
+        tokens = self.processor.tokenizer(question, truncation=True, max_length=longest, return_tensors="pt")
+        return {"pixel_values": self._pixels([image]), **tokens}
+
+    def _forward(self, inputs: dict, candidates: tuple[Tensor, Tensor] | None = None, k: int = 128, **kwargs) -> dict:
+        if candidates is None:
+            answers = self.model.generate(**inputs, **kwargs)
+            return {"answer_ids": answers.unflatten(0, (len(inputs["input_ids"]), -1))}  # several if asked for
+        if kwargs:
+            raise ValueError(f"{', '.join(kwargs)}: with candidates no answer is written; leave out either.")
+        candidate_ids, candidate_mask = (tensor.to(self.device) for tensor in candidates)
+        ranked = self.model.rank_answers(**inputs, candidate_ids=candidate_ids, candidate_mask=candidate_mask, k=k)
+        return {"score": ranked.probabilities, "index": ranked.indices}
+
+    def postprocess(self, outputs: dict, candidates: list[str] | None = None, top_k: int = 5) -> list[dict]:
+        """`answer` and, of candidates, `score`, best first."""
+        if candidates is None:
+            texts = self.tokenizer.batch_decode(outputs["answer_ids"][0], skip_special_tokens=True)
+            return [{"answer": text.strip()} for text in texts]
+        best = zip(outputs["score"][0].tolist(), outputs["index"][0].tolist(), strict=True)
+        return [{"answer": candidates[index], "score": score} for score, index in best][:top_k]
+
+
+class VisualEntailmentPipeline(_ImageTextPipeline):
+    """Classifies a text about an image, or about as many as the model reads: {"image" or "images": ..., "text": ...}.
+
+    Gives a dictionary of `label` and `score` for each class, best first; only the best `top_k` if asked for.
+    """
+
+    model_classes: tuple[type[TCLPreTrainedModel], ...] = (TCLForVisualEntailment, TCLForVisualReasoning)
+
+    def _records(self, images: Any, text: str | list[str]) -> Record | list[Record]:
+        several = isinstance(images, list) and images and isinstance(images[0], list | tuple)
+        if self.model.images_per_text > 1 and isinstance(images, list) and not several:
+            images = tuple(images)  # those of one text
+        return super()._records(images, text)
+
+    def _sanitize_parameters(self, top_k: int | None = None, timeout: float | None = None) -> tuple[dict, dict, dict]:
+        return _given(timeout=timeout), {}, _given(top_k=top_k)
+
+    def preprocess(self, record: Record, timeout: float | None = None) -> dict:
+        """Pixels of the image or images, and tokens of the text."""
+        text, expected = self._text(record), self.model.images_per_text
+        given = record.get("images", record.get("image"))
+        images = [_open_image(image, timeout) for image in (given if isinstance(given, list | tuple) else [given])]
+        if len(images) != expected:
+            raise ValueError(
+                f"{type(self.model).__name__} reads {expected} image{'s' * (expected > 1)} with a text, but got "
+                f"{len(images)}: pass them as {'image' if expected == 1 else 'images'}."
+            )
+        pixels = self._pixels(images)
+        tokens = self.processor(text=[text], return_tensors="pt")
+        return {"pixel_values": pixels if expected == 1 else pixels[None], **tokens}
+
+    def _forward(self, inputs: dict) -> dict:
+        return {"logits": self.model(**inputs).logits}
+
+    def postprocess(self, outputs: dict, top_k: int | None = None) -> list[dict]:
+        """`label` and `score` of the classes, best first."""
+        scores, order = outputs["logits"][0].float().softmax(-1).sort(descending=True)
+        names = self.model.config.id2label
+        rows = zip(scores.tolist(), order.tolist(), strict=True)
+        return [{"label": names[number], "score": score} for score, number in rows][:top_k]
+
+
+class VisualReasoningPipeline(VisualEntailmentPipeline):
+    """Tells whether a text is true of two images: {"images": [..., ...], "text": ...}; `label` is "True" or "False"."""
+
+    model_classes = (TCLForVisualReasoning,)
+
+
+class VisualGroundingPipeline(_ImageTextPipeline):
+    """Finds in an image what a text, or a phrase of it, speaks of: {"image": ..., "text": ...}.
+
+    A record or the call may also have `phrase`, words of the text or the start and end of their span, and `boxes`,
+    candidates (x1, y1, x2, y2) in pixels. The result has `heat_map`, a tensor on the grid of patches; `point`, its
+    hottest pixel; and `box` with its `score`, the heat inside over the square root of the area. The box is the best of
+    the candidates; with none of them, that around the hottest pixel, or with `sliding=True` the best of boxes of all
+    sizes all over the image. With `draw=True`, `drawn` is the image with both.
+
+    `heat` is the score whose map it is: "matching", with the phrase's tokens in its text, or "similarity", with the
+    phrase alone as the text, which a small model learns earlier. `layer` chooses the layer, of fusion or of vision,
+    and `threshold` the share of the greatest heat around the hottest pixel, as in `grounding`. Parameters are those of
+    the record where it has its own.
+    """
+
+    model_classes = (TCLForImageTextRetrieval, TCLForPreTraining)
+
+    def _sanitize_parameters(
+        self,
+        phrase: str | tuple[int, int] | None = None,
+        boxes: list | None = None,
+        layer: int | None = None,
+        sliding: bool | None = None,
+        threshold: float | None = None,
+        draw: bool | None = None,
+        timeout: float | None = None,
+        heat: str | None = None,
+    ) -> tuple[dict, dict, dict]:
+        if heat is not None:
+            check_heat(heat)
+        record = _given(phrase=phrase, boxes=boxes, timeout=timeout, heat=heat)
+        return record, _given(layer=layer, heat=heat), _given(sliding=sliding, threshold=threshold, draw=draw)
+
+    def preprocess(
+        self,
+        record: Record,
+        phrase: str | tuple[int, int] | None = None,
+        boxes: list | Tensor | None = None,
+        timeout: float | None = None,
+        heat: str = "matching",
+    ) -> dict:
+        """Pixels of the image, tokens of the text, and which of them belong to the phrase."""
+        image, text = self._image(record, timeout), self._text(record)
+        own = _given(phrase=record.get("phrase"), boxes=record.get("boxes"))
+        phrase, boxes = own.get("phrase", phrase), own.get("boxes", boxes)
+        if boxes is not None:
+            boxes = [[float(corner) for corner in box] for box in boxes]
+            if not boxes:
+                raise ValueError("boxes is empty: pass at least one candidate, or None to find a box without any.")
+            box_scores(torch.zeros(1, 1), boxes, image.size)  # says what is wrong with them, before the model runs
+        if phrase is not None:
+            start, end = phrase_span(text, phrase) if isinstance(phrase, str) else phrase
+        if phrase is not None and heat == "similarity":
+            text, phrase = text[start:end], None
+        tokens = self.processor(text=[text], return_tensors="pt")
+        chosen = tokens["attention_mask"].bool()
+        if phrase is not None:
+            chosen = phrase_tokens(self.processor, text, start, end)[None]
+        return {
+            "pixel_values": self._pixels([image]),
+            "input_ids": tokens["input_ids"],
+            "attention_mask": tokens["attention_mask"],
+            "phrase_tokens": chosen,
+            "image": image,
+            "boxes": boxes,
+        }
+
+    def _forward(self, inputs: dict, layer: int | None = None, heat: str = "matching") -> dict:
+        pair = (inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"])
+        if heat == "similarity":
+            heat_map = similarity_heat_map(self.model, *pair, **_given(layer=layer))
+        else:
+            maps = matching_heat_map(self.model, *pair, layer)  # (B, L, height, width)
+            heat_map = phrase_map(maps, inputs["phrase_tokens"])
+        return {"heat_map": heat_map, "image": inputs["image"], "boxes": inputs["boxes"]}
+
+    def postprocess(
+        self, outputs: dict, sliding: bool = False, threshold: float = 0.5, draw: bool = False
+    ) -> dict[str, Any]:
+        """`box`, `score`, `point`, `heat_map`, and `drawn` if asked for."""
+        heat_map, image, boxes = outputs["heat_map"][0], outputs["image"], outputs["boxes"]
+        if boxes is None and sliding:
+            boxes = sliding_boxes(image.size).tolist()
+        elif boxes is None:
+            boxes = [box_from_heat_map(heat_map, image.size, threshold)]
+        scores = box_scores(heat_map, boxes, image.size)
+        best = int(scores.argsort(descending=True, stable=True)[0])
+        result = {
+            "box": tuple(boxes[best]),
+            "score": scores[best].item(),
+            "point": heat_point(heat_map, image.size),
+            "heat_map": heat_map,
+        }
+        return result | ({"drawn": draw_heat_map(image, heat_map, [boxes[best]])} if draw else {})
+
+
+def _given(**parameters: Any) -> dict[str, Any]:
+    """The parameters that are not None; the others keep the defaults of where they go."""
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def _checked_record(record: Any, text_name: str) -> Record:
+    if not isinstance(record, Mapping):
+        raise ValueError(
+            f"An input of type {type(record).__name__} is no record: pass {{'image': ..., '{text_name}': ...}}, or an "
+            f"image and its {text_name}."
+        )
+    return record
+
+
+def _checked_text(text: Any, name: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{name}={text!r:.60} is no text: pass a {name} with at least one word.")
+    return text
+
+
+def _open_image(image: Any, timeout: float | None) -> Image.Image:
+    """An image from where it is, upright and in RGB."""
+    if image is None:
+        raise ValueError("The record has no image: pass a PIL image, a path, a URL or a base64 text as 'image'.")
+    return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image, timeout=timeout)
+
+
+def _wrong_model(task: str, name: str, expected: tuple[type, ...]) -> PipelineException:
+    return PipelineException(
+        task,
+        name,
+        f"{task} needs the heads of {' or '.join(cls.__name__ for cls in expected)}, but the model is {name}.",
+    )
+
+
+class _OpenedAsSaved:
+    """Opens a checkpoint as the class it was saved as, if a task can use that, and without a teacher.
+
+    transformers would take the first class that opens it; but each TCL model opens each TCL checkpoint, with heads
+    that know nothing where it has none.
+    """
+
+    model_classes: tuple[type[TCLPreTrainedModel], ...]
+
+    @classmethod
+    def from_pretrained(cls, name: str, _from_pipeline: str = "", **kwargs) -> TCLPreTrainedModel:
+        saved_as = AutoConfig.from_pretrained(name, **kwargs).architectures or ["of no known class"]
+        for model_class in cls.model_classes:
+            if model_class.__name__ in saved_as:
+                return model_class.from_pretrained(name, **{"use_momentum_teacher": False} | kwargs)
+        raise _wrong_model(_from_pipeline, saved_as[0], cls.model_classes)
+
+
+def register_pipelines() -> None:
+    """Make the tasks known to transformers' `pipeline`."""
+    # transformers 5 took this task from its own pipelines, and refuses its name before it looks for others'.
+    getattr(pipelines, "REMOVED_TASKS", {}).pop("visual-question-answering", None)
+    for task, pipeline_class in {
+        "image-text-matching": ImageTextMatchingPipeline,
+        "visual-question-answering": VisualQuestionAnsweringPipeline,
+        "visual-entailment": VisualEntailmentPipeline,
+        "visual-reasoning": VisualReasoningPipeline,
+        "visual-grounding": VisualGroundingPipeline,
+    }.items():
+        opener = type("OpenedAsSaved", (_OpenedAsSaved,), {"model_classes": pipeline_class.model_classes})
+        PIPELINE_REGISTRY.register_pipeline(task, pipeline_class, pt_model=opener, type="multimodal")
+        # Else a saved pipeline carries this file along as remote code, which this package makes needless.
+        del pipeline_class._registered_impl

@@ -1,0 +1,314 @@
+"""What a run leaves besides weights: a table of results, curves, a sheet of retrieved pictures, a model card."""
+
+import math
+import random
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..data.images import open_image
+from ..evaluation.retrieval import chance_recall, encode_pairs, matching_scores
+from ..models.modeling_tcl import TCLForImageTextRetrieval
+from ..models.processing_tcl import TCLProcessor
+from ..sharing.cards import METHOD, Card, name_of_model
+from ..training.log import METRICS, read_metrics
+
+CURVES = "training.png"
+SHEET = "retrieved.png"
+PREDICTIONS = "predictions.png"
+SHEET_SIDE, FRAME = 160, 2  # pixels of a picture on the sheet of predictions, and of the line around it
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a model was trained, for its card.
+
+    Args:
+        data: names of what it was trained on.
+        num_train: pairs or records trained on; None if they were a stream.
+        base_models: what it started from: Hub names or folders.
+        command: how the run was started.
+    """
+
+    data: list[str]
+    num_train: int | None
+    base_models: list[str]
+    command: str
+
+    def card(
+        self,
+        task: str,
+        results: str,
+        metrics: dict[str, float],
+        said: dict[str, Any],
+        pictures: list[tuple[str, str]],
+        example: dict[str, Any] | None,
+        output_dir: Path,
+    ) -> None:
+        """Write the run's card; see `cards.Card`."""
+        what = "pairs" if task == "pretraining" else "records"
+        learned = f"{self.num_train} {what}" if self.num_train is not None else f"a stream of {what}"
+        names = [name_of_model(model) for model in self.base_models]
+        started = f"It started from {', '.join(names)}." if names else "It was trained from scratch."
+        how = "pre-trained" if task == "pretraining" else f"fine-tuned for {task.replace('_', ' ')}"
+        Card(
+            name=output_dir.resolve().name,
+            task=task,
+            datasets=self.data,
+            summary=f"A model of {METHOD}, {how} by `tcl_hf` on {learned} of {', '.join(self.data)}. {started}",
+            results=results,
+            training=f"`{self.command}`; losses and metrics along the run are in `{METRICS}`.",
+            metrics=metrics,
+            said=said,
+            base_models=self.base_models,
+            pictures=pictures,
+            example=example,
+        ).write(output_dir)
+
+
+def results_table(metrics: dict[str, float], num_images: int, k: int, baseline: dict[str, float] | None = None) -> str:
+    """A Markdown table of recall in percent, beside chance and, if given, the linear baseline.
+
+    Args:
+        metrics: those of `evaluate_retrieval`.
+        num_images: images retrieved from.
+        k: candidates re-ranked.
+        baseline: metrics of `ridge_baseline`.
+    """
+    columns = [f"{way}_recall@{at}" for way in ("i2t", "t2i") for at in (1, 5, 10)] + ["recall@1"]
+    chance = {name: chance_recall(num_images, int(name.split("@")[1])) for name in columns}
+    rows = [
+        ("by similarity", metrics),
+        (
+            f"re-ranked by matching (k = {k})",
+            {n.removeprefix("reranked_"): v for n, v in metrics.items() if "reranked_" in n},
+        ),
+        ("chance", chance),
+    ]
+    if baseline is not None:
+        rows.append(("linear baseline (ridge)", baseline))
+    lines = [
+        f"| recall in % of {num_images} | image to text @1 | @5 | @10 | text to image @1 | @5 | @10 | mean @1 |",
+        "|---|" + "---|" * len(columns),
+    ]
+    lines += [
+        f"| {name} | " + " | ".join(f"{values[column]:.2f}" for column in columns) + " |"
+        for name, values in rows
+        if values
+    ]
+    return "\n".join(lines)
+
+
+def plot_training(lines: list[dict[str, float]], path: Path) -> None:
+    """Plot the losses and the recall of the lines of a `metrics.jsonl` as a PNG."""
+    plt = _pyplot()
+    figure, (losses, recall) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    trained = [line for line in lines if "loss" in line]
+    for name in ("cma", "imc", "lmi", "itm", "mlm"):
+        points = [(line["step"], line[f"loss_{name}"]) for line in trained if f"loss_{name}" in line]
+        if points:
+            losses.plot(*zip(*points, strict=True), label=name.upper())
+    losses.set(xlabel="step", ylabel="loss", title="Losses")
+    losses.legend()
+    evaluated = [line for line in lines if "recall@1" in line]
+    for name, label in (("recall@1", "similarity"), ("reranked_recall@1", "re-ranked")):
+        points = [(line["step"], line[name]) for line in evaluated if name in line]
+        if points:
+            recall.plot(*zip(*points, strict=True), marker="o", label=label)
+    recall.set(xlabel="step", ylabel="recall@1 in %", title="Held-out recall, mean of both directions")
+    recall.set_ylim(bottom=0)
+    if evaluated:
+        recall.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def picture_sheet(
+    model: TCLForImageTextRetrieval,
+    processor: TCLProcessor,
+    records: list[dict],
+    path: Path,
+    k: int = 32,
+    num_texts: int = 8,
+    num_images: int = 6,
+) -> None:
+    """Draw the images retrieved for some captions, best first, the right one framed, as a PNG.
+
+    The captions are spread evenly over the records: none is chosen for its result.
+
+    Args:
+        k: candidates by similarity, re-ranked by matching.
+        num_texts: rows; as many captions.
+        num_images: columns; as many images of each.
+    """
+    plt = _pyplot()
+    model.eval()
+    pairs = encode_pairs(model, processor, records, captions_per_image=1)
+    similarity = pairs.similarity()  # (I, T)
+    scores = matching_scores(model, pairs, k)
+    num_texts, num_images = min(num_texts, len(records)), min(num_images, len(records))
+    figure, axes = plt.subplots(
+        num_texts, num_images, figsize=(1.3 * num_images + 2, 1.3 * num_texts), squeeze=False, constrained_layout=True
+    )
+    for row in range(num_texts):
+        text = row * len(records) // num_texts
+        among = similarity[:, text].topk(min(k, len(records))).indices
+        best = among[scores[among, text].argsort(descending=True)][:num_images]
+        axes[row, 0].set_ylabel(textwrap.fill(pairs.texts[text], 18), rotation=0, ha="right", va="center", fontsize=9)
+        for column, image in enumerate(best.tolist()):
+            axis = axes[row, column]
+            axis.imshow(open_image(records[image]["image"]).convert("RGB"))
+            axis.set(xticks=[], yticks=[])
+            right = image == pairs.image_of_text[text]
+            for spine in axis.spines.values():
+                spine.set(color="tab:green" if right else "lightgrey", linewidth=3 if right else 1)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_report(
+    model: TCLForImageTextRetrieval,
+    processor: TCLProcessor,
+    records: list[dict],
+    metrics: dict[str, float],
+    said: dict[str, Any],
+    run: Run,
+    output_dir: Path,
+    baseline: dict[str, float] | None = None,
+) -> str:
+    """Write curves, picture sheet and model card of pre-training into its folder; return its table of results.
+
+    Args:
+        records: the held-out images, with captions.
+        metrics: those of `evaluate_retrieval` on them.
+        said: how they were measured; its `k` are the candidates re-ranked.
+        baseline: metrics of `ridge_baseline` on them.
+    """
+    k = said["k"]
+    table = results_table(metrics, len(records), k, baseline)
+    plot_training(read_metrics(output_dir / METRICS), output_dir / CURVES)
+    picture_sheet(model, processor, records, output_dir / SHEET, k)
+    results = f"""\
+Split `{said["split"]}`, which this run did not train on, one caption per image, measured at its end. Similarity is the
+cosine of both encoders' features; re-ranking scores the {k} most similar candidates of each query by the matching head
+alone. Pixels were made by the PIL backend of the image processor.
+
+{table}"""
+    pictures = [
+        (CURVES, "Losses and recall along the run."),
+        (SHEET, "Retrieved pictures; the right one is framed. The captions are spread evenly over the split."),
+    ]
+    of_both_directions = {n: v for n, v in metrics.items() if n.removeprefix("reranked_").startswith("recall@")}
+    example = records[0] | {"captions": [record["captions"][0] for record in records[:4]]}
+    run.card("pretraining", results, of_both_directions, said, pictures, example, output_dir)
+    return table
+
+
+def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Path, columns: int = 6) -> None:
+    """Draw pictures with what was asked or said of them, and the prediction, as a PNG; right ones are framed green.
+
+    The records are drawn with a fixed seed: none is chosen for its result. Grounded phrases show their point and best
+    box beside the true ones.
+
+    Args:
+        records: what was evaluated.
+        predictions: those of an evaluator; several of one record share its `image_id`.
+    """
+    plt = _pyplot()
+    by_id = {record["image_id"]: record for record in records}
+    one_each = len(predictions) == len(records)
+    chosen = random.Random(0).sample(range(len(predictions)), min(2 * columns, len(predictions)))
+    figure, axes = plt.subplots(2, columns, figsize=(1.9 * columns, 5.2), squeeze=False, constrained_layout=True)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, number in zip(axes.flat, chosen, strict=False):
+        prediction = predictions[number]
+        record = records[number] if one_each else by_id[prediction["image_id"]]
+        pictures = [open_image(image).convert("RGB") for image in record.get("images") or [record["image"]]]
+        axis.imshow(np.concatenate([np.asarray(_framed(picture)) for picture in pictures], axis=1))
+        if "point" in prediction:
+            asked, said, right = prediction["phrase"], "", None
+            size = pictures[0].size
+            scale = SHEET_SIDE / max(size)
+            x, y = (
+                (SHEET_SIDE - scale * side) / 2 + scale * at for side, at in zip(size, prediction["point"], strict=True)
+            )
+            axis.plot(x + FRAME, y + FRAME, marker="+", color="red", markersize=12)
+        else:
+            asked = record.get("question") or record["captions"][0]
+            said = prediction.get("answer") or prediction["label"]
+            true = (record.get("answers") or [record.get("label")])[0]
+            right = said == true
+            said = said if right else f"{said} ({true})"
+        color = "black" if right is None else "tab:green" if right else "tab:red"
+        axis.set_title(textwrap.fill(asked, 24), fontsize=8)
+        axis.text(0.5, -0.08, said, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=color)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _framed(picture: Image.Image) -> Image.Image:
+    """A picture at the size of the sheet, on grey where it is not square."""
+    return ImageOps.expand(ImageOps.pad(picture, (SHEET_SIDE, SHEET_SIDE), color="lightgrey"), FRAME, "lightgrey")
+
+
+def task_table(metrics: dict[str, float], said: dict[str, Any]) -> str:
+    """A Markdown table of a task's metrics under a line that says how they were measured."""
+    line = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in said.items() if value is not False)
+    rows = [f"| {name} | {value:.2f} |" for name, value in metrics.items() if name not in ("step", "epoch")]
+    return "\n".join([f"Measured with: {line}.", "", "| metric | value |", "|---|---|", *rows])
+
+
+def plot_task(lines: list[dict[str, float]], metric: str, path: Path) -> None:
+    """Plot the loss and one metric of the lines of a `metrics.jsonl` as a PNG."""
+    plt = _pyplot()
+    figure, (loss, measured) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    for axis, name in ((loss, "loss"), (measured, metric)):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o" if axis is measured else None)
+        axis.set(xlabel="step", ylabel=name, title="Training loss" if axis is loss else "Held-out data")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_task_report(
+    output_dir: Path,
+    metrics: dict[str, float],
+    said: dict[str, Any],
+    run: Run,
+    metric: str,
+    example: dict[str, Any] | None = None,
+) -> str:
+    """Write curve and model card of a fine-tuning run into its folder; return its table of results.
+
+    Args:
+        metrics: those of the run's last evaluation; the table shows those of the model that was kept.
+        said: how they were measured, see `tasks.statement`.
+        metric: the one that the model was kept by; the first one if empty.
+        example: a record of the held-out data, for the card's widget.
+    """
+    evaluated = [line for line in read_metrics(output_dir / METRICS) if "loss" not in line]
+    metric = metric or next((name for name in metrics if name not in ("step", "epoch")), "loss")
+    best = max(evaluated, key=lambda line: line.get(metric, -math.inf), default=metrics)
+    plot_task(read_metrics(output_dir / METRICS), metric, output_dir / CURVES)
+    table = task_table(best, said)
+    pictures = [(CURVES, "Loss and metric along the run.")]
+    run.card(said["task"], table, best, said, pictures, example, output_dir)
+    return table
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("Curves and picture sheets need matplotlib: pip install 'tcl_hf[demo]'.") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,93 @@
+"""The arguments of a training run."""
+
+from dataclasses import dataclass, field
+
+
+class TrainingError(ValueError):
+    """Arguments of a run that contradict each other; the message says what, and the remedy."""
+
+
+@dataclass
+class TCLTrainingArguments:
+    """How to train."""
+
+    output_dir: str = field(default="runs/tcl", metadata={"help": "Folder of the model, metrics and checkpoints."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, order, augmentation and masking."})
+    num_train_epochs: int = field(default=30, metadata={"help": "Passes over the data."})
+    max_steps: int = field(
+        default=-1,
+        metadata={"help": "Stop after this number of optimizer steps, if it is positive; else after all epochs."},
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Pairs in a forward of one process."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forwards in an optimizer step."})
+    lr_scheduler_type: str = field(
+        default="cosine",
+        metadata={
+            "help": "cosine: linear warm-up, then cosine, per step; paper: warm-up in stairs, then cosine by epoch.",
+            "choices": ["cosine", "paper"],
+        },
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Highest learning rate."})
+    min_learning_rate: float = field(default=1e-5, metadata={"help": "Last learning rate."})
+    warmup_learning_rate: float = field(default=1e-5, metadata={"help": "First learning rate."})
+    warmup_steps: int = field(default=2000, metadata={"help": "Optimizer steps of warm-up."})
+    weight_decay: float = field(default=0.02, metadata={"help": "Decay of AdamW."})
+    decay_rule: str = field(
+        default="matrices",
+        metadata={
+            "help": "matrices: weights of linear layers, convolutions and embeddings decay; "
+            "original: also the temperature, class token and image positions.",
+            "choices": ["matrices", "original"],
+        },
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient to this norm; 0 for no clipping."})
+    bf16: bool = field(
+        default=False, metadata={"help": "Autocast the forward to bfloat16; else the precision of the launcher."}
+    )
+    fp16: bool = field(
+        default=False, metadata={"help": "Autocast the forward to float16; else the precision of the launcher."}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the forward."})
+    train_sampling_strategy: str = field(
+        default="random",
+        metadata={
+            "help": "random: any sample beside any other; group_by_length: batches of captions of about the same "
+            "length, which need less padding.",
+            "choices": ["random", "group_by_length"],
+        },
+    )
+    dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that prepare batches."})
+    logging_steps: int = field(default=50, metadata={"help": "Write the mean losses every N steps."})
+    alpha_ramp: bool = field(
+        default=True, metadata={"help": "Raise alpha from 0 over the first epoch (paper: not for visual entailment)."}
+    )
+    eval_steps: int = field(default=0, metadata={"help": "Evaluate every N steps; 0 for the end only."})
+    metric_for_best_model: str = field(
+        default="", metadata={"help": "Keep the model with the highest value of this metric; that of the end if empty."}
+    )
+    save_steps: int = field(default=0, metadata={"help": "Write a checkpoint every N steps; 0 for none."})
+    save_total_limit: int = field(default=2, metadata={"help": "Number of checkpoints that are kept."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Push every checkpoint in the background."})
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "Repository on the Hub for push_to_hub: user/name; it is made if it is missing."},
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in output_dir."})
+    report_to: list[str] = field(
+        default_factory=list, metadata={"help": "Trackers: tensorboard, wandb, trackio, or others of Accelerate."}
+    )
+    max_bad_share: float = field(default=0.1, metadata={"help": "Stop when a larger share of the samples is bad."})
+
+    def __post_init__(self):
+        if self.bf16 and self.fp16:
+            raise TrainingError("bf16 and fp16 are both true: choose one of them.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise TrainingError("push_to_hub needs a repository: name it with hub_model_id, as user/name.")
+
+    @property
+    def mixed_precision(self) -> str | None:
+        """The precision that was asked for, in Accelerate's words; None for that of the launcher."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else None

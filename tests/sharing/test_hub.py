@@ -1,0 +1,359 @@
+"""Pushed by one, opened by another: the real client of the Hub against a server on loopback."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from helpers import losses, small_patches, tiny_processor, tiny_run, training_batch
+from hub_server import HubServer
+
+from tcl_hf import (
+    TCLForImageTextRetrieval,
+    TCLForMaskedLM,
+    TCLForPreTraining,
+    TCLForQuestionAnswering,
+    TCLForTextAssignment,
+    TCLForVisualEntailment,
+    TCLForVisualReasoning,
+    TCLModel,
+    TCLProcessor,
+)
+from tcl_hf.models.checksums import checksum
+from tcl_hf.sharing.convert import open_saved
+from tcl_hf.sharing.hub import CODE, HubError, export, pull, push
+from tcl_hf.training.checkpoints import newest_checkpoint
+
+CLASSES = [
+    TCLModel,
+    TCLForPreTraining,
+    TCLForImageTextRetrieval,
+    TCLForMaskedLM,
+    TCLForQuestionAnswering,
+    TCLForVisualEntailment,
+    TCLForVisualReasoning,
+    TCLForTextAssignment,
+]
+CARD = "---\nlicense: apache-2.0\n---\n# A card\n"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    """A server, and a client that talks to it alone, as its owner, and keeps what it gets in a folder of the test."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: False)
+    # Its client keeps the address of its first use, and tries one that does not answer for half a minute.
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    server.recover()
+    server.requests.clear()
+    return server
+
+
+@pytest.fixture
+def repo(server) -> str:
+    """A name of its own for each test: transformers remembers what it resolved."""
+    return f"user/tiny-{len(server.repos)}"
+
+
+@pytest.fixture
+def processor() -> TCLProcessor:
+    return tiny_processor()
+
+
+def save(model_class, folder: Path, processor, **fields):
+    """A run's folder: random weights, whose teacher is not its student, a card, a picture, and things to keep."""
+    torch.manual_seed(0)
+    words = processor.tokenizer
+    text = {"vocab_size": len(words), "bos_token_id": words.cls_token_id, "eos_token_id": words.sep_token_id}
+    config = small_patches(text_config=text | {"pad_token_id": words.pad_token_id}, **fields)
+    model = model_class(config).eval()
+    if getattr(model, "teacher", None) is not None:
+        with torch.no_grad():
+            for parameter in model.teacher.parameters():
+                parameter.add_(0.1)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+    (folder / "training.png").write_bytes(b"\x89PNG\0")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "checkpoints/step-00000001").mkdir(parents=True)
+    (folder / "checkpoints/step-00000001/optimizer.bin").write_bytes(b"\0" * 1000)
+    return model
+
+
+def features(model) -> dict[str, torch.Tensor]:
+    """What a model gives for a batch, as far as any class gives it."""
+    batch = training_batch(2, config=model.config)
+    tcl = model.base_model
+    with torch.no_grad():
+        image, text = tcl.encode_image(batch["pixel_values"]), tcl.encode_text(batch["input_ids"])
+        images = (image,) * model.config.text_config.images_per_text
+        fused = tcl.text_model(batch["input_ids"], encoder_hidden_states=images).last_hidden_state
+        outputs = {"image": tcl.image_features(image[:, 0]), "text": tcl.text_features(text[:, 0]), "fused": fused}
+        for head in ("itm_head", "cls_head", "ta_head", "lm_head"):
+            if hasattr(model, head):
+                outputs[head] = getattr(model, head)(fused)
+        if hasattr(model, "text_decoder"):
+            outputs["answer"] = model.generate(batch["input_ids"], batch["pixel_values"], max_new_tokens=3)
+    return outputs
+
+
+def assert_same(computed, expected):
+    assert computed.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(computed[name], value), name
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_every_class_is_pushed_and_opens_with_the_same_outputs(hub, repo, processor, model_class, tmp_path):
+    model = save(model_class, tmp_path / "run", processor)
+    push(tmp_path / "run", repo)
+    files = hub.repos[repo].find("main").files
+    assert files["README.md"].content.decode() == CARD
+    assert not {name for name in files if "checkpoints" in name or name == "notes.txt" or name.endswith(".py")}
+
+    opened = model_class.from_pretrained(repo).eval()
+    assert not opened.config.use_momentum_teacher and getattr(opened, "teacher", None) is None
+    assert_same(features(opened), features(model))
+    again = TCLProcessor.from_pretrained(repo)
+    assert again(text="a red dog!") == processor(text="a red dog!")
+
+
+def test_transformers_own_push_and_pull_work_too(hub, repo, processor, tmp_path):
+    model = save(TCLForPreTraining, tmp_path / "run", processor)
+    model.push_to_hub(repo)
+    processor.push_to_hub(repo)
+    opened = TCLForPreTraining.from_pretrained(repo)
+    for name, value in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], value), name
+    assert TCLProcessor.from_pretrained(repo)(text="a red dog") == processor(text="a red dog")
+
+
+def test_training_state_comes_back_whole(hub, repo, processor, tmp_path):
+    model = save(TCLForPreTraining, tmp_path / "run", processor)
+    push(tmp_path / "run", repo, training_state=True)
+    pull(repo, tmp_path / "other")
+    opened = open_saved(tmp_path / "other")
+    for name, value in model.state_dict().items():
+        assert torch.equal(opened.state_dict()[name], value), name
+    state = "checkpoints/step-00000001/optimizer.bin"
+    assert (tmp_path / "other" / state).read_bytes() == (tmp_path / "run" / state).read_bytes()
+
+
+def test_a_push_of_the_same_content_makes_no_commit(hub, repo, processor, tmp_path):
+    save(TCLForPreTraining, tmp_path / "run", processor)
+    first = push(tmp_path / "run", repo, with_code=True)
+    number = len(hub.repos[repo].commits)
+    again = push(tmp_path / "run", repo, with_code=True)
+    assert len(hub.repos[repo].commits) == number and again.oid == first.oid
+
+
+def test_an_interrupted_push_goes_on_where_it_was(hub, repo, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    model = save(TCLForPreTraining, tmp_path / "run", processor)
+    hub.fail_after(2, status=403)
+    with pytest.raises(HubError, match="What was sent so far stays: push again to go on"):
+        push(tmp_path / "run", repo, max_shard_size="100KB")
+    assert [commit.title for commit in hub.repos[repo].commits] == ["initial commit"]  # nothing half-written
+    sent = set(hub.repos[repo].objects)
+    assert sent
+    hub.recover()
+    hub.requests.clear()
+    push(tmp_path / "run", repo, max_shard_size="100KB")
+    put = {path.rsplit("/", 1)[-1] for method, path in hub.requests if method == "PUT"}
+    assert put and not put & sent
+    assert_same(features(TCLForPreTraining.from_pretrained(repo).eval()), features(model))
+
+
+def test_a_later_push_leaves_no_shards_of_the_former(hub, repo, processor, tmp_path):
+    save(TCLForPreTraining, tmp_path / "run", processor)
+    push(tmp_path / "run", repo, max_shard_size="100KB")
+    shards = {name for name in hub.repos[repo].find("main").files if name.endswith(".safetensors")}
+    assert len(shards) > 1
+    push(tmp_path / "run", repo)
+    files = hub.repos[repo].find("main").files
+    assert {name for name in files if "safetensors" in name} == {"model.safetensors"}
+
+
+def test_branches_pull_requests_and_messages(hub, repo, processor, tmp_path):
+    save(TCLForImageTextRetrieval, tmp_path / "run", processor)
+    push(tmp_path / "run", repo, commit_message="the first")
+    other = save(TCLForImageTextRetrieval, tmp_path / "other", processor, temperature_init_value=0.2)
+    push(tmp_path / "other", repo, revision="warm")
+    proposed = push(tmp_path / "other", repo, create_pr=True)
+    pushed = hub.repos[repo]
+    assert pushed.log("main")[0].title == "the first" and proposed.pr_url
+    assert {"refs/heads/main", "refs/heads/warm", "refs/pr/1"} <= pushed.refs.keys()
+    for revision in ("warm", "refs/pr/1", pushed.find("warm").id):
+        opened = TCLForImageTextRetrieval.from_pretrained(repo, revision=revision)
+        assert torch.equal(opened.tcl.temperature, other.tcl.temperature)
+    assert TCLForImageTextRetrieval.from_pretrained(repo).tcl.temperature.item() == pytest.approx(0.07)
+
+
+def test_a_private_repository_opens_with_its_token_alone(hub, repo, processor, tmp_path, monkeypatch):
+    save(TCLModel, tmp_path / "run", processor)
+    push(tmp_path / "run", repo, private=True)
+    assert hub.repos[repo].private
+    pull(repo, tmp_path / "mine")
+    for token in (hub.other_token, "hf_wrong", False):
+        with pytest.raises(HubError, match="user/tiny") as refused:
+            pull(repo, tmp_path / "theirs", token=token)
+        assert "\n" not in str(refused.value) and "token" in str(refused.value)
+        with pytest.raises(OSError, match="user/tiny"):
+            TCLModel.from_pretrained(repo, token=token, cache_dir=tmp_path / f"cache{token}")
+    assert not list((tmp_path / "theirs").glob("*.safetensors"))
+    with pytest.raises(HubError, match="token"):
+        push(tmp_path / "run", repo, token="hf_wrong")
+
+
+def test_what_is_not_there_is_said(hub, repo, processor, tmp_path, monkeypatch):
+    save(TCLModel, tmp_path / "run", processor)
+    push(tmp_path / "run", repo)
+    with pytest.raises(HubError, match="has no revision 'v9'"):
+        pull(repo, tmp_path / "out", revision="v9")
+    with pytest.raises(HubError, match="There is no repository user/none, or it is private"):
+        pull("user/none", tmp_path / "out")
+    with pytest.raises(HubError, match=r"empty can not be shared: .* can not be opened"):
+        push(tmp_path / "empty", repo)
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(HubError, match="holds a 'bert' model and not a TCL"):
+        push(tmp_path / "bert", repo)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(HubError, match="The Hub can not be reached for user/tiny"):
+        push(tmp_path / "run", repo)
+    with pytest.raises(HubError, match="The Hub can not be reached for user/tiny"):
+        pull(repo, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_folder_without_a_card_gets_one_and_a_widget_its_address(hub, repo, processor, tmp_path):
+    save(TCLForMaskedLM, tmp_path / "run", processor)
+    (tmp_path / "run/README.md").unlink()
+    push(tmp_path / "run", repo)
+    text = hub.repos[repo].find("main").files["README.md"].content.decode()
+    assert "TCLForMaskedLM.from_pretrained" in text and "Nothing was measured" in text
+    (tmp_path / "run/README.md").write_text("---\nwidget:\n- src: example.png\n  text: is it red?\n---\n# A card\n")
+    push(tmp_path / "run", repo)
+    text = hub.repos[repo].find("main").files["README.md"].content.decode()
+    assert f"src: {hub.endpoint}/{repo}/resolve/main/example.png\n" in text
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(processor, tmp_path):
+    save(TCLForPreTraining, tmp_path / "run", processor)
+    (tmp_path / "secret").write_text("token")
+    (tmp_path / "run/leak.png").symlink_to(tmp_path / "secret")
+    (tmp_path / "run/LICENSE").symlink_to(tmp_path / "secret")
+    (tmp_path / "run/checkpoints/step-00000001/more.bin").symlink_to(tmp_path / "secret")
+    export(tmp_path / "run", tmp_path / "out", training_state=True, with_code=True)
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert "training.png" in files and "checkpoints/step-00000001/optimizer.bin" in files
+    assert not {"leak.png", "LICENSE", "checkpoints/step-00000001/more.bin", "notes.txt"} & files
+
+
+def test_a_file_damaged_on_its_way_is_noticed(hub, repo, processor, tmp_path):
+    save(TCLModel, tmp_path / "run", processor)
+    push(tmp_path / "run", repo)
+    stored, name = hub.repos[repo].objects, checksum(tmp_path / "run/model.safetensors")
+    stored[name] = stored[name][:-1] + bytes([stored[name][-1] ^ 1])
+    with pytest.raises(HubError, match="its checksum differs from SHA256SUMS"):
+        pull(repo, tmp_path / "out")
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["tcl_hf"] = None  # cannot be imported
+import torch
+from transformers import AutoModel, AutoModelForPreTraining, AutoModelForSequenceClassification, AutoProcessor
+repo, kind, out = sys.argv[1:]
+opened = {"AutoModel": AutoModel, "AutoModelForPreTraining": AutoModelForPreTraining,
+          "AutoModelForSequenceClassification": AutoModelForSequenceClassification}[kind]
+model = opened.from_pretrained(repo, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+from PIL import Image
+import numpy as np
+pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
+inputs = processor(images=[Image.fromarray(pixels)] * 2, text=["a red dog!", "the house"], return_tensors="pt")
+with torch.no_grad():
+    output = model(**inputs)
+torch.save({"class": type(model).__name__, "inputs": dict(inputs),
+            "output": output[0] if kind == "AutoModelForSequenceClassification" else output.logits_per_image}, out)
+"""
+
+
+@pytest.mark.parametrize(
+    ("model_class", "auto_class"),
+    [
+        (TCLForPreTraining, "AutoModel"),
+        (TCLForPreTraining, "AutoModelForPreTraining"),
+        (TCLForVisualEntailment, "AutoModelForSequenceClassification"),
+    ],
+)
+def test_a_repository_with_code_opens_where_the_package_is_not_installed(
+    hub, repo, processor, model_class, auto_class, tmp_path
+):
+    model = save(model_class, tmp_path / "run", processor)
+    push(tmp_path / "run", repo, with_code=True)
+    assert {f"{name}.py" for name in CODE} <= hub.repos[repo].find("main").files.keys()
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": hub.token,
+        "PYTHONPATH": "",
+    }
+    result = tmp_path / "result.pt"
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, repo, auto_class, str(result)],
+        check=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    found = torch.load(result)
+    assert found["class"] == ("TCLModel" if auto_class == "AutoModel" else model_class.__name__)
+    inputs = found["inputs"]
+    with torch.no_grad():
+        expected = model(**inputs)[0] if model_class is TCLForVisualEntailment else model.tcl(**inputs).logits_per_image
+    assert torch.equal(found["output"], expected)
+    texts = processor(text=["a red dog!", "the house"], return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], texts["input_ids"])
+
+
+def test_checkpoints_are_pushed_in_the_background_and_another_machine_goes_on(hub, repo, tmp_path):
+    tiny_run(tmp_path / "reference")
+    tiny_run(tmp_path / "run", save_steps=2, push_to_hub=True, hub_model_id=repo)
+    files = hub.repos[repo].find("main").files
+    assert hub.repos[repo].private
+    steps = {name.split("/")[1] for name in files if name.startswith("checkpoints/")}
+    assert steps == {newest_checkpoint(tmp_path / "run").name} or steps == {"step-00000002"}  # if it was still busy
+    pull(repo, tmp_path / "other")
+    torch.manual_seed(9)
+    tiny_run(tmp_path / "other", model=TCLForPreTraining(small_patches()), resume=True)
+    after = int(steps.pop().removeprefix("step-"))
+    assert losses(tmp_path / "other") == losses(tmp_path / "reference")[after:]
+
+
+def test_a_push_that_fails_does_not_stop_the_run(hub, tmp_path, caplog):
+    tiny_run(tmp_path, save_steps=4, push_to_hub=True, hub_model_id="other/name")
+    assert "was not pushed: The Hub refuses the token for other/name" in caplog.text
+    assert len(losses(tmp_path)) == 6

@@ -1,0 +1,163 @@
+"""Checkpoints: whole or not there, verified, and written when a scheduler takes the machine away."""
+
+import hashlib
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import losses, small_patches, tiny_run
+
+from tcl_hf import TCLForPreTraining
+from tcl_hf.training.arguments import TrainingError
+from tcl_hf.training.checkpoints import (
+    CHECKPOINTS,
+    MANIFEST,
+    CheckpointWriteError,
+    newest_checkpoint,
+    newest_whole_checkpoint,
+    read_manifest,
+    what_is_damaged,
+)
+from tcl_hf.training.interruption import PREEMPTED, Preempted
+from tcl_hf.training.log import read_metrics
+
+
+def resumed(folder, **options):
+    """Go on with other weights and random numbers, which the checkpoint must replace."""
+    torch.manual_seed(99)
+    return tiny_run(folder, model=TCLForPreTraining(small_patches()), resume=True, **options)
+
+
+def curve(folder) -> list[dict[str, float]]:
+    """The logged lines, without how fast it went."""
+    return [
+        {k: v for k, v in line.items() if k != "pairs_per_second"} for line in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def test_a_manifest_lists_every_file_and_the_processes(tmp_path):
+    tiny_run(tmp_path, save_steps=4)
+    checkpoint = newest_checkpoint(tmp_path)
+    manifest = read_manifest(checkpoint)
+    assert (manifest["step"], manifest["num_processes"]) == (4, 1)
+    names = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert manifest["files"].keys() == names - {MANIFEST} and names > {"model.safetensors", "optimizer.bin"}
+    assert what_is_damaged(checkpoint) is None
+    for name, (size, digest) in manifest["files"].items():
+        content = (checkpoint / name).read_bytes()
+        assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the names of open files are those of Linux")
+def test_files_are_flushed_before_the_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    flushed, renamed = [], []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    monkeypatch.setattr(Path, "rename", lambda self, to: renamed.append(list(flushed)) or rename(self, to))
+    tiny_run(tmp_path, save_steps=4)
+    (before,) = renamed
+    files = {path.name for path in newest_checkpoint(tmp_path).iterdir()}
+    assert {Path(name).name for name in before} == {*files, "step-00000004.tmp"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_last_good_one(reference, tmp_path, damage, caplog):
+    tiny_run(tmp_path, save_steps=2)
+    checkpoint = newest_checkpoint(tmp_path)
+    file = checkpoint / (MANIFEST if "manifest" in damage else "optimizer.bin")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage in ("missing", "no manifest"):
+        file.unlink()
+    else:
+        file.write_bytes(content[:-9] if damage in ("cut", "manifest") else content)
+    assert newest_whole_checkpoint(tmp_path).name == "step-00000002" != checkpoint.name
+    assert f"{checkpoint} is passed over: its " in caplog.text
+    resumed(tmp_path)
+    assert losses(tmp_path) == losses(reference)
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_a_good_one_out(tmp_path):
+    tiny_run(tmp_path, save_steps=2, save_total_limit=2)
+    newest, deadline = newest_checkpoint(tmp_path), time.monotonic() + 60
+    (newest / "optimizer.bin").write_bytes(b"damaged")
+    resumed(tmp_path, save_steps=3, save_total_limit=1, max_steps=4)
+    assert newest_whole_checkpoint(tmp_path) == newest_checkpoint(tmp_path) == newest.with_name("step-00000003")
+    while (leftovers := list((tmp_path / CHECKPOINTS).glob("*.*"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not leftovers
+
+
+def test_a_resumed_run_logs_the_same_means_over_steps_before_and_after(tmp_path):
+    """A checkpoint between two lines of the log carries the sums so far."""
+    options = {"logging_steps": 3, "num_train_epochs": 3}
+    tiny_run(tmp_path / "whole", **options)
+
+    def kill(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path / "killed", save_steps=4, evaluate=kill, eval_steps=5, **options)
+    resumed(tmp_path / "killed", **options)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_says_so_with_its_exit_code(reference, tmp_path):
+    def ask(model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"recall": 1.0}
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as stopped:
+        tiny_run(tmp_path, evaluate=ask, eval_steps=3)
+    assert stopped.value.code == PREEMPTED == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert newest_checkpoint(tmp_path).name == "step-00000003"
+    resumed(tmp_path)
+    assert losses(tmp_path) == losses(reference)
+
+
+@pytest.fixture
+def small_files():
+    """A limit on the size of files stands for a full disk."""
+    limit, ceiling = resource.getrlimit(resource.RLIMIT_FSIZE)
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size or limit, ceiling))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, ceiling))
+    signal.signal(signal.SIGXFSZ, former)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(reference, tmp_path, small_files):
+    def fill(model):
+        small_files(100_000)
+        return {"recall": 1.0}
+
+    with pytest.raises(CheckpointWriteError, match=r"step-00000004 could not be written .*Last good .*step-00000002"):
+        tiny_run(tmp_path, save_steps=2, evaluate=fill, eval_steps=3)
+    small_files(None)
+    assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000002"]
+    resumed(tmp_path)
+    assert losses(tmp_path) == losses(reference)
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    tiny_run(tmp_path, save_steps=4)
+    manifest = newest_checkpoint(tmp_path) / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"num_processes": 1', '"num_processes": 2'))
+    with pytest.raises(TrainingError, match="was written by 2 processes, and this run has 1"):
+        resumed(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [(0, 2), (2, 1)])
+def test_the_number_of_workers_may_change_between_runs(reference, tmp_path, workers):
+    def kill(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path, save_steps=2, evaluate=kill, eval_steps=4, dataloader_num_workers=workers[0])
+    resumed(tmp_path, dataloader_num_workers=workers[1])
+    assert losses(tmp_path) == losses(reference)

@@ -4,28 +4,26 @@ Every random choice of a sample is drawn under its own seed where the record car
 not depend on which worker makes them; other records draw from PyTorch's global generator.
 """
 
+import copy
 import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ..models.losses import NO_IMAGE_ID
-from ..models.processing_tcl import MAX_WORDS, TCLProcessor
-from ..models.tokenization_tcl import TCLTokenizer, clean_caption, clean_question
+from ..models.processing_tcl import MAX_QUESTION_WORDS_IN_TRAINING, MAX_TOKENS, MAX_WORDS, TCLProcessor
+from ..models.tokenization_tcl import TCLTokenizer, clean_caption
 from .augmentation import TCLAugmentation
 from .images import IMAGE_ERRORS, open_image
 from .pairs import MAX_CHARACTERS, NOT_UTF8, DataError
 from .sampling import Visit
 from .skipped import SkippedSamples
-
-MAX_TOKENS = 25  # [CLS] included, as in the original's pre-training
-MAX_ANSWER_TOKENS = 12  # [CLS] and [SEP] included; the original sets no limit
 
 
 def mask_tokens(
@@ -90,6 +88,12 @@ class _Collator:
     def __post_init__(self):
         if self.skipped is None:
             self.skipped = SkippedSamples()
+
+    def for_run(self, skipped: SkippedSamples) -> Self:
+        """A copy for a training run: it notes bad samples in `skipped`, and makes an empty dictionary of none."""
+        collator = copy.copy(self)
+        collator.skipped, collator.empty_batches = skipped, True
+        return collator
 
     def __call__(self, records: list[dict]) -> dict[str, Tensor]:
         """Make a batch; of it, the samples that can be used."""
@@ -157,7 +161,7 @@ class TCLPreTrainingCollator(_Collator):
     Args:
         processor: gives tokenizer, clean-up, image size and normalisation.
         augmentation: makes the views; None for the paper's, at the processor's size.
-        max_tokens: longest text, [CLS] included (paper: 25).
+        max_tokens: longest text, [CLS] included; the paper pre-trains with 25.
         skipped: where bad samples are noted.
         empty_batches: a batch of which nothing is left is an empty dictionary, as our loop wants it, and no error.
         two_views: a second view for the teacher; ALBEF has one for both.
@@ -225,16 +229,6 @@ def image_number(image_id: str | None) -> int:
     return int.from_bytes(hashlib.blake2b(str(image_id).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def encode_answers(tokenizer: TCLTokenizer, answers: Sequence[str], max_tokens: int = MAX_ANSWER_TOKENS) -> Tensor:
-    """Token ids of answers (A, L), `[CLS] answer [SEP]`, padded with -100."""
-    rows = [
-        [tokenizer.cls_token_id, *tokens[: max_tokens - 2], tokenizer.sep_token_id]
-        for tokens in tokenizer(list(answers), add_special_tokens=False, clean_up_text=False)["input_ids"]
-    ]
-    longest = max(len(row) for row in rows)
-    return torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
-
-
 @dataclass
 class TCLTaskCollator(_Collator):
     """Make batches for the heads of the tasks; what a record has decides what is made of it.
@@ -259,7 +253,7 @@ class TCLTaskCollator(_Collator):
 
     label2id: dict[str, int] | None = None
     with_answers: bool = True
-    max_question_words: int = 30
+    max_question_words: int = MAX_QUESTION_WORDS_IN_TRAINING
 
     def __call__(self, records: list[dict]) -> dict[str, Tensor]:
         """Return `pixel_values`, `input_ids`, `attention_mask`; for classes `labels`; for answers `labels`,
@@ -286,7 +280,7 @@ class TCLTaskCollator(_Collator):
     def _text(self, record: dict) -> tuple[str, int | None, Counter]:
         """Text, class, and weights of the answers of one record."""
         if "question" in record:
-            text = clean_question(record["question"] or "", self.max_question_words)
+            text = self.processor.clean_question(record["question"] or "", self.max_question_words)
             if not text.strip():
                 raise ValueError("no question")
         else:
@@ -322,7 +316,8 @@ class TCLTaskCollator(_Collator):
             batch["labels"] = torch.tensor(labels)
         answers = [(answer, weight, row) for row, own in enumerate(weights) for answer, weight in own.items()]
         if answers:
-            batch["labels"] = encode_answers(self.processor.tokenizer, [answer for answer, _, _ in answers])
+            ids, mask = self.processor.encode_answers([answer for answer, _, _ in answers])
+            batch["labels"] = ids.masked_fill(mask == 0, -100)
             batch["answer_weights"] = torch.tensor([weight for _, weight, _ in answers])
             batch["question_index"] = torch.tensor([row for _, _, row in answers])
         return batch

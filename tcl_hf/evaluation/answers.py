@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..data.collators import TCLTaskCollator, encode_answers
+from ..data.collators import TCLTaskCollator
 from ..models.modeling_tcl_tasks import TCLForQuestionAnswering
-from ..models.processing_tcl import TCLProcessor
+from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_QUESTION_WORDS, TCLProcessor
 from .metrics import normalize_answer, vqa_accuracies
 from .shares import Evaluation, batches_of_records, evaluating, exchange
 
@@ -21,14 +21,14 @@ def answer_questions(
     answers: list[str],
     k: int = 128,
     batch_size: int = 32,
-    max_tokens: int = 50,
+    max_tokens: int = MAX_QUESTION_TOKENS,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
     """The best of the given answers to each question: `question_id`, `answer`, `score`."""
-    candidate_ids = encode_answers(processor.tokenizer, answers).to(model.device)
-    candidate_mask = (candidate_ids != -100).long()
-    candidate_ids = candidate_ids.masked_fill(candidate_mask == 0, processor.tokenizer.pad_token_id)
-    collator = TCLTaskCollator(processor, max_tokens=max_tokens, with_answers=False, max_question_words=50)
+    candidate_ids, candidate_mask = (x.to(model.device) for x in processor.encode_answers(answers))
+    collator = TCLTaskCollator(
+        processor, max_tokens=max_tokens, with_answers=False, max_question_words=MAX_QUESTION_WORDS
+    )
     own: list[tuple[int, float]] = []
     with evaluating(model):
         for batch in batches_of_records(collator, records, batch_size, model.device, progress):

@@ -25,7 +25,7 @@ from transformers.pipelines import PIPELINE_REGISTRY, PipelineException
 from ..models.encoders import TCLPreTrainedModel
 from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval, TCLForPreTraining
 from ..models.modeling_tcl_tasks import TCLForQuestionAnswering, TCLForVisualEntailment, TCLForVisualReasoning
-from ..models.tokenization_tcl import clean_question
+from ..models.processing_tcl import MAX_QUESTION_TOKENS
 from .grounding import (
     box_from_heat_map,
     box_scores,
@@ -39,8 +39,6 @@ from .grounding import (
     similarity_heat_map,
     sliding_boxes,
 )
-
-MAX_QUESTION_WORDS = 50  # as in the original's evaluation
 
 Record = Mapping[str, Any]
 
@@ -196,24 +194,17 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
                 raise ValueError(
                     f"candidates={candidates!r} is no list of answers: pass at least one, or None to write."
                 )
-            forward["candidates"] = self._tokens_of_answers(candidates)
+            checked = [_checked_text(candidate, "candidate") for candidate in candidates]
+            forward["candidates"] = self.processor.encode_answers(checked)
         return _given(timeout=timeout), forward, _given(candidates=candidates, top_k=top_k)
-
-    def _tokens_of_answers(self, answers: list[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask (C, L) of `[CLS] answer [SEP]`, as the answers stand: the original does not clean them."""
-        tokenizer = self.processor.tokenizer
-        sep = "" if tokenizer.add_sep_token else tokenizer.sep_token
-        texts = [f"{_checked_text(answer, 'candidate')}{sep}" for answer in answers]
-        tokens = tokenizer(texts, padding=True, return_tensors="pt", clean_up_text=False)
-        return tokens["input_ids"], tokens["attention_mask"]
 
     def preprocess(self, record: Record, timeout: float | None = None) -> dict:
         """Pixels of the image, and tokens of its question."""
         image, question = self._image(record, timeout), self._text(record)
-        if self.processor.clean_text:
-            question = clean_question(question, MAX_QUESTION_WORDS)
-        longest = self.model.config.text_config.max_position_embeddings
-        tokens = self.processor.tokenizer(question, truncation=True, max_length=longest, return_tensors="pt")
+        question = self.processor.clean_question(question)
+        tokens = self.processor.tokenizer(
+            question, truncation=True, max_length=MAX_QUESTION_TOKENS, return_tensors="pt"
+        )
         return {"pixel_values": self._pixels([image]), **tokens}
 
     def _forward(self, inputs: dict, candidates: tuple[Tensor, Tensor] | None = None, k: int = 128, **kwargs) -> dict:

@@ -1,16 +1,25 @@
 """The processor of TCL: images to pixels, texts to tokens, with the original's text clean-up."""
 
 import copy
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import BatchEncoding
 
 from .image_processing_tcl import TCLImageProcessorPil
 from .starting_points import read_image_format
-from .tokenization_tcl import TCLTokenizer, clean_caption
+from .tokenization_tcl import TCLTokenizer, clean_caption, clean_question
 
-MAX_WORDS = 30  # of a caption, as in the original
-MAX_TOKENS = 30  # [CLS] included, as in the original's retrieval evaluation
+# The longest texts; [CLS], and [SEP] where there is one, count as tokens. The original pre-trains with 25 tokens,
+# evaluates retrieval with 30, and sets no other limit on tokens. Its limits on words are the same as these.
+MAX_WORDS = 30
+MAX_TOKENS = 30
+MAX_QUESTION_WORDS = 50
+MAX_QUESTION_WORDS_IN_TRAINING = 30
+MAX_QUESTION_TOKENS = 50
+MAX_ANSWER_TOKENS = 12
 
 
 class TCLProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -87,6 +96,30 @@ class TCLProcessor(ProcessorMixin):
                 clean_caption(text, MAX_WORDS) if isinstance(text, str) else [clean_caption(t, MAX_WORDS) for t in text]
             )
         return super().__call__(images=images, text=text, **kwargs)
+
+    def clean_question(self, question: str, max_words: int = MAX_QUESTION_WORDS) -> str:
+        """A question as the model reads it: cleaned as the original does, if this processor cleans texts.
+
+        Args:
+            max_words: longer questions are cut (original: 30 in training, 50 at test).
+        """
+        return clean_question(question, max_words) if self.clean_text else question
+
+    def encode_answers(self, answers: Sequence[str], max_tokens: int = MAX_ANSWER_TOKENS) -> tuple[Tensor, Tensor]:
+        """Token ids of answers, `[CLS] answer [SEP]`, padded, and their mask: (A, L) each.
+
+        Answers are read as they stand, because the original does not clean them. Longer ones lose their last words,
+        and keep [SEP].
+        """
+        tokenizer = self.tokenizer
+        rows = [
+            [tokenizer.cls_token_id, *tokens[: max_tokens - 2], tokenizer.sep_token_id]
+            for tokens in tokenizer(list(answers), add_special_tokens=False, clean_up_text=False)["input_ids"]
+        ]
+        longest = max(len(row) for row in rows)
+        ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids, (torch.arange(longest) < lengths[:, None]).long()
 
 
 __all__ = ["TCLProcessor"]

@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..models.configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
+from ..models.processing_tcl import MAX_TOKENS
 
 RECIPES = Path(__file__).parent
 
@@ -43,7 +44,9 @@ class DataArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if unusual."})
     caption_column: str | None = field(default=None, metadata={"help": "Column of the captions, if unusual."})
     streaming: bool = field(default=False, metadata={"help": "Read the data while training."})
-    max_tokens: int = field(default=25, metadata={"help": "Longest text, [CLS] included."})
+    max_tokens: int = field(
+        default=MAX_TOKENS, metadata={"help": "Longest text, [CLS] included; the paper pre-trains with 25."}
+    )
     two_views: bool = field(default=True, metadata={"help": "A second view of the image for the teacher (ALBEF: no)."})
     crop_scale: list[float] = field(
         default_factory=lambda: [0.2, 1.0], metadata={"help": "Smallest and largest cropped share of an image."}

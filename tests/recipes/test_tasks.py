@@ -32,7 +32,7 @@ from tcl_hf import (
     TCLModel,
 )
 from tcl_hf.data.annotations.questions import QUESTION_FEATURES
-from tcl_hf.data.collators import TCLPreTrainingCollator, TCLTaskCollator, encode_answers, image_number
+from tcl_hf.data.collators import TCLPreTrainingCollator, TCLTaskCollator, image_number
 from tcl_hf.data.images import open_image
 from tcl_hf.data.pairs import DataError
 from tcl_hf.data.sampling import SharedImages
@@ -158,10 +158,11 @@ def test_what_can_not_be_asked_is_left_out_and_listed(change, reason):
 
 def test_long_answers_are_cut_and_keep_their_end():
     processor = tiny_processor()
-    ids = encode_answers(processor.tokenizer, ["red dog " * 20, "cat"], max_tokens=6)
+    ids, mask = processor.encode_answers(["red dog " * 20, "cat"], max_tokens=6)
     assert ids.shape == (2, 6)
     assert ids[0, -1] == processor.tokenizer.sep_token_id
-    assert ids[1].tolist()[-3:] == [-100] * 3
+    assert ids[1].tolist()[-3:] == [processor.tokenizer.pad_token_id] * 3
+    assert mask.tolist() == [[1] * 6, [1] * 3 + [0] * 3]
 
 
 def test_image_ids_are_equal_where_the_image_is():
@@ -212,7 +213,7 @@ def test_answers_equal_a_plain_loop_over_candidates(k):
         scores = []
         with torch.no_grad():
             for candidate in candidates:
-                labels = encode_answers(processor.tokenizer, [candidate])
+                labels, _ = processor.encode_answers([candidate])
                 logits = model(**batch, labels=labels).logits.log_softmax(-1)[0]  # (L - 1, V)
                 each = logits.gather(-1, labels[0, 1:, None]).flatten()
                 scores.append((each[0].item(), (each.sum() + each[0]).item()))

@@ -127,3 +127,12 @@ def test_making_a_processor_warns_of_nothing(tmp_path):
         warnings.simplefilter("error")
         tiny_processor().save_pretrained(tmp_path)
         TCLProcessor.from_pretrained(tmp_path)
+
+
+def test_long_answers_are_cut_and_keep_their_end():
+    processor = tiny_processor()
+    ids, mask = processor.encode_answers(["red dog " * 20, "cat"], max_tokens=6)
+    assert ids.shape == (2, 6)
+    assert ids[0, -1] == processor.tokenizer.sep_token_id
+    assert ids[1].tolist()[-3:] == [processor.tokenizer.pad_token_id] * 3
+    assert mask.tolist() == [[1] * 6, [1] * 3 + [0] * 3]

@@ -27,6 +27,7 @@ from tcl_hf import TCLConfig, TCLForPreTraining, TCLImageProcessorPil, TCLProces
 from tcl_hf.data.collators import TCLPreTrainingCollator
 from tcl_hf.data.tokenizer import train_tokenizer
 from tcl_hf.sharing.convert import from_original
+from tcl_hf.sharing.hub import BackgroundPush
 from tcl_hf.training.arguments import TCLTrainingArguments
 from tcl_hf.training.log import read_metrics
 from tcl_hf.training.loop import train
@@ -175,7 +176,8 @@ def tiny_run(folder, records=None, model=None, evaluate=None, pairs=None, collat
     if pairs is None:
         pairs = Dataset.from_list(tiny_records(12) if records is None else records)
     processor = tiny_processor()
-    return train(model, pairs, collator or TCLPreTrainingCollator(processor), processor, args, evaluate)
+    push = BackgroundPush(args.hub_model_id) if args.push_to_hub else None
+    return train(model, pairs, collator or TCLPreTrainingCollator(processor), processor, args, evaluate, push)
 
 
 def losses(folder) -> list[float]:

@@ -204,7 +204,7 @@ class _Lanes(torch.utils.data.IterableDataset):
         first_round = max(-(-(self.start - lane) // self.num_lanes), 0)
         return itertools.islice(self._batches(lane, first_round), (turn - first_round) % share, None, share)
 
-    def batches_of_epoch(self, lane: int, first_round: int) -> Iterator[list[dict]]:
+    def _batches(self, lane: int, first_round: int) -> Iterator[list[dict]]:
         """The records of a lane's batches, shuffled window by window."""
         first_window, done = divmod(first_round * self.batch_size, self.window)
         lane += self.rank * self.num_lanes

@@ -1,4 +1,4 @@
-"""How processes agree on what to do next."""
+"""How the processes of a run agree on what to do next."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from ..models.distributed import is_distributed
 
 
 class Agreement:
-    """Lets processes agree on what to do next, over CPUs: nothing waits for a GPU."""
+    """Lets processes agree by collective calls over their CPUs, so that nothing waits for a GPU."""
 
     def __init__(self):
         self.rank: int = dist.get_rank() if is_distributed() else 0
@@ -17,11 +17,11 @@ class Agreement:
         self.group = dist.new_group(backend="gloo") if self.world_size > 1 else None
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds in any process; all of them ask together."""
+        """Whether the flag is true in any process; all processes have to ask together."""
         return bool(self._reduced(int(flag), dist.ReduceOp.MAX))
 
     def least(self, number: int) -> int:
-        """The smallest of all processes' numbers; all of them ask together."""
+        """The smallest number of any process; all processes have to ask together."""
         return self._reduced(number, dist.ReduceOp.MIN)
 
     def _reduced(self, number: int, operation: Any) -> int:

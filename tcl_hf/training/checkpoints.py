@@ -1,7 +1,7 @@
-"""Checkpoints of a run: whole or not there, verified before they are read, the oldest removed.
+"""Checkpoints of a run: written whole or not at all, verified before they are read, and the oldest removed.
 
-A checkpoint is what Accelerate saves, and a manifest with the size and checksum of every file, which is written last.
-It is made under another name and renamed when all of it is on the disk.
+A checkpoint is a folder of what Accelerate saves, and a manifest with the size and checksum of every file, which is
+written last. The folder has another name until all of it is on the disk, and is then renamed.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -25,11 +25,25 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 _NAME = "step-????????"
-_REMOVED = ".removed"  # ends the name of one that is being removed
+_REMOVED = ".removed"  # the end of the name of a checkpoint that is being removed
 
 
 class CheckpointWriteError(OSError):
-    """A checkpoint that could not be written; the message says why, and which one is the last good."""
+    """A checkpoint that could not be written; the message gives the reason and the last good checkpoint."""
+
+
+class CheckpointPusher(Protocol):
+    """Takes checkpoints elsewhere while training goes on, such as `sharing.hub.BackgroundPush`."""
+
+    @property
+    def on_its_way(self) -> Path | None:
+        """The checkpoint that is being pushed, and must not be removed."""
+
+    def start(self, checkpoint: Path) -> None:
+        """Begin to push a checkpoint."""
+
+    def finish(self) -> None:
+        """Wait for the push that is on its way."""
 
 
 def save_checkpoint(
@@ -43,24 +57,25 @@ def save_checkpoint(
     """Save the state of all processes as the checkpoint of a step, and remove the oldest beyond `limit`.
 
     Args:
-        any_process: whether its argument holds in any process, called by all at the same points.
+        any_process: returns whether its argument is true in any process; all processes call it at the same points.
         spared: a checkpoint that is still needed, and is not removed.
 
     Raises:
-        CheckpointWriteError: if it can not be written, for example to a full disk; earlier ones are as they were.
+        CheckpointWriteError: if it cannot be written, for example to a full disk; earlier ones are as they were.
     """
     final = output_dir / CHECKPOINTS / f"step-{step:08d}"
     unfinished = final.with_suffix(".tmp")
     failure: Exception | None = None
     try:
         if accelerator.is_main_process:
-            for suffix in (".tmp", _REMOVED):  # what a kill has left, perhaps of another step
+            for suffix in (".tmp", _REMOVED):  # A kill may have left them, perhaps at another step.
                 for left in final.parent.glob(f"{_NAME}{suffix}"):
                     shutil.rmtree(left, ignore_errors=True)
         accelerator.wait_for_everyone()
-        with serialization.patch("save.compute_crc32", False):  # the manifest has better, and one is slow enough
+        # The checksums of the manifest are stronger, and a second pass over all bytes would cost time.
+        with serialization.patch("save.compute_crc32", False):
             accelerator.save_state(str(unfinished))
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+    except (OSError, RuntimeError, SafetensorError) as error:  # Torch and safetensors raise errors of their own.
         failure = error
     if any_process(failure is not None):
         if accelerator.is_main_process:
@@ -76,7 +91,7 @@ def save_checkpoint(
             shutil.rmtree(unfinished, ignore_errors=True)
             failure = error
         else:
-            # Newer ones can only be damaged, passed over by a run that was resumed: they go first.
+            # Newer checkpoints must be damaged, because a resumed run has passed over them: they are removed first.
             others = sorted(final.parent.glob(_NAME), key=lambda path: (path.name <= final.name, path.name))
             for old in others[: -max(limit, 1)]:
                 if old != spared:
@@ -95,8 +110,8 @@ def _not_written(final: Path, output_dir: Path, failure: Exception | None) -> Ch
 
 
 def _remove_in_background(checkpoint: Path) -> None:
-    """Take a checkpoint's name away at once, and its files while training goes on: a second or so for gigabytes."""
-    unnamed = checkpoint.with_suffix(_REMOVED)  # if this is killed, the next checkpoint removes what is left
+    """Rename a checkpoint at once, and remove its files while training goes on, which takes seconds for gigabytes."""
+    unnamed = checkpoint.with_suffix(_REMOVED)  # If this is killed, the next checkpoint removes what is left.
     try:
         checkpoint.rename(unnamed)
     except OSError as error:
@@ -107,10 +122,10 @@ def _remove_in_background(checkpoint: Path) -> None:
 
 def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(4) as flushing, ThreadPoolExecutor(4) as hashing:  # the disk and the cores work together
+    with ThreadPoolExecutor(4) as flushing, ThreadPoolExecutor(4) as hashing:  # Disk and cores work at the same time.
         flushed = flushing.map(_flush, files)
         sums = dict(zip(files, hashing.map(checksum, files), strict=True))
-        list(flushed)  # raises what a flush has raised
+        list(flushed)  # raises the error of a flush
     listed = {path.relative_to(folder).as_posix(): [path.stat().st_size, sums[path]] for path in files}
     (folder / MANIFEST).write_text(json.dumps(facts | {"files": listed}, indent=1) + "\n")
     _flush(folder / MANIFEST)
@@ -118,7 +133,7 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk keep a file or a folder's entries."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -132,7 +147,7 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def newest_whole_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint whose files are what its manifest says; says which newer ones are not."""
+    """The newest checkpoint whose files agree with its manifest; the log names newer ones that do not."""
     for checkpoint in sorted((output_dir / CHECKPOINTS).glob(_NAME), reverse=True):
         damage = what_is_damaged(checkpoint)
         if damage is None:
@@ -142,7 +157,7 @@ def newest_whole_checkpoint(output_dir: Path) -> Path | None:
 
 
 def what_is_damaged(checkpoint: Path) -> str | None:
-    """What differs from the manifest, in words; None if the checkpoint is whole."""
+    """The first difference between a checkpoint and its manifest, in words; None if it is whole."""
     try:
         files = read_manifest(checkpoint)["files"]
         for name, (size, expected) in files.items():
@@ -152,7 +167,7 @@ def what_is_damaged(checkpoint: Path) -> str | None:
             if path.stat().st_size != size or checksum(path) != expected:
                 return f"its file {name} is not what was saved"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its manifest can not be read ({error})"
+        return f"its manifest cannot be read ({error})"
     return None
 
 

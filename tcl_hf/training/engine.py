@@ -1,27 +1,177 @@
-"""What torch's FSDP2 needs to shard a model with its teacher: `fully_shard` alone refuses or breaks it.
+"""The engine of a run: Accelerate on one device or many, with DDP, FSDP2, DeepSpeed and compilation.
 
-A sharded model holds a slice of every weight, of the teacher's as of the student's, and gathers a layer's weights while
-that layer is called. Queues are buffers: each process holds them whole, and pushes the same rows.
+`Engine` holds all that the training loop need not know about them. The functions below it are what torch's FSDP2 needs
+to shard a model with its teacher, which `fully_shard` alone refuses or breaks. A sharded model holds a slice of every
+weight, of the teacher's as of the student's, and gathers the weights of a layer while that layer is called. Queues are
+buffers: each process holds them whole, and pushes the same rows.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
 import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast,
+    send_to_device,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from ..models.encoders import TCLTextLayer, TCLVisionLayer
+from .allocation import keep_freed_memory
+from .arguments import TCLTrainingArguments
+from .optimization import parameter_groups
 
 SHARDED_LAYERS = (TCLVisionLayer, TCLTextLayer)
 _SCALARS = ("temperature",)
 
 
+class Engine:
+    """Runs the forward, backward and update of a model as the launcher and the arguments ask for it.
+
+    Args:
+        args: the arguments of the run.
+    """
+
+    def __init__(self, args: TCLTrainingArguments):
+        self.args = args
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=args.report_to or None,
+            project_dir=args.output_dir,
+            step_scheduler_with_optimizer=False,
+            # Every process pushes the same keys, so that the queues need not be sent from rank 0 at each forward.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            # Each process reads its own batches: sending them from rank 0 fails where a batch has bad samples only.
+            dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+        )
+        self.device = self.accelerator.device
+        self.accumulation_steps: int = self.accelerator.gradient_accumulation_steps
+        if self.device.type == "cpu":
+            keep_freed_memory()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the weights or of the optimizer's state only."""
+        return self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    @property
+    def is_last_forward(self) -> bool:
+        """Whether the present forward is the last one of its optimizer step."""
+        return self.accelerator.sync_gradients
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Make the optimizer of a model, and fit both to the launcher; `model` stays usable under its own name."""
+        args = self.args
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, args.weight_decay, args.decay_rule),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            fused=True,  # It reads `found_inf` on the device, see `UpdateGuard`.
+        )
+        if args.torch_compile:
+            model.forward = torch.compile(model.forward)
+        if self.is_sharded:
+            make_shardable(model)  # Both engines fail on the scalar temperature.
+        if self.accelerator.is_fsdp2:  # Else the temperature and the states between layers would be rounded to bf16.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:  # It is prepared without a loader.
+            self.accelerator.state.deepspeed_plugin.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
+                "gradient_clipping": args.max_grad_norm,
+            }
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        gather_for_methods(model)
+        for buffer in model.buffers():  # The queues start equal.
+            broadcast(buffer)
+
+    def prepare_loader(self, loader: DataLoader) -> DataLoader:
+        """Let a map-style loader give each process its batches, on the device."""
+        return self.accelerator.prepare(loader)
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move a batch to the device without waiting for it."""
+        return send_to_device(batch, self.device, non_blocking=True)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the learning rate of the coming update."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def accumulating(self) -> AbstractContextManager:
+        """The context of one forward and its backward; gradients are exchanged at the last one of an optimizer step."""
+        return self.accelerator.accumulate(self.model)
+
+    def forward(self, batch: dict[str, Tensor], alpha: float) -> Any:
+        """The model's output, with its losses; `alpha` is the share of the teacher's targets."""
+        # A compiled forward takes a tensor, because each new number would compile it again.
+        share = torch.full((), alpha, device=self.device) if self.args.torch_compile else alpha
+        with self.accelerator.autocast():  # Accelerate leaves it out under FSDP2.
+            return self.model(**batch, alpha=share)
+
+    def backward(self, loss: Tensor) -> Tensor | None:
+        """Compute gradients; return their norm before clipping at the last forward of a step, where it is known."""
+        self.accelerator.backward(loss)
+        return self._gradient_norm() if self.is_last_forward else None
+
+    def _gradient_norm(self) -> Tensor | None:
+        """The norm of the whole gradient, before clipping where it is clipped; None where DeepSpeed has none."""
+        max_norm = self.args.max_grad_norm
+        if (
+            self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        ):  # `backward` has clipped and updated already.
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+            return None if norm is None else torch.tensor(float(norm), device=self.device)
+        if max_norm > 0:
+            return whole(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return whole(torch.nn.utils.get_total_norm(gradients))
+
+    def update(self) -> None:
+        """Update the weights, unless the optimizer step has more forwards to come, and forget the gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+        """Run an evaluation on the whole model, in the run's precision; all processes return from it together."""
+        with self.accelerator.autocast():
+            metrics = evaluate(whole_model(self.accelerator.unwrap_model(self.model)))
+        self.accelerator.wait_for_everyone()
+        return metrics
+
+    def save_model(self, folder: Path, processor: Any) -> None:
+        """Save the whole model with its processor, by the main process."""
+        self.accelerator.wait_for_everyone()
+        model = self.accelerator.unwrap_model(self.model)
+        state = whole_state_dict(model) if self.is_sharded else None  # Every process has to ask for it.
+        if self.accelerator.is_main_process:
+            model.save_pretrained(folder, state_dict=state)
+            processor.save_pretrained(folder)
+
+
+# Sharding by FSDP2
+
+
 def shard(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
     """Shard a model in place over the processes of `mesh`, all of them if None, and return it.
 
-    Every layer is a unit; what lies outside layers is one more. Build the optimizer afterwards. Accelerate shards by
-    itself: it needs `make_shardable` before and `gather_for_methods` after.
+    Every layer is a unit, and all that lies outside layers is one more. Build the optimizer afterwards. Accelerate
+    shards by itself: it needs `make_shardable` before and `gather_for_methods` after.
     """
     make_shardable(model)
     for module in model.modules():
@@ -33,7 +183,7 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
 
 
 def make_shardable(model: nn.Module) -> None:
-    """Give scalar parameters, which can not be sharded, one dimension; an optimizer that holds them keeps them."""
+    """Give scalar parameters one dimension, because they cannot be sharded; an optimizer that holds them keeps them."""
     for parameter in model.parameters():
         if parameter.ndim == 0:
             parameter.data = parameter.data[None]
@@ -52,9 +202,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a sharded model as if it were not, for `save_pretrained(..., state_dict=...)`.
+    """The state of a sharded model as if it were not sharded, for `save_pretrained(..., state_dict=...)`.
 
-    Every process has to ask for it. The first gets it all, in the memory of its CPU, and the others nothing.
+    Every process has to ask for it. The first gets all of it in the memory of its CPU, and the others get nothing.
     """
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return {name: _as_saved(name, value) for name, value in state.items()}
@@ -62,7 +212,7 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def whole_model(model: nn.Module) -> nn.Module:
-    """A copy of a sharded model that is not, on every process, as evaluation needs it: it calls parts in any order.
+    """A copy of a sharded model that is whole on every process, because evaluation calls its parts in any order.
 
     Every process has to ask for it. A model that is not sharded is returned as it is.
     """

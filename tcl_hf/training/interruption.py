@@ -1,19 +1,22 @@
-"""A run that is asked to stop: SIGTERM, and how its processes hear of it."""
+"""Interruptions: what happens on SIGTERM, by which schedulers announce that they will take the machine away.
+
+The signal is noted, the present optimizer step is completed, a checkpoint is written by all processes together, and the
+run ends with the exit status `PREEMPTED` (see `loop.TrainingRun.after_step`).
+"""
 
 import signal
 import threading
 from typing import Any
 
-
-class Preempted(SystemExit):
-    """The run was asked to stop (SIGTERM): it saved a checkpoint, and exits with `PREEMPTED`."""
-
-
 PREEMPTED = 75  # "try again later" in sysexits.h: a scheduler that sees it starts the run again, with --resume
 
 
+class Preempted(SystemExit):
+    """The run was asked to stop: it has saved a checkpoint, and exits with `PREEMPTED`."""
+
+
 class StopSignal:
-    """Listens for SIGTERM, by which schedulers announce that they will take the machine away."""
+    """Notes SIGTERM while its context is open, instead of ending the process."""
 
     def __init__(self):
         self.received = False
@@ -33,5 +36,5 @@ class StopSignal:
 
 
 def ignore_sigterm(worker: int) -> None:
-    """A signal to the whole group shall not take the workers from the process that is about to save."""
+    """Let a worker of a loader ignore SIGTERM, which may go to the whole group: the run still needs it to save."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

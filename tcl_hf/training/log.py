@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from torch import Tensor
 from .health import batch_statistics
 
 METRICS = "metrics.jsonl"
-_LOSSES = ("loss", "loss_cma", "loss_imc", "loss_lmi", "loss_itm", "loss_mlm")
 
 
 class MetricsLog:
-    """`metrics.jsonl`, and the trackers: one line at a time; a resumed run first drops the lines beyond its step."""
+    """`metrics.jsonl` and the trackers, one line at a time.
+
+    Args:
+        path: the file.
+        step: where the run begins; lines beyond it, which a resumed run will write again, are dropped.
+    """
 
     def __init__(self, path: Path, step: int, accelerator: Accelerator):
         self.path, self.accelerator = path, accelerator
@@ -26,47 +31,62 @@ class MetricsLog:
             path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: dict[str, float]) -> None:
+        """Append a line, which has a `step`, by the main process."""
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
+        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`; none if it is not there."""
+    """The lines of a `metrics.jsonl`; an empty list if the file does not exist."""
     path = Path(path)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class Meter:
-    """Sums losses on the device between two lines of the log; part of every checkpoint, which may come between."""
+    """Sums losses on the device between two lines of the log.
+
+    A checkpoint may be written between two lines, and so holds these sums.
+    """
 
     def __init__(self):
         self.restart()
 
     def restart(self) -> None:
+        """Forget all sums."""
         self.sums: dict[str, Tensor] = {}
         self.forwards = self.pairs = 0
         self.seconds = 0.0
         self.norms: list[Tensor] = []
-        self.clock = time.perf_counter()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("sums", "forwards", "pairs", "seconds", "norms")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Leave out the time since the last forward."""
         self.clock = time.perf_counter()
 
-    def add(self, output, num_pairs: int, norm: Tensor | None) -> None:
-        losses = {name: loss for name in _LOSSES if (loss := getattr(output, name, None)) is not None}
+    def state_dict(self) -> dict[str, Any]:
+        """All but the clock."""
+        return {name: getattr(self, name) for name in ("sums", "forwards", "pairs", "seconds", "norms")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over sums."""
+        vars(self).update(state)
+
+    def add(self, output: Any, loss_names: Sequence[str], num_pairs: int, gradient_norm: Tensor | None) -> None:
+        """Add a forward.
+
+        Args:
+            output: the model's output.
+            loss_names: the losses that it may have, as scalars.
+            num_pairs: texts in the batches of all processes.
+            gradient_norm: a scalar; None before the last forward of an optimizer step.
+        """
+        losses = {name: loss for name in loss_names if (loss := getattr(output, name, None)) is not None}
         for name, value in (losses | batch_statistics(output)).items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
-        if norm is not None:
-            self.norms.append(norm.detach())
+        if gradient_norm is not None:
+            self.norms.append(gradient_norm.detach())
         self.forwards += 1
         self.pairs += num_pairs
         now = time.perf_counter()

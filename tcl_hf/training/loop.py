@@ -1,312 +1,327 @@
-"""One training loop on Accelerate, for pre-training and every task, and the callback for transformers' Trainer."""
+"""The training loop, for pre-training and every task.
+
+`TrainingRun.step` is the paper's algorithm. What an engine needs is in `engine`, and how a batch becomes losses is in
+the model (`models/modeling_tcl.py`).
+"""
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    broadcast,
-    set_seed,
-)
-from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from accelerate.utils import set_seed
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..data.pairs import DataError
 from ..data.skipped import SkippedSamples
-from ..data.streams import StreamLoader
 from ..models.processing_tcl import TCLProcessor
-from ..sharing.hub import BackgroundPush
 from .agreement import Agreement
-from .allocation import keep_freed_memory
 from .arguments import TCLTrainingArguments, TrainingError
-from .checkpoints import CHECKPOINTS, newest_checkpoint, newest_whole_checkpoint, read_manifest, save_checkpoint
-from .engine import gather_for_methods, make_shardable, whole, whole_model, whole_state_dict
+from .checkpoints import (
+    CHECKPOINTS,
+    CheckpointPusher,
+    newest_checkpoint,
+    newest_whole_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
+from .engine import Engine
 from .guard import UpdateGuard
-from .health import Monitor, model_statistics
+from .health import Monitor
 from .interruption import PREEMPTED, Preempted, StopSignal
-from .loaders import batches_of_epoch, build_loader, steps_per_epoch
+from .loaders import build_loader
 from .log import METRICS, Meter, MetricsLog
-from .optimization import gradient_norm, learning_rate, parameter_groups
-from .progress import Progress
+from .optimization import learning_rate
+from .progress import Progress, RunState
 
 logger = logging.getLogger(__name__)
+
 SKIPPED = "skipped.jsonl"
+
+Evaluator = Callable[[nn.Module], dict[str, float]]
 
 
 def train(
-    model: nn.Module,
-    pairs,
-    collator: Any,
+    model: PreTrainedModel,
+    dataset: Any,
+    collator: Callable[[list[dict]], dict[str, Tensor]],
     processor: TCLProcessor,
     args: TCLTrainingArguments,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    evaluate: Evaluator | None = None,
+    push_checkpoint: CheckpointPusher | None = None,
 ) -> dict[str, float]:
     """Train a head; save it with its processor, metrics and checkpoints in `output_dir`.
 
     Args:
         model: a `TCLTaughtModel`, whose output has `loss`, and perhaps losses by name.
-        pairs: records, map-style or a stream.
-        collator: makes batches of records; its `skipped`, if any, notes bad samples.
-        evaluate: called with the model each `eval_steps` and at the end, by every process; returns metrics by name.
+        dataset: records, map-style or a stream.
+        collator: makes batches of records. If it has a method `for_run`, as ours have, it lists bad samples in the
+            run's `skipped.jsonl`.
+        evaluate: called with the model every `eval_steps` and at the end, by every process; returns metrics by name.
+        push_checkpoint: takes every checkpoint that is written; only the main process needs one.
 
     Returns:
         The last line of `metrics.jsonl`.
 
     Raises:
         NonFiniteError: if a loss or gradient was not finite; the update was masked.
-        Preempted: if it was asked to stop, after saving a checkpoint.
-        CheckpointWriteError: if a checkpoint can not be written.
+        Preempted: if the run was asked to stop, after saving a checkpoint.
+        CheckpointWriteError: if a checkpoint cannot be written.
         TrainingError: if arguments contradict each other, or there is nothing to resume from.
         DataError: if too much of the data is bad.
     """
-    skipped = getattr(collator, "skipped", None) or SkippedSamples()
+    skipped = SkippedSamples(Path(args.output_dir) / SKIPPED, args.max_bad_share)
     with StopSignal() as stop, skipped.naming_dead_workers():
-        return _train(model, pairs, collator, processor, args, evaluate, stop, skipped)
+        run = TrainingRun(model, dataset, collator, processor, args, evaluate, push_checkpoint, stop, skipped)
+        return run.train()
 
 
-def _train(
-    model: nn.Module,
-    pairs,
-    collator: Any,
-    processor: TCLProcessor,
-    args: TCLTrainingArguments,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None,
-    stop: "StopSignal",
-    skipped: SkippedSamples,
-) -> dict[str, float]:
-    output_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=args.report_to or None,
-        project_dir=str(output_dir),
-        step_scheduler_with_optimizer=False,
-        # Every process pushes the same keys: sending the queues from rank 0 at each forward would be for nothing.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        # Each process reads its own batches: sending them from rank 0 fails on a batch of bad samples alone.
-        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
-    )
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    accelerator.wait_for_everyone()
-    if not args.resume and newest_checkpoint(output_dir) is not None:
-        raise TrainingError(
-            f"{output_dir} holds checkpoints of an earlier run: go on with --resume, or choose another output_dir."
-        )
-    skipped.path, skipped.max_share = output_dir / SKIPPED, args.max_bad_share
-    if not args.resume:
-        skipped.path.unlink(missing_ok=True)
-    collator.empty_batches = True  # the loop passes over them
+class TrainingRun:
+    """One run; arguments as in `train`, with the signal to stop and the list of skipped samples."""
 
-    # Parts: data, optimizer, and everything as Accelerate wants it.
-    set_seed(args.seed, device_specific=True)  # each process its own dropout masks and negatives
-    agreement = Agreement()
-    loader, order = build_loader(pairs, collator, args, agreement, skipped)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay, args.decay_rule),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        fused=True,  # reads found_inf on the device, see UpdateGuard
-    )
-    bare_model = model
-    if args.torch_compile:
-        model.forward = torch.compile(model.forward)
-    _prepare_engine(accelerator, model, args)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    gather_for_methods(bare_model)
-    if isinstance(loader, StreamLoader):
-        accelerator.register_for_checkpointing(loader)
-    else:
-        loader = accelerator.prepare(loader)
-    for buffer in bare_model.buffers():  # the queues start equal
-        broadcast(buffer)
-    progress, meter, monitor = Progress(), Meter(), Monitor()
-    accelerator.register_for_checkpointing(progress, meter, monitor)
-    if args.metric_for_best_model and evaluate is None:
-        raise TrainingError(
-            f"metric_for_best_model={args.metric_for_best_model} needs data to evaluate on: name some, or leave it out."
-        )
-    if args.report_to:
-        accelerator.init_trackers("tcl_hf", config={k: str(v) for k, v in vars(args).items()})
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dataset: Any,
+        collator: Callable[[list[dict]], dict[str, Tensor]],
+        processor: TCLProcessor,
+        args: TCLTrainingArguments,
+        evaluate: Evaluator | None,
+        push_checkpoint: CheckpointPusher | None,
+        stop: StopSignal,
+        skipped: SkippedSamples,
+    ):
+        self.model, self.processor, self.args, self.evaluator = model, processor, args, evaluate
+        self.push_checkpoint, self.stop, self.skipped = push_checkpoint, stop, skipped
+        self.output_dir = Path(args.output_dir)
+        self.engine = Engine(args)
+        self.accelerator = self.engine.accelerator
+        self._open_folder()
+        if args.metric_for_best_model and evaluate is None:
+            raise TrainingError(
+                f"metric_for_best_model={args.metric_for_best_model} needs data to evaluate on: name some, or leave it "
+                "out."
+            )
+        set_seed(args.seed, device_specific=True)  # Each process has its own dropout masks and negatives.
+        self.agreement = Agreement()
+        self.engine.prepare(model)
+        self.loader = build_loader(dataset, collator, args, self.engine, self.agreement, skipped)
+        self.progress, self.meter, self.monitor = Progress(), Meter(), Monitor()
+        state = RunState(self.progress, skipped)
+        self.accelerator.register_for_checkpointing(*self.loader.state, state, self.meter, self.monitor)
+        if args.report_to:
+            self.accelerator.init_trackers("tcl_hf", config={name: str(value) for name, value in vars(args).items()})
+        self.steps_per_epoch = self.loader.steps_per_epoch()
+        self.num_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * self.steps_per_epoch
+        if args.resume:
+            self._resume()
+        self.metrics_log = MetricsLog(self.output_dir / METRICS, self.progress.step, self.accelerator)
+        self.guard = UpdateGuard(self.engine.device)
+        self.is_first_forward = True  # of an optimizer step
+        self.line: dict[str, float] = {}  # the last one of the log
 
-    accumulation = accelerator.gradient_accumulation_steps
-    steps_in_epoch = steps_per_epoch(loader, args, accumulation)
-    num_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * steps_in_epoch
-    if args.resume:
-        checkpoint = newest_whole_checkpoint(output_dir)
+    def _open_folder(self) -> None:
+        """Make the run's folder, and see to what an earlier run has left there."""
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.resume:
+            return
+        if newest_checkpoint(self.output_dir) is not None:
+            raise TrainingError(
+                f"{self.output_dir} holds checkpoints of an earlier run: go on with --resume, or choose another "
+                "output_dir."
+            )
+        (self.output_dir / SKIPPED).unlink(missing_ok=True)
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint that is whole."""
+        checkpoint = newest_whole_checkpoint(self.output_dir)
         if checkpoint is None:
             raise TrainingError(
-                f"There is no whole checkpoint to resume from in {output_dir / CHECKPOINTS}: leave out --resume."
+                f"There is no whole checkpoint to resume from in {self.output_dir / CHECKPOINTS}: leave out --resume."
             )
-        wrote = read_manifest(checkpoint)["num_processes"]
-        if wrote != accelerator.num_processes:
+        writers = read_manifest(checkpoint)["num_processes"]
+        if writers != self.accelerator.num_processes:
             raise TrainingError(
-                f"{checkpoint} was written by {wrote} processes, and this run has {accelerator.num_processes}: "
-                f"each had its own random numbers and share of the data. Start {wrote}."
+                f"{checkpoint} was written by {writers} processes, and this run has {self.accelerator.num_processes}: "
+                f"each had its own random numbers and share of the data. Start {writers}."
             )
-        accelerator.load_state(str(checkpoint))
-        if accelerator.is_main_process:
-            skipped.mend_list()
-        accelerator.wait_for_everyone()
-        skipped.load_state_dict(progress.samples)
-        accelerator.wait_for_everyone()  # before any adds to the list
-        if progress.step >= num_steps:
+        if self.accelerator.is_main_process:
+            self.skipped.mend_list()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.load_state(str(checkpoint))
+        self.accelerator.wait_for_everyone()  # before any process adds to the list of skipped samples
+        if self.progress.step >= self.num_steps:
             raise TrainingError(
-                f"{checkpoint} is at step {progress.step}, and the run is to end at {num_steps}: "
+                f"{checkpoint} is at step {self.progress.step}, and the run is to end at {self.num_steps}: "
                 "raise num_train_epochs or max_steps."
             )
-        logger.info("Resumed from %s at step %d.", checkpoint, progress.step)
-    log = MetricsLog(output_dir / METRICS, progress.step if args.resume else 0, accelerator)
-    guard = UpdateGuard(accelerator.device)
-    bar = tqdm(total=num_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
+        logger.info("Resumed from %s at step %d.", checkpoint, self.progress.step)
 
-    pusher = None
-    if args.push_to_hub and accelerator.is_main_process:
-        pusher = BackgroundPush(args.hub_model_id)
+    @property
+    def is_done(self) -> bool:
+        """Whether all optimizer steps are done."""
+        return self.progress.step == self.num_steps
 
-    # The loop.
-    line: dict[str, float] = {}
-    model.train()
-    is_first_forward = True
-    while progress.step < num_steps:
-        is_whole_epoch, has_pairs = progress.batch == 0, False
-        for batch in batches_of_epoch(loader, order, progress, args, accelerator):
-            progress.batch += 1
-            num_pairs = agreement.least(len(batch["input_ids"]) if batch else 0)
-            if not num_pairs:  # a process alone would wait for the others' gradients
-                skipped.check()
+    def train(self) -> dict[str, float]:
+        """Train to the end; return the last line of the log."""
+        self.engine.model.train()
+        self.bar = tqdm(
+            total=self.num_steps,
+            initial=self.progress.step,
+            desc="Training",
+            disable=not self.accelerator.is_main_process,
+        )
+        while not self.is_done:
+            self.train_epoch()
+        self.finish()
+        return self.line
+
+    def train_epoch(self) -> None:
+        """Train on the rest of an epoch, or to the end of the run.
+
+        Raises:
+            DataError: if a whole epoch has no sample that can be used.
+        """
+        is_whole, is_empty = self.progress.batch == 0, True
+        for batch in self.loader.batches(self.progress.epoch, self.progress.batch):
+            self.progress.batch += 1
+            batch = self.equal_share(batch)
+            if not batch:  # A process alone would wait for the gradients of the others.
+                self.skipped.check()
                 continue
-            if bare_model.contrasts:  # the keys that are gathered must be as many in each process
-                batch = {name: value[:num_pairs] for name, value in batch.items()}
-            has_pairs = True
-            if is_first_forward:  # of this optimizer step
-                bare_model.update_teacher()
-                lr = learning_rate(args, progress.step, progress.epoch, num_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                ramp = min(1.0, progress.step / steps_in_epoch) if args.alpha_ramp else 1.0
-                alpha = bare_model.config.alpha * ramp
-                # A compiled forward takes a tensor: each new number would compile it again.
-                share = torch.full((), alpha, device=accelerator.device) if args.torch_compile else alpha
-            with accelerator.accumulate(model):
-                with accelerator.autocast():  # which Accelerate leaves out under FSDP2
-                    output = model(**batch, alpha=share)
-                accelerator.backward(output.loss)
-                norm = None
-                if accelerator.sync_gradients:
-                    norm = gradient_norm(accelerator, model, args.max_grad_norm)
-                guard.watch(optimizer, progress.step, output.loss, norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            meter.add(output, len(batch["input_ids"]) * accelerator.num_processes, norm)
-            is_first_forward = accelerator.sync_gradients
-            if not accelerator.sync_gradients:
-                continue
+            is_empty = False
+            if self.step(batch):
+                self.after_step()
+                if self.is_done:
+                    return
+        if is_whole and is_empty:
+            raise DataError(
+                f"No sample could be used: {self.skipped.count} were bad and are listed in {self.skipped.path}."
+                if self.skipped.count
+                else "The data gave no batch: it holds no pairs, or fewer than the processes need."
+            )
+        self.progress.epoch, self.progress.batch = self.progress.epoch + 1, 0
 
-            progress.step += 1
-            bar.update()
-            last = progress.step == num_steps
-            if last or progress.step % args.logging_steps == 0:
-                line = {"step": progress.step, "epoch": progress.epoch, "learning_rate": lr, "alpha": alpha}
-                line |= {"temperature": whole(bare_model.tcl.temperature).item(), **meter.read(accelerator)}
-                line |= model_statistics(
-                    bare_model, args.per_device_train_batch_size * accumulation * accelerator.num_processes
-                )
-                line["skipped_samples"] = skipped.count
-                monitor.watch(line)
-                guard.check(newest_checkpoint(output_dir))
-                skipped.check()
-                log.write(line)
-                bar.set_postfix({k: f"{line[k]:.3g}" for k in ("loss", "pairs_per_second") if k in line})
-            if last and not args.metric_for_best_model:  # before the evaluation, which may fail
-                guard.check(newest_checkpoint(output_dir))
-                _save_model(accelerator, model, processor, output_dir)
-            if evaluate and (last or (args.eval_steps and progress.step % args.eval_steps == 0)):
-                guard.check(newest_checkpoint(output_dir))
-                with accelerator.autocast():
-                    metrics = evaluate(whole_model(accelerator.unwrap_model(model)))
-                accelerator.wait_for_everyone()
-                if args.metric_for_best_model and _metric(metrics, args.metric_for_best_model) > progress.best:
-                    progress.best = metrics[args.metric_for_best_model]
-                    _save_model(accelerator, model, processor, output_dir)
-                line = {"step": progress.step, "epoch": progress.epoch, **metrics}
-                log.write(line)
-                model.train()
-                meter.restart_clock()
-            stopping = not last and agreement.any(stop.received)
-            if stopping or (args.save_steps and progress.step % args.save_steps == 0 and not last):
-                guard.check(newest_checkpoint(output_dir))
-                progress.samples = skipped.state_dict()
-                spared = pusher.on_its_way if pusher else None
-                saved = save_checkpoint(
-                    accelerator, output_dir, progress.step, args.save_total_limit, agreement.any, spared
-                )
-                if pusher:
-                    pusher.start(saved)
-                meter.restart_clock()
-            if stopping:
-                logger.warning("Asked to stop: %s is saved; go on with --resume.", saved)
-                bar.close()
-                if pusher:
-                    pusher.finish()
-                accelerator.end_training()
-                raise Preempted(PREEMPTED)
-            if last:
-                break
-        else:
-            if is_whole_epoch and not has_pairs:
-                raise DataError(
-                    f"No sample could be used: {skipped.count} were bad and are listed in {skipped.path}."
-                    if skipped.count
-                    else "The data gave no batch: it holds no pairs, or fewer than the processes need."
-                )
-            progress.epoch, progress.batch = progress.epoch + 1, 0
-    bar.close()
-    if pusher:
-        pusher.finish()
-    accelerator.end_training()
-    return line
+    def equal_share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch to train on; it is empty in all processes if it is empty in one of them.
 
+        Features are gathered as keys by contrastive losses, which therefore need the same number in each process.
+        """
+        number = self.agreement.least(len(batch["input_ids"]) if batch else 0)
+        if number and not self.model.contrasts:
+            return batch
+        return {name: value[:number] for name, value in batch.items()} if number else {}
 
-def _save_model(accelerator: Accelerator, model: nn.Module, processor: TCLProcessor, output_dir: Path) -> None:
-    accelerator.wait_for_everyone()
-    bare_model = accelerator.unwrap_model(model)
-    state = whole_state_dict(bare_model) if _is_sharded(accelerator) else None  # every process has to ask
-    if accelerator.is_main_process:
-        bare_model.save_pretrained(output_dir, state_dict=state)
-        processor.save_pretrained(output_dir)
+    def step(self, batch: dict[str, Tensor]) -> bool:
+        """One forward and backward pass; return whether it completed an optimizer step."""
+        if self.is_first_forward:
+            self.model.update_teacher()
+            self.learning_rate = learning_rate(self.args, self.progress.step, self.progress.epoch, self.num_steps)
+            self.engine.set_learning_rate(self.learning_rate)
+            ramp = min(1.0, self.progress.step / self.steps_per_epoch) if self.args.alpha_ramp else 1.0
+            self.alpha = self.model.config.alpha * ramp  # the share of the teacher's targets
 
+        with self.engine.accumulating():
+            # The student sees `pixel_values` and the teacher `pixel_values_augmented`, two views of the same images.
+            output = self.engine.forward(batch, self.alpha)
+            gradient_norm = self.engine.backward(output.loss)
+            self.guard.watch(self.engine.optimizer, self.progress.step, output.loss, gradient_norm)
+            self.engine.update()
 
-def _is_sharded(accelerator: Accelerator) -> bool:
-    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        num_pairs = len(batch["input_ids"]) * self.accelerator.num_processes
+        self.meter.add(output, self.model.loss_names, num_pairs, gradient_norm)
+        self.is_first_forward = self.engine.is_last_forward
+        self.progress.step += self.engine.is_last_forward
+        return self.engine.is_last_forward
 
+    def after_step(self) -> None:
+        """Log, save, evaluate, write a checkpoint, and stop, each where it is due."""
+        args, step = self.args, self.progress.step
+        self.bar.update()
+        if self.is_done or step % args.logging_steps == 0:
+            self.log()
+        if self.is_done and not args.metric_for_best_model:
+            self.save_model()  # before the evaluation, which may fail
+        if self.evaluator and (self.is_done or (args.eval_steps and step % args.eval_steps == 0)):
+            self.evaluate(self.evaluator)
+        if self.is_done:
+            return
+        is_stopped = self.agreement.any(self.stop.received)
+        if is_stopped or (args.save_steps and step % args.save_steps == 0):
+            checkpoint = self.save_checkpoint()
+        if is_stopped:
+            logger.warning("The run was asked to stop: %s is saved; go on with --resume.", checkpoint)
+            self.finish()
+            raise Preempted(PREEMPTED)
 
-def _prepare_engine(accelerator: Accelerator, model: nn.Module, args: TCLTrainingArguments) -> None:
-    """Fit model and engine to each other, where the engine shards."""
-    if _is_sharded(accelerator):
-        make_shardable(model)  # both engines fail on the scalar temperature
-    if accelerator.is_fsdp2:  # else the temperature and the states between layers would be rounded to bf16
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # prepared without a loader
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config |= {
-            "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
-            "gradient_clipping": args.max_grad_norm,
+    def log(self) -> None:
+        """Write a line of the log, and look at it: for numbers that are not finite, bad data, and signs of trouble."""
+        progress, model = self.progress, self.model
+        samples_per_step = (
+            self.args.per_device_train_batch_size * self.engine.accumulation_steps * self.accelerator.num_processes
+        )
+        statistics = {name: value.item() for name, value in model.training_statistics().items()}
+        if "queue_spread" in statistics:
+            statistics["queue_age"] = model.config.queue_size / samples_per_step  # steps that a feature stays
+        self.line = {
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "learning_rate": self.learning_rate,
+            "alpha": self.alpha,
+            **self.meter.read(self.accelerator),
+            **statistics,
+            "skipped_samples": self.skipped.count,
         }
+        self.monitor.watch(self.line)
+        self.guard.check(newest_checkpoint(self.output_dir))
+        self.skipped.check()
+        self.metrics_log.write(self.line)
+        self.bar.set_postfix({k: f"{self.line[k]:.3g}" for k in ("loss", "pairs_per_second") if k in self.line})
 
+    def evaluate(self, evaluator: Evaluator) -> None:
+        """Evaluate and write a line of the log; save the model if it is the best so far and that is asked for."""
+        self.guard.check(newest_checkpoint(self.output_dir))
+        metrics = self.engine.evaluate(evaluator)
+        wanted = self.args.metric_for_best_model
+        if wanted and wanted not in metrics:
+            raise TrainingError(f"metric_for_best_model: there is no metric '{wanted}' among {', '.join(metrics)}.")
+        if wanted and metrics[wanted] > self.progress.best:
+            self.progress.best = metrics[wanted]
+            self.save_model()
+        self.line = {"step": self.progress.step, "epoch": self.progress.epoch, **metrics}
+        self.metrics_log.write(self.line)
+        self.engine.model.train()
+        self.meter.restart_clock()
 
-def _metric(metrics: dict[str, float], name: str) -> float:
-    if name not in metrics:
-        raise TrainingError(f"metric_for_best_model: there is no metric '{name}' among {', '.join(metrics)}.")
-    return metrics[name]
+    def save_model(self) -> None:
+        """Save the model and its processor in the run's folder."""
+        self.guard.check(newest_checkpoint(self.output_dir))
+        self.engine.save_model(self.output_dir, self.processor)
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint and begin to push it."""
+        self.guard.check(newest_checkpoint(self.output_dir))
+        pusher = self.push_checkpoint
+        checkpoint = save_checkpoint(
+            self.accelerator,
+            self.output_dir,
+            self.progress.step,
+            self.args.save_total_limit,
+            self.agreement.any,
+            pusher.on_its_way if pusher else None,
+        )
+        if pusher:
+            pusher.start(checkpoint)
+        self.meter.restart_clock()
+        return checkpoint
+
+    def finish(self) -> None:
+        """Wait for what is still on its way, and close the trackers."""
+        self.bar.close()
+        if self.push_checkpoint:
+            self.push_checkpoint.finish()
+        self.accelerator.end_training()

@@ -4,13 +4,13 @@ from transformers import TrainerCallback
 
 
 class TCLMomentumCallback(TrainerCallback):
-    """Moves the momentum teacher in transformers' `Trainer`: once before each optimizer step.
+    """Moves the momentum teacher once before each optimizer step of transformers' `Trainer`.
 
-    Also ramps alpha, the share of the teacher's targets, over the first epoch, as the paper does.
+    It also raises alpha, the share of the teacher's targets, over the first epoch, as the paper does.
     """
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         model = getattr(model, "module", model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the model.
         model.alpha = model.config.alpha * min(1.0, state.epoch or 0.0)
         model.update_teacher()

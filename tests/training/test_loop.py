@@ -42,7 +42,7 @@ def test_a_run_leaves_a_model_that_loads_its_processor_and_metrics(reference):
 
 def test_a_run_on_a_cpu_keeps_its_freed_memory(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("tcl_hf.training.loop.keep_freed_memory", lambda: asked.append(True))
+    monkeypatch.setattr("tcl_hf.training.engine.keep_freed_memory", lambda: asked.append(True))
     tiny_run(tmp_path, max_steps=1)
     assert asked
 
@@ -222,7 +222,7 @@ def test_a_stream_trains_for_max_steps(tmp_path):
     with pytest.raises(ValueError, match="max_steps"):
         tiny_run(tmp_path, pairs=stream)
     with pytest.raises(
-        TrainingError, match="a stream does not know: leave out one of train_sampling_strategy and streaming"
+        TrainingError, match="those of a stream are not known: leave out one of train_sampling_strategy and streaming"
     ):
         tiny_run(tmp_path, pairs=stream, max_steps=5, train_sampling_strategy="group_by_length")
 

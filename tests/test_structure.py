@@ -27,7 +27,7 @@ def modules_of(package: str) -> list[Path]:
 def imports_of(path: Path) -> tuple[set[str], set[str]]:
     """The packages of ours, and the foreign ones, that a module imports from."""
     own, foreign = set(), set()
-    place = path.relative_to(ROOT / "tcl_hf").parent.parts
+    place = path.relative_to(ROOT / "tcl_hf").parent.parts if "tcl_hf" in path.parts else ()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             names = node.module.split(".") if node.module else [node.names[0].name]
@@ -48,6 +48,62 @@ def test_packages_import_from_those_before_them():
         for path in modules_of(package):
             own, _ = imports_of(path)
             assert own <= allowed, f"{path} imports from {own - allowed}"
+
+
+def test_contributing_pictures_the_house_as_it_is():
+    pictured = re.findall(r"^ *tcl_hf/(\w+)/", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    assert pictured == list(ORDER)
+
+
+LONGEST_FUNCTION = 60  # lines without the docstring
+LONGER = {}  # a function that has to be longer: its reason
+
+
+def test_no_function_needs_scrolling():
+    for path in sorted((ROOT / "tcl_hf").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                docstring = ast.get_docstring(node, clean=False)
+                lines = node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
+                assert lines <= LONGEST_FUNCTION or node.name in LONGER, f"{path}: {node.name} has {lines} lines"
+
+
+# Turns of phrase that a reader has to read twice, see CONTRIBUTING.md.
+RIDDLES = (
+    r"\bcan not\b",
+    r"\b(each|every) so many\b",
+    r"(?<![Tt]here )\b(is|are) no\b(?! longer| more| less| fewer| larger| smaller| better)",
+    r"#\s*of [a-z]",
+    r'^\s*"""What\b',
+    r"\b[Ww]hoever\b",
+    r"\bthe like of\b",
+    r"\b(number|loss|name|names|file|shape|it|nothing|what) (tells?|knows?)\b",
+)
+
+
+def prose_files() -> list[Path]:
+    folders = [ROOT / name for name in ("tcl_hf", "scripts", "benchmarks", "docs", "tests", "model_cards")]
+    files = [path for folder in folders for end in ("py", "md", "yaml") for path in sorted(folder.rglob(f"*.{end}"))]
+    files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    return [path for path in files if path != Path(__file__) and "fixtures" not in path.parts]
+
+
+@pytest.mark.parametrize("riddle", RIDDLES)
+def test_prose_is_plain(riddle):
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in prose_files()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(riddle, line)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_test_modules_do_not_import_from_each_other():
+    names = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        _, foreign = imports_of(path)
+        assert not foreign & names, f"{path} imports {foreign & names}"
 
 
 def test_models_import_only_what_every_user_has():

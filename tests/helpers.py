@@ -9,7 +9,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())  # for the time of the tests
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())  # removed when the tests end
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning thread pools on shared cores are far slower than one
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -79,17 +79,17 @@ class Golden:
         return {k.removeprefix(prefix): v.clone() for k, v in self.tensors.items() if k.startswith(prefix)}
 
     def load(self, model):
-        """Give a model the original's weights; nothing may be left over on either side."""
+        """Give a model the original's weights, and check that nothing is left over on either side."""
         result = model.load_state_dict(from_original(self["state"], model.config), strict=False)
         assert not result.unexpected_keys
-        # A pre-training checkpoint of the original keeps no image ids, a fine-tuned one nothing of the contrast.
+        # The original's pre-training checkpoints have no image ids, and its fine-tuned ones no weights of the contrast.
         contrast = {"tcl.temperature", *(key for key in result.missing_keys if "_projection." in key)}
         assert set(result.missing_keys) <= {"queue.ids"} | (contrast if "temp" not in self["state"] else set())
         return model
 
 
 def training_batch(num_pairs: int = 4, length: int = 7, config: TCLConfig | None = None, seed: int = 0) -> dict:
-    """A random batch with masked texts; texts have different lengths."""
+    """A random batch with masked texts of different lengths."""
     config = config or small_patches()
     generator = torch.Generator().manual_seed(seed)
     size = config.vision_config.image_size
@@ -160,7 +160,7 @@ def tiny_records(number: int = 12) -> list[dict]:
 
 
 def tiny_run(folder, records=None, model=None, evaluate=None, pairs=None, collator=None, **options):
-    AcceleratorState._reset_state(True)  # another run may have left its precision, as the reference does
+    AcceleratorState._reset_state(True)  # An earlier run may have left its precision, as the reference does.
     options = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": 4,
@@ -206,7 +206,7 @@ def assert_teacher_equals_student(model):
 
 
 class ReadBack(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes operations whose result the host must wait for on an accelerator."""
+    """Notes the operations for whose result the host would have to wait on an accelerator."""
 
     SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "_to_cpu")
 
@@ -246,7 +246,7 @@ def stirred(model_class: type, seed: int = 0, **fields) -> PreTrainedModel:
 
 
 def answers(number: int, longest: int = 6, shortest: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (number, longest) from [CLS] to [SEP] of all lengths between, first words all different, and masks."""
+    """Token ids (number, longest) from [CLS] to [SEP], and masks: all lengths between, and different first words."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 80, (number, longest), generator=generator)
     ids[:, 1] = 5 + torch.randperm(75, generator=generator)[:number]

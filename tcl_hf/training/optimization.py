@@ -1,4 +1,4 @@
-"""What an optimizer step needs besides gradients: groups of parameters, and the learning rate."""
+"""Groups of parameters for the optimizer, and the learning rate of a step."""
 
 import math
 

@@ -25,7 +25,7 @@ class Progress:
 
 
 class RunState:
-    """What a checkpoint holds of a run besides model, optimizer and random numbers: progress and skipped samples."""
+    """The state of a run beside model, optimizer and random numbers, for its checkpoints."""
 
     def __init__(self, progress: Progress, skipped: SkippedSamples):
         self.progress, self.skipped = progress, skipped

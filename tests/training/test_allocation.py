@@ -1,4 +1,4 @@
-"""Freed memory is kept for the next use: counted in page faults of a process of its own."""
+"""Freed memory is kept for the next use, which page faults of a separate process show."""
 
 import platform
 import subprocess
@@ -19,7 +19,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(25_000_000)  # 100 MB, freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min(faults() for _ in range(6)))  # the first is new, and so is another where the heap was parted
+print(min(faults() for _ in range(6)))  # The first is new memory, and so is another one where the heap was split.
 """
 
 
@@ -29,7 +29,7 @@ def least_faults(how: str) -> int:
 
 
 @glibc
-def test_memory_that_is_kept_is_not_handed_out_anew():
+def test_kept_memory_causes_no_page_faults():
     assert least_faults("kept") < 20
     assert least_faults("given back") > 40  # even if pages are of 2 MB
 

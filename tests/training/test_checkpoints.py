@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified, and written when a scheduler takes the machine away."""
+"""Checkpoints: whole or absent, verified, and written when a scheduler takes the machine away."""
 
 import hashlib
 import os
@@ -27,13 +27,13 @@ from tcl_hf.training.log import read_metrics
 
 
 def resumed(folder, **options):
-    """Go on with other weights and random numbers, which the checkpoint must replace."""
+    """Resume with other weights and random numbers, which the checkpoint must replace."""
     torch.manual_seed(99)
     return tiny_run(folder, model=TCLForPreTraining(small_patches()), resume=True, **options)
 
 
 def curve(folder) -> list[dict[str, float]]:
-    """The logged lines, without how fast it went."""
+    """The logged lines without their speed."""
     return [
         {k: v for k, v in line.items() if k != "pairs_per_second"} for line in read_metrics(folder / "metrics.jsonl")
     ]
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_last_good_one(reference, tm
     assert losses(tmp_path) == losses(reference)
 
 
-def test_a_damaged_newer_checkpoint_does_not_push_a_good_one_out(tmp_path):
+def test_a_damaged_newer_checkpoint_does_not_displace_a_good_one(tmp_path):
     tiny_run(tmp_path, save_steps=2, save_total_limit=2)
     newest, deadline = newest_checkpoint(tmp_path), time.monotonic() + 60
     (newest / "optimizer.bin").write_bytes(b"damaged")
@@ -93,7 +93,7 @@ def test_a_damaged_newer_checkpoint_does_not_push_a_good_one_out(tmp_path):
 
 
 def test_a_resumed_run_logs_the_same_means_over_steps_before_and_after(tmp_path):
-    """A checkpoint between two lines of the log carries the sums so far."""
+    """A checkpoint between two lines of the log holds the sums so far."""
     options = {"logging_steps": 3, "num_train_epochs": 3}
     tiny_run(tmp_path / "whole", **options)
 
@@ -106,7 +106,7 @@ def test_a_resumed_run_logs_the_same_means_over_steps_before_and_after(tmp_path)
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_says_so_with_its_exit_code(reference, tmp_path):
+def test_a_run_that_is_asked_to_stop_saves_and_exits_with_its_own_code(reference, tmp_path):
     def ask(model):
         os.kill(os.getpid(), signal.SIGTERM)
         return {"recall": 1.0}

@@ -1,4 +1,4 @@
-"""FSDP2 in two real processes: a model sharded with its teacher trains as the same model that is whole on both."""
+"""FSDP2 in two real processes: a model sharded with its teacher trains as one that is whole on both."""
 
 import os
 import subprocess
@@ -36,7 +36,8 @@ def new_model() -> TCLForPreTraining:
 def train_some_steps(model: nn.Module, rank: int, checkpointing: bool = False) -> list[torch.Tensor]:
     """Losses and gradient norms; gradients of a model that is not sharded are averaged here, as DDP does.
 
-    Plain gradient descent: AdamW would blow the rounding of gradients that are truly zero up to whole steps.
+    The update is plain gradient descent: AdamW would turn the rounding of gradients that are truly zero into whole
+    steps.
     """
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     if checkpointing:
@@ -45,7 +46,7 @@ def train_some_steps(model: nn.Module, rank: int, checkpointing: bool = False) -
     seen = []
     for step in range(STEPS):
         model.update_teacher()
-        torch.manual_seed(10 * rank + step)  # of the negatives
+        torch.manual_seed(10 * rank + step)  # for the draws of negatives
         loss = model(**training_batch(seed=10 * rank + step), alpha=0.4).loss
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -66,7 +67,7 @@ def whole_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def train_whole_and_sharded(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo")
     found = {"world size": dist.get_world_size()}
-    with pytest.raises(ValueError, match="scalar"):  # of torch; why there is `make_shardable`
+    with pytest.raises(ValueError, match="scalar"):  # torch's error, and the reason for `make_shardable`
         fully_shard(new_model())
     model = new_model()
     found["whole losses"] = train_some_steps(model, rank)
@@ -77,7 +78,7 @@ def train_whole_and_sharded(rank: int, folder: Path) -> None:
         found[name] = whole_tensors(model)
     found["own share"] = sum(p.to_local().numel() for p in model.parameters())
 
-    # AdamW as the training loop has it, its update masked on one condition for all.
+    # AdamW as in the training loop, whose update is masked in all processes on one condition.
     adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
     for masked in (True, False):
         model(**training_batch(seed=rank), alpha=0.4).loss.backward()
@@ -92,7 +93,7 @@ def train_whole_and_sharded(rank: int, folder: Path) -> None:
 
     evaluated = whole_model(model).eval()
     batch = training_batch()
-    with torch.no_grad():  # parts on their own, and on one process more often than on the other
+    with torch.no_grad():  # Parts are called alone, and more often on one process than on the other.
         for _ in range(1 + rank):
             states = evaluated.tcl.encode_image(batch["pixel_values"])
             found["matching"] = evaluated.match(
@@ -166,7 +167,7 @@ def test_parts_of_a_whole_copy_are_called_in_any_order(trained):
 
 
 def test_a_sharded_model_is_saved_as_a_whole_one(trained):
-    """It opens as any other, and sharded again it is the same."""
+    """It opens as any other model, and sharded again it is the same."""
     folder, (first, second) = trained
     model, loading = TCLForPreTraining.from_pretrained(folder / "model", output_loading_info=True)
     assert not any(loading.values())
@@ -189,7 +190,7 @@ def test_the_temperature_becomes_a_vector_in_place():
 
 
 def fsdp_environment() -> dict[str, str]:
-    """What `accelerate launch` makes of our config file."""
+    """The config that `accelerate launch` makes of one of our config files."""
     config = yaml.safe_load((CONFIGS / "fsdp2_8_gpus.yaml").read_text())["fsdp_config"]
     names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
     values = {names.get(name, name.upper()): str(value) for name, value in config.items()}
@@ -197,7 +198,7 @@ def fsdp_environment() -> dict[str, str]:
 
 
 def train_with_accelerate(rank: int, folder: Path, sharded: bool, mixed_precision: str) -> None:
-    if sharded:  # on a CPU Accelerate takes DDP in its place, and does not say so
+    if sharded:  # On a CPU Accelerate silently takes DDP in its place.
         os.environ.update(fsdp_environment())
         start = AcceleratorState.__init__
 
@@ -224,7 +225,7 @@ def train_with_accelerate(rank: int, folder: Path, sharded: bool, mixed_precisio
     def evaluate(model):
         with torch.no_grad():
             states = model.tcl.encode_image(training_batch()["pixel_values"])
-            return {"size": states.abs().sum().item()}  # normalised states as such sum up to next to nothing
+            return {"size": states.abs().sum().item()}  # The sum of normalised states themselves is nearly constant.
 
     pairs = Dataset.from_list(tiny_records(12))
     train(model, pairs, TCLPreTrainingCollator(processor), processor, args, evaluate)

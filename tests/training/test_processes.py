@@ -18,8 +18,8 @@ from tcl_hf.training.arguments import TCLTrainingArguments
 from tcl_hf.training.guard import NonFiniteError, UpdateGuard
 from tcl_hf.training.loop import train
 
-NUM_PAIRS = 6  # of both processes
-DRAWN = torch.tensor([3, 5, 1, 0, 2, 4])  # the negative of each pair, of another process for most
+NUM_PAIRS = 6  # in both processes together
+DRAWN = torch.tensor([3, 5, 1, 0, 2, 4])  # the negative of each pair, which most pairs have in the other process
 
 PROGRAM = """
 import sys, torch, torch.distributed as dist
@@ -30,7 +30,7 @@ assert dist.get_world_size() == 2
 torch.save(run(int(sys.argv[2])), f"{sys.argv[1]}-{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
-CASES = [  # with the negatives of all processes all objectives, else those that have all keys anyway
+CASES = [  # All objectives where negatives are gathered, else those whose keys are gathered anyway.
     (model_class, gather, ids)
     for model_class, ids in ((TCLForPreTraining, False), (TCLForImageTextRetrieval, True))
     for gather in (False, True)
@@ -38,7 +38,7 @@ CASES = [  # with the negatives of all processes all objectives, else those that
 
 
 def run(accumulation: int) -> list[dict]:
-    """What a process computes of its share of each case: two optimizer steps, losses, gradients and queues."""
+    """The results of a process for its share of each case: losses, gradients and queues of two optimizer steps."""
     from torch import distributed as dist
 
     alone = not dist.is_initialized()
@@ -64,7 +64,7 @@ def steps(model_class, gather: bool, with_ids: bool, accumulation: int, rank: in
             if with_ids:
                 batch["image_ids"] = torch.tensor([7, 8, 7, 9, 8, 5])
             mine = {name: value[rank * number : (rank + 1) * number] for name, value in batch.items()}
-            if not gather:  # as the collator pads: to the longest text of its own batch
+            if not gather:  # The collator pads to the longest text of its own batch.
                 longest = int(mine["attention_mask"].sum(1).max())
                 mine |= {name: mine[name][:, :longest] for name in ("input_ids", "attention_mask")}
             last = part == accumulation - 1
@@ -89,7 +89,7 @@ def synchronised(trained, last: bool):
 
 
 class draws:
-    """Negatives as in `DRAWN`, of the whole batch where it is gathered, else within a process's own."""
+    """Negatives as in `DRAWN`: of the whole batch where it is gathered, else within the batch of a process."""
 
     def __init__(self, model, gather: bool, rank: int, number: int):
         own = DRAWN[rank * number : (rank + 1) * number]
@@ -108,7 +108,7 @@ class draws:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one forward", "accumulated"])
 def found(request, tmp_path_factory):
-    """Results of both processes, and of one alone."""
+    """The results of both processes, and of one process alone."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -134,9 +134,9 @@ def test_two_processes_equal_one(found, case):
 
 
 def take_steps_of_which_one_is_bad(rank: int, folder: Path) -> None:
-    """Three optimizer steps of two forwards; in the second step the first loss of rank 1 is not a number.
+    """Three optimizer steps of two forwards each; in the second step the first loss of rank 1 is not a number.
 
-    The gradient stays finite: the number that is none is a constant.
+    The gradient stays finite, because a constant makes the loss NaN.
     """
     torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
@@ -175,12 +175,12 @@ def test_a_loss_that_is_not_finite_in_one_process_masks_the_update_of_all(tmp_pa
 
 
 def unequal_stream():
-    """23 records in shards of 8, 8 and 7, of which each process reads one whole, and both share the third."""
+    """23 records in shards of 8, 8 and 7: each process reads one whole shard, and both share the third."""
     return Dataset.from_list(tiny_records(23)).to_iterable_dataset(num_shards=3)
 
 
 def train_on_an_unequal_stream(rank: int, folder: Path) -> None:
-    """Two epochs; notes the ids that each step sees."""
+    """Train for two epochs, and note the ids that each step sees."""
     torch.manual_seed(0)
     model, processor, seen = TCLForPreTraining(small_patches()), tiny_processor(), []
     model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["image_ids"].tolist()), with_kwargs=True)
@@ -191,7 +191,7 @@ def train_on_an_unequal_stream(rank: int, folder: Path) -> None:
     torch.save(seen, folder / f"{rank}.pt")
 
 
-def test_training_takes_of_an_unequal_stream_what_both_processes_have(tmp_path):
+def test_training_uses_those_samples_of_an_unequal_stream_that_both_processes_have(tmp_path):
     in_two_processes(train_on_an_unequal_stream, tmp_path)
     trained = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     expected: list[list[list[int]]] = [[], []]
@@ -213,4 +213,4 @@ def test_training_takes_of_an_unequal_stream_what_both_processes_have(tmp_path):
                 expected[0].append(first[:number])
                 expected[1].append(second[:number])
     assert trained == [batches[:8] for batches in expected]
-    assert min(lost) > 0  # their number is odd
+    assert min(lost) > 0  # because their number is odd

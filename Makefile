@@ -1,4 +1,4 @@
-# Everything runs in .venv, made by plain venv and pip. PYTHON chooses the interpreter (3.11 or newer).
+# Everything runs in .venv, which venv and pip create. PYTHON selects the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.demo ## pre-train on the embedded data (minutes on two cores), evaluate, write runs/openmoji
+demo: $(VENV)/.demo ## pre-train on the embedded data (minutes on two cores), evaluate, and write runs/openmoji
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/accelerate launch --cpu --num_processes 1 \
 		--num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1 scripts/pretrain.py
 
@@ -24,7 +24,7 @@ check: $(VENV)/.dev ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.demo ## time ours beside its peers, and what each of our ways gives (half an hour on an idle machine)
+bench: $(VENV)/.demo ## compare speed with other implementations, measure each optimisation (half an hour on an idle machine)
 	$(BIN)/python benchmarks/suite.py --plot runs/performance.png
 	$(BIN)/python benchmarks/ablation.py --repeats 2
 

@@ -17,7 +17,7 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 @pytest.mark.parametrize("kind", ["photo", "grey"])
 def test_views_equal_the_plain_composition(kind):
-    """Equal within 2e-6, a seven-thousandth of a grey level, and with the same random numbers drawn in the same order."""
+    """Equal within 2e-6, a seven-thousandth of a grey level, with the same random numbers in the same order."""
     image = photo(150, 120).convert("L") if kind == "grey" else photo(150, 120)
     augment = TCLAugmentation(48, MEAN, STD)
     for seed in range(150):
@@ -32,7 +32,7 @@ def test_views_equal_the_plain_composition(kind):
 
 
 def test_colours_change_as_often_as_in_the_paper(monkeypatch):
-    """In 4,000 draws: shares within four standard deviations, all 24 orders of the jitter, amounts over their ranges."""
+    """4,000 draws have shares within four standard deviations, all 24 orders of the jitter, and uniform amounts."""
     seen: dict[str, list] = {"grey": [], "blur": [], "order": [], "amounts": []}
 
     def note(number: int):

@@ -62,7 +62,7 @@ def test_hue_equals_torchvision(name):
 
 
 def test_hue_equals_torchvision_for_every_red_and_green():
-    """Every red and green with every eighth blue, counted from a start that differs between them: two million colours."""
+    """Every red and green with every eighth blue, from a start that differs between them: two million colours."""
     red, green = np.indices((256, 256), dtype=np.uint8)
     for start in range(0, 256, 8):
         image = Image.fromarray(np.stack([red, green, start + (red ^ green) % 8], axis=-1).astype(np.uint8))

@@ -1,7 +1,7 @@
 """Where the images of annotations are found: in the annotations themselves, in a table by image id, or as files.
 
-The image of a row that stands in a table is not copied into its record. The record holds a reference to its place in
-the table (`table_reference`), and `look_up_images` replaces the reference when the record is read.
+An image that is in a table is not copied into the record. The record holds a reference to its place in the table
+(`table_reference`), and `look_up_images` replaces the reference when the record is read.
 """
 
 import functools
@@ -29,7 +29,7 @@ def table_reference(table: str, index: int) -> dict:
 def look_up_images(batch: dict[str, list], tables: dict[str, Dataset]) -> dict[str, list]:
     """Replace the references of a batch of records by the images in the tables.
 
-    Where a row of a table holds a list of images, the second reference to it, for example, stands for the second one.
+    A row of a table may hold a list of images: the n-th image of a record then refers to the n-th image of the list.
     """
 
     def look_up(image: dict, place: int = 0) -> dict | None:
@@ -73,7 +73,7 @@ class ImageFinder:
         """Return `image` and `image_id` of a row.
 
         Args:
-            usual_name: the file where the row does not name one; its image id if None.
+            usual_name: name of the file if the row does not give one; the image id if None.
             folders: folders of the root, of which the first that exists holds the file. The root does if none exists.
         """
         image, image_id = row.get("image"), row.get("image_id")
@@ -110,7 +110,7 @@ class ImageFinder:
             name = row.get("dataset") or "vqa"  # the files of VQA v2 do not have this field
             if name not in self.root:
                 raise row.error(
-                    f"its dataset {name!r} has no images: image_root names only {', '.join(self.root)}, add it there."
+                    f"its dataset {name!r} has no images: image_root names only {', '.join(self.root)}; add it there."
                 )
             return self.root[name]
         if self.root is not None:

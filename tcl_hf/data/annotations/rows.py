@@ -15,20 +15,13 @@ COLUMN_NAMES = {
     "image": IMAGE_COLUMNS,
     "image_0": ("image_0", "left_image"),
     "image_1": ("image_1", "right_image"),
-    "images": ("images",),
     "image_id": ("image_id", "Flickr30K_ID", "Flikr30kID", "Flickr30kID"),  # SNLI-VE has had three spellings
     "captions": ("captions", "caption", "sentence2", "hypothesis", "sentence", "text"),
     "label": ("gold_label", "label"),
     "pair_id": ("pair_id", "pairID", "identifier"),
-    "question": ("question",),
-    "question_id": ("question_id",),
     "answers": ("answers", "answer"),
-    "answer_type": ("answer_type",),
-    "question_type": ("question_type",),
-    "phrases": ("phrases",),
-    "proposals": ("proposals",),
-    "width": ("width",),
-    "height": ("height",),
+    **{name: (name,) for name in ("images", "question", "question_id", "answer_type", "question_type")},
+    **{name: (name,) for name in ("phrases", "proposals", "width", "height")},
 }
 
 TEXT = datasets.Value("string")

@@ -4,6 +4,7 @@ It is imported before anything else of a test, and so sets the environment of al
 """
 
 import io
+import json
 import os
 import socket
 import tempfile
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning thread pools on sh
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import datasets
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
@@ -34,6 +36,7 @@ from tcl_hf.training.loop import train
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+ANNOTATIONS = Path(__file__).parent / "fixtures" / "annotations"
 
 
 SHARED = ROOT.parent / "shared"
@@ -145,6 +148,34 @@ def png(color: int, size: tuple[int, int] = (40, 30)) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).resize(size).save(file, "PNG")
     return file.getvalue()
+
+
+def photo(width: int = 96, height: int = 80, seed: int = 0) -> Image.Image:
+    """An RGB image of smooth random fields with a little noise."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    pixels = np.asarray(coarse) + random.normal(0, 6, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+TEXT = datasets.Value("string")
+PICTURE = {"bytes": datasets.Value("binary"), "path": TEXT}  # an image column of parquet that `datasets` did not write
+
+
+def image_at(path: str | Path) -> dict:
+    return {"bytes": None, "path": str(path)}
+
+
+def write_json(folder: Path, content, name: str = "rows.json") -> str:
+    (folder / name).write_text(json.dumps(content))
+    return str(folder / name)
+
+
+def write_table(file: Path, table: dict, features: dict) -> str:
+    Dataset.from_dict(table, features=datasets.Features(features)).to_parquet(file)
+    return str(file)
 
 
 def tiny_records(number: int = 12) -> list[dict]:

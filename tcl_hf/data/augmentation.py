@@ -1,8 +1,8 @@
-"""Random views of an image: crop, colours, blur, flip and further operations, as the paper's pre-training draws them.
+"""Random views of an image as the paper's pre-training draws them: which change is made, how often, and how strongly.
 
-Where PIL is slow (hue, blur, sharpness, shear) the same numbers are computed on whole arrays: the grey levels of a view
-are those that PIL and torchvision give, bit for bit, for the same random choices. Inside, `planes` are red, green and
-blue (3, H, W), or grey (1, H, W), float32, and hold whole grey levels from 0 to 255.
+Each view is a random crop, changed in colour, blurred, mirrored, and changed by further operations. The changes are
+computed in `pixels`. For the same random choices, a view has the grey levels that PIL and torchvision give, bit for
+bit. Pixels are `planes`, see `pixels`, until they are normalised.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import ColorJitter, InterpolationMode, RandomResizedCrop
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from .pixels import (
+    autocontrast,
     blur,
     change_brightness,
     change_contrast,
     change_saturation,
+    equalize,
     luminance,
+    rotate,
     sharpen,
     shear,
     shift_hue,
@@ -31,20 +33,20 @@ from .pixels import (
 
 
 class RandomColors:
-    """Colour jitter with probability 0.8, grey with 0.2, Gaussian blur with 0.5, as the paper has them.
+    """Colour jitter with probability 0.8, grey with 0.2, Gaussian blur with 0.5, as in the paper.
 
-    The jitter is that of brightness, contrast and saturation by up to 0.4 and of hue by up to 0.1, in random order;
-    the blur's standard deviation is between 0.1 and 2 pixels. Random numbers are drawn as torchvision's
-    `RandomApply`, `ColorJitter` and `RandomGrayscale` draw them.
+    The jitter changes brightness, contrast and saturation by up to 0.4 and hue by up to 0.1, in random order. The
+    standard deviation of the blur is between 0.1 and 2 pixels. Random numbers are drawn in the order of torchvision's
+    `RandomApply`, `ColorJitter` and `RandomGrayscale`.
     """
 
     CHANGES = (change_brightness, change_contrast, change_saturation, shift_hue)
     FACTORS = [0.6, 1.4]
-    TURN = [-0.1, 0.1]
-    SIGMA = [0.1, 2.0]
+    TURN = [-0.1, 0.1]  # shares of the circle of hues
+    SIGMA = [0.1, 2.0]  # pixels
 
     def __call__(self, planes: np.ndarray) -> np.ndarray:
-        """Change planes (3, H, W), in place where that is possible; grey ones come back as (1, H, W)."""
+        """Change planes (3, H, W), in place where possible, and return them; those made grey are (1, H, W)."""
         if torch.rand(1) < 0.8:
             order, *amounts = ColorJitter.get_params(self.FACTORS, self.FACTORS, self.FACTORS, self.TURN)
             for number in order.tolist():
@@ -57,7 +59,7 @@ class RandomColors:
 
 
 class RandomOperations:
-    """Draw `num_operations` of ten image operations, with replacement; apply each with probability 0.5.
+    """Draws `num_operations` of ten image operations, with replacement, and applies each with probability 0.5.
 
     The operations and their strengths are those of the paper's code at magnitude 7 of 10.
     """
@@ -67,16 +69,16 @@ class RandomOperations:
         *("shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
     )
     ENHANCEMENT = 0.7 * 1.8 + 0.1  # 1.36
-    SHEAR = 0.7 * 0.3  # as tangent
+    SHEAR = 0.7 * 0.3  # tangent of the angle
     TRANSLATION = round(0.7 * 10)  # pixels
     ROTATION = 0.7 * 30  # degrees
-    FILL = 128
+    FILL = 128  # grey level of what comes from outside the image
 
     def __init__(self, num_operations: int = 2):
         self.num_operations = num_operations
 
     def __call__(self, image: Any) -> Any:
-        """Draw and apply operations to planes, or to an RGB image; the like of it comes back."""
+        """Draw operations and apply them to planes or to an image; the result has the type of the argument."""
         for number in torch.randint(len(self.NAMES), (self.num_operations,)).tolist():
             applied, positive = (torch.rand(2) < 0.5).tolist()
             if applied:
@@ -84,23 +86,22 @@ class RandomOperations:
         return image
 
     def apply(self, image: Any, name: str, sign: int) -> Any:
-        """Apply one operation; `sign` is the direction of those that have one."""
+        """Apply one operation; `sign`, 1 or -1, is the direction of those that have one."""
         if isinstance(image, Image.Image):
             return to_image(self.apply(to_planes(image), name, sign))
         if name == "autocontrast":
-            return to_planes(F.autocontrast(to_image(image)))
+            return autocontrast(image)
         if name == "equalize":
-            return to_planes(F.equalize(to_image(image)))
+            return equalize(image)
         if name == "brightness":
             return change_brightness(image, self.ENHANCEMENT)
         if name == "sharpness":
             return sharpen(image, self.ENHANCEMENT)
         if name == "rotate":
-            angle, fill = sign * self.ROTATION, [self.FILL] * len(image)
-            return to_planes(F.rotate(to_image(image), angle, InterpolationMode.BILINEAR, fill=fill))
-        if name.endswith("_y"):  # what is done to rows in the direction of x
-            turned = self.apply(image.transpose(0, 2, 1), name.removesuffix("_y") + "_x", sign)
-            return turned.transpose(0, 2, 1)
+            return rotate(image, sign * self.ROTATION, self.FILL)
+        if name.endswith("_y"):  # with rows and columns exchanged, it is the operation along x
+            exchanged = self.apply(image.transpose(0, 2, 1), name.removesuffix("_y") + "_x", sign)
+            return exchanged.transpose(0, 2, 1)
         if name == "shear_x":
             return shear(image, -sign * self.SHEAR, self.FILL)
         if name == "translate_x":
@@ -112,13 +113,12 @@ class TCLAugmentation:
     """Random views of an image, as the paper's pre-training draws them.
 
     Args:
-        image_size: pixels of a side of the view.
-        image_mean, image_std: normalisation, that of the image processor.
-        crop_scale: range of the cropped share of the image's area (paper: 0.2 to 1; fine-tuning: 0.5 to 1).
-        color_jitter: jitter of brightness, contrast, saturation (0.4) and hue (0.1), grey, and blur, which ALBEF
-            does without.
-        flip: mirror every other view; not where left and right have names.
-        num_operations: further operations drawn, see `RandomOperations`.
+        image_size: side of a view in pixels.
+        image_mean, image_std: the normalisation of the image processor, one value per channel.
+        crop_scale: range of the share of the image's area that is cropped (paper: 0.2 to 1; fine-tuning: 0.5 to 1).
+        color_jitter: whether colours are changed, see `RandomColors`; ALBEF does without.
+        flip: whether a view is mirrored with probability 0.5. False where texts name left and right.
+        num_operations: number of further operations, see `RandomOperations`.
     """
 
     def __init__(
@@ -137,9 +137,10 @@ class TCLAugmentation:
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (image_mean, image_std))
 
     def __call__(self, image: Image.Image, num_views: int = 1) -> list[Tensor]:
-        """Draw views (3, image_size, image_size) of an image.
+        """Draw `num_views` views (3, image_size, image_size) of an image.
 
-        The crops are drawn first: a JPEG larger than all of them need is decoded at reduced scale.
+        The crops are drawn before the image is decoded: a JPEG that is larger than all of them need is decoded at
+        reduced scale.
         """
         width, height = image.size
         boxes = [
@@ -164,7 +165,7 @@ class TCLAugmentation:
         return views
 
     def _augment(self, planes: np.ndarray) -> Tensor:
-        """Draw what follows the crop, and normalise."""
+        """Draw the changes after the crop, and normalise."""
         if self.colors is not None:
             planes = self.colors(planes)
         if self.flip and torch.rand(1) < 0.5:
@@ -172,6 +173,6 @@ class TCLAugmentation:
         return self.normalize(self.operations(planes))
 
     def normalize(self, planes: np.ndarray) -> Tensor:
-        """Pixels (3, H, W) of planes, less the mean, over the standard deviation."""
+        """Return pixels (3, H, W) of planes: less the mean, divided by the standard deviation."""
         pixels = torch.from_numpy(np.ascontiguousarray(planes)).mul_(1 / 255)
-        return pixels.sub(self.mean).div_(self.std)  # grey becomes three channels here
+        return pixels.sub(self.mean).div_(self.std)  # grey planes (1, H, W) become three channels here

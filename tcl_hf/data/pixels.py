@@ -1,14 +1,20 @@
-"""Pixel kernels of the augmentation: what PIL and torchvision compute, on whole arrays."""
+"""The pixel kernels of the augmentation: they give the numbers of PIL and torchvision, bit for bit.
+
+Where PIL is slow (hue, blur, sharpness, shear) the numbers are computed on whole arrays. In all functions, `planes` are
+red, green and blue (3, H, W), or grey (1, H, W), as float32 that hold whole grey levels from 0 to 255.
+"""
 
 import math
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 
 def to_planes(image: Image.Image) -> np.ndarray:
-    """Planes of an RGB image, or of a grey one."""
+    """Return the planes of an RGB or a grey image."""
     planes = np.empty((len(image.getbands()), image.height, image.width), np.float32)
     for plane, band in zip(planes, image.split(), strict=True):
         plane[:] = np.asarray(band)
@@ -16,7 +22,7 @@ def to_planes(image: Image.Image) -> np.ndarray:
 
 
 def to_image(planes: np.ndarray) -> Image.Image:
-    """The RGB image of planes, or the grey one."""
+    """Return the RGB or grey image of planes."""
     bands = [Image.fromarray(plane) for plane in planes.astype(np.uint8)]
     return Image.merge("RGB", bands) if len(bands) == 3 else bands[0]
 
@@ -25,7 +31,7 @@ def to_image(planes: np.ndarray) -> Image.Image:
 
 
 def luminance(planes: np.ndarray) -> np.ndarray:
-    """Grey levels (H, W) of planes (3, H, W): PIL's `convert("L")`."""
+    """Return the grey levels (H, W) of planes (3, H, W): PIL's `convert("L")`."""
     # Every sum is a whole number below 2**24, which float32 holds exactly.
     grey = planes[0] * 19595
     grey += planes[1] * 38470
@@ -36,7 +42,7 @@ def luminance(planes: np.ndarray) -> np.ndarray:
 
 
 def blend(start: np.ndarray | float, planes: np.ndarray, factor: float) -> np.ndarray:
-    """`start + factor * (planes - start)`, cut to grey levels, in place: PIL's `Image.blend`."""
+    """Compute `start + factor * (planes - start)`, cut to grey levels, in place: PIL's `Image.blend`."""
     planes -= start
     planes *= factor
     planes += start
@@ -46,7 +52,7 @@ def blend(start: np.ndarray | float, planes: np.ndarray, factor: float) -> np.nd
 
 
 def change_brightness(planes: np.ndarray, factor: float) -> np.ndarray:
-    """Planes times a factor, in place: torchvision's `adjust_brightness` of a PIL image."""
+    """Multiply planes by a factor, in place: torchvision's `adjust_brightness` of a PIL image."""
     planes *= factor
     if factor > 1:
         np.minimum(planes, 255, out=planes)
@@ -54,24 +60,24 @@ def change_brightness(planes: np.ndarray, factor: float) -> np.ndarray:
 
 
 def change_contrast(planes: np.ndarray, factor: float) -> np.ndarray:
-    """Planes further from their mean grey, in place: torchvision's `adjust_contrast` of a PIL image."""
+    """Scale the distance of planes from their mean grey, in place: torchvision's `adjust_contrast` of a PIL image."""
     mean = luminance(planes).mean(dtype=np.float64)
     return blend(int(mean + 0.5), planes, factor)
 
 
 def change_saturation(planes: np.ndarray, factor: float) -> np.ndarray:
-    """Planes further from their own grey, in place: torchvision's `adjust_saturation` of a PIL image."""
+    """Scale the distance of pixels from their own grey, in place: torchvision's `adjust_saturation` of a PIL image."""
     return blend(luminance(planes), planes, factor)
 
 
 @lru_cache(maxsize=1)
 def _hue_tables() -> tuple[np.ndarray, np.ndarray]:
-    """PIL's hue of a colour, and what a hue takes from each channel.
+    """Tabulate PIL's hue of every colour, and how much a hue takes away from each channel.
 
     Returns:
-        Hues (8 * 256 * 256): they depend on the order of the channels (see `shift_hue`), the largest minus the
-        smallest, and the middle minus the smallest.
-        Shares (3, 256), in 255ths, of the saturation that a hue takes away from red, green and blue.
+        Hues (8 * 256 * 256), by the order of the channels (see `shift_hue`), the largest channel minus the smallest,
+        and the middle one minus the smallest.
+        Shares (3, 256), in 255ths, of the saturation that each hue takes away from red, green and blue.
     """
     largest, middle = np.indices((256, 256), dtype=np.uint8)
     middle = np.minimum(middle, largest)
@@ -86,9 +92,9 @@ def _hue_tables() -> tuple[np.ndarray, np.ndarray]:
 
 
 def shift_hue(planes: np.ndarray, turn: float) -> np.ndarray:
-    """Planes with the hue turned by a share of the circle, in place: torchvision's `adjust_hue` of a PIL image.
+    """Turn the hue of planes by a share of the circle, in place: torchvision's `adjust_hue` of a PIL image.
 
-    PIL rounds hue and saturation to 8 bits on the way, and so does this.
+    Hue and saturation are rounded to 8 bits on the way, as in PIL.
     """
     all_hues, shares = _hue_tables()
     red, green, blue = planes.astype(np.uint8).reshape(3, -1)
@@ -114,9 +120,9 @@ def shift_hue(planes: np.ndarray, turn: float) -> np.ndarray:
     saturation /= np.maximum(largest, 1)
     np.floor(saturation, out=saturation)
     saturation *= largest
-    steps = int(np.int32(turn * 255))  # cut as torchvision cuts it; hues go round at 256
+    steps = int(np.int32(turn * 255))  # truncated as in torchvision; hues wrap around at 256
     for share, plane in zip(np.roll(shares, -steps, axis=1), planes.reshape(3, -1), strict=True):
-        # value * (1 - saturation / 255 * share / 255), rounded; all 2**24 cases are as PIL has them.
+        # value * (1 - saturation / 255 * share / 255), rounded; equal to PIL's result in all 2**24 cases.
         share.take(hues, out=plane, mode="clip")
         plane *= saturation
         plane *= -1 / 255**2
@@ -129,9 +135,9 @@ def shift_hue(planes: np.ndarray, turn: float) -> np.ndarray:
 
 
 def _box(sigma: float) -> tuple[int, int, int]:
-    """PIL's box for a Gaussian blur by three box blurs: whole radius, and weights of inner and outermost pixels.
+    """Return PIL's box for a Gaussian blur by three box blurs: radius, and weights of inner and outermost pixels.
 
-    Weights are in 2**-24. Single precision as in PIL, so that they are its own.
+    Weights are in units of 2**-24. They are computed in single precision, because PIL's are.
     """
     variance = np.float32(sigma) * np.float32(sigma) / np.float32(3)
     length = np.float32(math.sqrt(12.0 * float(variance) + 1.0))
@@ -143,14 +149,14 @@ def _box(sigma: float) -> tuple[int, int, int]:
 
 
 def blur(planes: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of planes, in place, `sigma` in pixels: PIL's `GaussianBlur`, which is three box blurs each way."""
+    """Blur planes, in place, by `sigma` pixels: PIL's `GaussianBlur`, which is three box blurs in each direction."""
     radius, inner, outer = _box(sigma)
     pad = radius + 1
     channels, height, width = planes.shape
     padded = np.zeros((channels, height + 2 * pad, width + 2 * pad), np.uint32)
     padded[:, pad:-pad, pad:-pad] = planes
     # In the flat array a neighbour is a fixed step away, across as well as down, and sums run over contiguous memory.
-    # They spoil the padding, which is renewed before each pass.
+    # The sums overwrite the padding, which is therefore renewed before each pass.
     flat = padded.reshape(-1)
     sums = np.empty((2, flat.size), np.uint32)
     for step, lines in ((1, padded), (width + 2 * pad, padded.transpose(0, 2, 1))):
@@ -170,7 +176,7 @@ def blur(planes: np.ndarray, sigma: float) -> np.ndarray:
             np.add(neighbours[0], neighbours[-1], out=far)
             far *= outer
             total += far
-            total += 2**23  # rounds
+            total += 2**23  # one half, so that the shift rounds
             np.right_shift(total, 24, out=neighbours[pad])
     planes[:] = padded[:, pad:-pad, pad:-pad]
     return planes
@@ -179,9 +185,24 @@ def blur(planes: np.ndarray, sigma: float) -> np.ndarray:
 # Operations
 
 
+def autocontrast(planes: np.ndarray) -> np.ndarray:
+    """Return planes whose grey levels reach from 0 to 255: torchvision's `autocontrast` of a PIL image."""
+    return to_planes(F.autocontrast(to_image(planes)))
+
+
+def equalize(planes: np.ndarray) -> np.ndarray:
+    """Return planes whose grey levels are about equally frequent: torchvision's `equalize` of a PIL image."""
+    return to_planes(F.equalize(to_image(planes)))
+
+
+def rotate(planes: np.ndarray, angle: float, fill: int) -> np.ndarray:
+    """Return planes turned by `angle` degrees around their centre: torchvision's bilinear `rotate` of a PIL image."""
+    return to_planes(F.rotate(to_image(planes), angle, InterpolationMode.BILINEAR, fill=[fill] * len(planes)))
+
+
 def sharpen(planes: np.ndarray, factor: float) -> np.ndarray:
-    """Planes further from their smooth version, in place: torchvision's `adjust_sharpness` of a PIL image."""
-    inside = planes[:, 1:-1, 1:-1]  # PIL's smoothing leaves the border alone
+    """Scale the distance of planes from their smoothed version, in place: torchvision's `adjust_sharpness`."""
+    inside = planes[:, 1:-1, 1:-1]  # PIL does not smooth the border
     columns = planes[:, :-2] + planes[:, 1:-1] + planes[:, 2:]
     smooth = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:]
     smooth += 4 * inside
@@ -193,11 +214,12 @@ def sharpen(planes: np.ndarray, factor: float) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _shear_positions(height: int, width: int, tangent: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the pixels of a sheared image come from: x' = x + tangent * y, for the centres of pixels.
+    """Compute where the pixels of a sheared image come from: x' = x + tangent * y, for the centres of pixels.
 
     Returns:
-        Column of the left neighbour of a row's first pixel (H,); the right neighbour's share (H, W), which differs
-        within a row by no more than rounding, but PIL's result rests on that; pixels from outside the image (H, W).
+        The column of the left neighbour of each row's first pixel (H,).
+        The share of the right neighbour (H, W). Within a row it differs only by rounding, which changes PIL's result.
+        Whether a pixel comes from outside the image (H, W).
     """
     rows, columns = np.arange(height)[:, None] + 0.5, np.arange(width) + 0.5
     source = columns + tangent * rows
@@ -208,19 +230,19 @@ def _shear_positions(height: int, width: int, tangent: float) -> tuple[np.ndarra
 
 
 def shear(planes: np.ndarray, tangent: float, fill: int) -> np.ndarray:
-    """Planes with rows moved by `tangent` times their height: PIL's bilinear transform."""
+    """Return planes with rows moved by `tangent` times their distance from the top: PIL's bilinear `transform`."""
     channels, height, width = planes.shape
     left, share, outside = _shear_positions(height, width, tangent)
     pad = max(-left.min(), left.max() + 1, 1)
     padded = np.empty((channels, height, width + 2 * pad), planes.dtype)
     padded[..., :pad], padded[..., pad:-pad], padded[..., -pad:] = planes[..., :1], planes, planes[..., -1:]
     starts = np.arange(height) * (width + 2 * pad) + pad + left
-    # A row that moves starts elsewhere in the flat image and is as contiguous as before.
+    # A row that moves only starts elsewhere in the flat image, and is as contiguous as before.
     windows = np.lib.stride_tricks.sliding_window_view(padded.reshape(channels, -1), width + 1, axis=1)
     sheared = np.empty(planes.shape, np.float32)
     for channel in range(channels):
         rows = windows[channel, starts]  # (H, W + 1)
-        moved = np.subtract(rows[:, 1:], rows[:, :-1], dtype=np.float64)  # as precise as PIL
+        moved = np.subtract(rows[:, 1:], rows[:, :-1], dtype=np.float64)  # double precision as in PIL
         moved *= share
         moved += rows[:, :-1]
         np.copyto(moved, fill, where=outside)
@@ -229,7 +251,7 @@ def shear(planes: np.ndarray, tangent: float, fill: int) -> np.ndarray:
 
 
 def translate(planes: np.ndarray, shift: int, fill: int) -> np.ndarray:
-    """Planes of which pixel x is pixel `x + shift` of those given."""
+    """Return planes whose pixel x of a row is pixel `x + shift` of the given ones, or `fill` outside of them."""
     moved = np.full_like(planes, fill)
     width = planes.shape[-1]
     moved[..., max(-shift, 0) : width - max(shift, 0)] = planes[..., max(shift, 0) : width - max(-shift, 0)]

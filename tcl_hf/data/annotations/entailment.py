@@ -1,5 +1,6 @@
 """Statements that an image entails, contradicts, or leaves open: SNLI-VE."""
 
+import logging
 from collections.abc import Iterator
 
 import datasets
@@ -7,12 +8,12 @@ from datasets import Dataset
 
 from ...models.modeling_tcl_tasks import ENTAILMENT_LABELS
 from ..pairs import FEATURES
-from .rows import TEXT, Source, load_records, logger
+from .rows import TEXT
+from .sources import Source, load_records
+
+logger = logging.getLogger(__name__)
 
 ENTAILMENT_FEATURES = datasets.Features({**FEATURES, "label": TEXT, "pair_id": TEXT})
-
-
-# Visual entailment
 
 
 def load_entailment(
@@ -24,34 +25,31 @@ def load_entailment(
 ) -> Dataset:
     """Load hypotheses about images as records `image`, `image_id`, `captions` (the hypothesis), `label`, `pair_id`.
 
-    `label` is "entailment", "neutral" or "contradiction"; `pair_id` is None where a file has none. Rows without a
-    gold label ("-") are left out, and counted in a warning.
+    `label` is "entailment", "neutral" or "contradiction"; `pair_id` is None where a file does not have it. Rows
+    without a gold label ("-") are left out, and a warning gives their number.
 
     Args:
         source: one or several of SNLI-VE's JSON lines; ALBEF's JSON list or other JSON lines of `image` or `image_id`,
-            `sentence` and `label` (to a name without an ending, ".jpg" is added); a `datasets` source of such columns.
-        split: the split of a `datasets` source; a file has none.
-        image_root: a folder to which paths are relative (the source's own if None), or parquet files or a folder of
-            them with `image_id` and `image`, whatever their splits.
-        columns: what the source calls a column of the records, where the name is not a usual one.
+            `sentence` and `label` (".jpg" is added to a name without an ending); a `datasets` source of such columns.
+        split, image_root, columns: as in `load_records`.
 
     Raises:
-        DataError: naming file, row and remedy, if a field or an image is missing or a label is another.
+        DataError: naming file, row and remedy, if a field or an image is missing or a label is not one of the three.
     """
-    return load_records(_read_entailment, ENTAILMENT_FEATURES, source, split, image_root, None, columns)
+    return load_records(_read_entailment, ENTAILMENT_FEATURES, source, split, image_root=image_root, columns=columns)
 
 
 def _read_entailment(source: Source) -> Iterator[dict]:
     unlabelled = 0
     for row in source.rows():
-        label = row.need("label")
+        label = row.require("label")
         name = str(label).strip().lower()
         if name == "-":
             unlabelled += 1
             continue
         if name not in ENTAILMENT_LABELS:
             raise row.error(f"its label is {label!r}: it must be one of {', '.join(ENTAILMENT_LABELS)}.")
-        yield source.images.of(row) | {
+        yield source.images.image_and_id(row) | {
             "captions": [row.text("captions")],
             "label": name,
             "pair_id": row.text_or_none("pair_id"),

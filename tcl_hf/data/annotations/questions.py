@@ -1,4 +1,4 @@
-"""Questions about images and their answers: VQA v2, Visual Genome, ALBEF's lists."""
+"""Questions about images and their answers: VQA v2, and Visual Genome in ALBEF's lists."""
 
 import json
 from collections.abc import Iterator
@@ -9,9 +9,11 @@ import datasets
 from datasets import Dataset
 
 from ..pairs import FEATURES, DataError
-from .rows import TEXT, Images, Row, Source, load_records, read_json
+from .images import ImageFinder
+from .rows import TEXT, Row, read_json_rows
+from .sources import Source, load_records
 
-VISUAL_GENOME_WEIGHT = 0.5  # of an answer from there, as in the paper's code
+VISUAL_GENOME_WEIGHT = 0.5  # the weight of its answers in the paper's code
 QUESTION_FEATURES = datasets.Features(
     {
         "image": FEATURES["image"],
@@ -26,9 +28,6 @@ QUESTION_FEATURES = datasets.Features(
 )
 
 
-# Question answering
-
-
 def load_questions(
     source: str | list[str],
     split: str = "train",
@@ -39,21 +38,21 @@ def load_questions(
 ) -> Dataset:
     """Load questions about images as records `image`, `image_id`, `question`, `question_id`, `answers`, `weight`.
 
-    `answers` are as given, with repeats (ten in VQA v2), and empty for a test question; `weight` is their share of the
-    loss together: 1.0, or 0.5 for Visual Genome's. `answer_type` and `question_type` are None where a file has none.
+    `answers` are those of the source, with repeats (ten in VQA v2), and empty for a test question. `weight` is the
+    share of the loss that all of them have together: 1.0, or 0.5 for Visual Genome. `answer_type` and `question_type`
+    are None where a file does not have them.
 
     Args:
         source: one or several of
-            VQA v2's questions, with `annotations` (images are `COCO_val2014_000000000042.jpg` in the folder `val2014`
-            of `image_root` if it has one, else in `image_root` itself; so for every "data_subtype");
-            ALBEF's JSON list of `question_id`, `question`, `answer`, `image` and `dataset` ("vqa" or "vg");
+            VQA v2's questions, with `annotations`. Images are `COCO_val2014_000000000042.jpg` in the folder `val2014`
+            of `image_root` if it has one, otherwise in `image_root` itself; likewise for every "data_subtype";
+            ALBEF's JSON list of `question_id`, `question`, `answer`, `image` and `dataset` ("vqa" or "vg", Visual
+            Genome);
             a `datasets` source with `image`, `question` and `answer` or `answers`, or with `image` and `qa`, a list of
-            `question` and `answer`, each of which makes a record.
-        split: the split of a `datasets` source; a file has none.
-        image_root: a folder to which paths are relative (the source's own if None), or parquet files or a folder of
-            them with `image_id` and `image`, whatever their splits; or one for each `dataset` of ALBEF's lists.
+            `question` and `answer`, each of which becomes a record.
+        image_root: as in `load_records`; a dictionary has one for each `dataset` of ALBEF's lists.
         annotations: files with the answers to VQA v2's questions.
-        columns: what the source calls a column of the records, where the name is not a usual one.
+        split, columns: as in `load_records`.
 
     Raises:
         DataError: naming file, row and remedy, if a field or an image is missing or a question has no annotation.
@@ -62,36 +61,39 @@ def load_questions(
 
 
 def _read_questions(source: Source) -> Iterator[dict]:
-    answers = {}
-    for file in source.annotations:
-        for number, fields in read_json(file):
-            answers[str(Row(file, number, fields, {}).need("question_id"))] = fields
+    answers = _read_vqa_annotations(source.annotations)
     for row in source.rows():
         if answers:
-            question_id = str(row.need("question_id"))
+            question_id = str(row.require("question_id"))
             if question_id not in answers:
                 raise row.error(
                     f"its question '{question_id}' is not in {' and '.join(source.annotations)}: give the annotations "
                     "that belong to the questions."
                 )
             row = replace(row, fields=answers[question_id] | row.fields)
-        pairs = row.get("qa")
-        if pairs is None:
-            yield _question(row, source.images)
+        questions = row.get("qa")
+        if questions is None:
+            yield _question_record(row, source.images)
             continue
         image_id = row.get("image_id") or row.number
-        for number, pair in enumerate(pairs):
-            fields = row.fields | {"question_id": f"{image_id}-{number}"} | pair
-            yield _question(replace(row, fields=fields), source.images)
+        for number, question in enumerate(questions):
+            fields = row.fields | {"question_id": f"{image_id}-{number}"} | question
+            yield _question_record(replace(row, fields=fields), source.images)
 
 
-def _question(row: Row, images: Images) -> dict:
+def _read_vqa_annotations(files: list[str]) -> dict[str, dict]:
+    """The rows of VQA v2's annotation files by question id."""
+    rows = (Row(file, number, fields) for file in files for number, fields in read_json_rows(file))
+    return {str(row.require("question_id")): row.fields for row in rows}
+
+
+def _question_record(row: Row, images: ImageFinder) -> dict:
     subtype, coco_id = row.get("data_subtype"), row.get("image_id")
     if subtype is None or coco_id is None:
-        record = images.of(row)
-    else:
-        subtype = subtype.replace("test-dev", "test")  # a part of the questions about the images of test2015
-        record = images.of(row, f"COCO_{subtype}_{coco_id:0>12}.jpg", (subtype,))
+        record = images.image_and_id(row)
+    else:  # a row of VQA v2
+        subtype = subtype.replace("test-dev", "test")  # test-dev asks about a part of the images of test2015
+        record = images.image_and_id(row, f"COCO_{subtype}_{coco_id:0>12}.jpg", (subtype,))
     answers = row.get("answers")
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
@@ -108,10 +110,10 @@ def _question(row: Row, images: Images) -> dict:
 
 
 def read_answer_list(path: str) -> list[str]:
-    """The answers a model chooses from, in the order of the JSON list at `path`.
+    """Read the answers that a model chooses from, in the order of the JSON list at `path`.
 
     Raises:
-        DataError: if the file is not a list of texts, naming the first other entry.
+        DataError: if the file is not a list of texts; it names the first entry that is not one.
     """
     try:
         answers = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Statements about two images: NLVR2."""
+"""Statements about two images, true or false: NLVR2."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,9 @@ from datasets import Dataset
 
 from ...models.modeling_tcl_tasks import REASONING_LABELS
 from ..pairs import FEATURES
-from .rows import TEXT, Row, Source, bare_name, load_records
+from .images import image_stem
+from .rows import TEXT, Row
+from .sources import Source, load_records
 
 REASONING_FEATURES = datasets.Features(
     {
@@ -21,9 +23,6 @@ REASONING_FEATURES = datasets.Features(
 )
 
 
-# Two-image reasoning
-
-
 def load_reasoning(
     source: str | list[str],
     split: str = "train",
@@ -31,37 +30,36 @@ def load_reasoning(
     image_root: str | None = None,
     columns: dict[str, str] | None = None,
 ) -> Dataset:
-    """Load sentences about two images as records `images`, `image_id` (the left's), `captions`, `label`, `pair_id`.
+    """Load sentences about two images as records `images`, `image_id` (of the left), `captions`, `label`, `pair_id`.
 
-    `label` is "True" or "False"; `pair_id` is NLVR2's identifier, None where a file has none.
+    `label` is "True" or "False"; `pair_id` is NLVR2's identifier, None where a file does not have it.
 
     Args:
-        source: one or several of NLVR2's JSON lines (images are `dev-1-2-img0.png` and `dev-1-2-img1.png`, in training
-            under their "directory"; all in the folder `images/train`, `dev` or `test1` of `image_root` if it has
-            one, else in `image_root` itself); ALBEF's JSON list of `sentence`, `label` and `images`, two paths; a
-            `datasets` source with `image_0` and `image_1`, or `images`.
-        split: the split of a `datasets` source; a file has none.
-        image_root: a folder to which paths are relative (the source's own if None), or parquet files or a folder of
-            them with `image_id` and `image`, whatever their splits.
-        columns: what the source calls a column of the records, where the name is not a usual one.
+        source: one or several of
+            NLVR2's JSON lines. Images are `dev-1-2-img0.png` and `dev-1-2-img1.png`, in training under their
+            "directory"; all are in the folder `images/train`, `dev` or `test1` of `image_root` if it has one,
+            otherwise in `image_root` itself;
+            ALBEF's JSON list of `sentence`, `label` and `images`, two paths;
+            a `datasets` source with `image_0` and `image_1`, or `images`.
+        split, image_root, columns: as in `load_records`.
 
     Raises:
-        DataError: naming file, row and remedy, if a field or an image is missing or a label is another.
+        DataError: naming file, row and remedy, if a field or an image is missing or a label is not one of the two.
     """
-    return load_records(_read_reasoning, REASONING_FEATURES, source, split, image_root, None, columns)
+    return load_records(_read_reasoning, REASONING_FEATURES, source, split, image_root=image_root, columns=columns)
 
 
 def _read_reasoning(source: Source) -> Iterator[dict]:
     for row in source.rows():
-        label = str(row.need("label")).strip().capitalize()
+        label = str(row.require("label")).strip().capitalize()
         if label not in REASONING_LABELS:
             raise row.error(f"its label is {row.get('label')!r}: it must be one of {', '.join(REASONING_LABELS)}.")
-        names, folders = _two_images(row)
+        images, folders = _two_images(row)
         image_id = row.text_or_none("image_id")
         if image_id is None:
-            image_id = str(row.number - 1) if isinstance(names[0], dict) else bare_name(names[0])
+            image_id = str(row.number - 1) if isinstance(images[0], dict) else image_stem(images[0])
         yield {
-            "images": [source.images.find(row, name, folders=folders) for name in names],
+            "images": [source.images.find(row, image, folders=folders) for image in images],
             "captions": [row.text("captions")],
             "image_id": image_id,
             "label": label,
@@ -70,18 +68,23 @@ def _read_reasoning(source: Source) -> Iterator[dict]:
 
 
 def _two_images(row: Row) -> tuple[list, tuple[str, ...]]:
-    """Names of a row's two images (or references to them), and the folders where they may be."""
+    """The names of a row's two images, or references to them, and the folders that may hold the files."""
     images = row.get("images")
-    if isinstance(images, dict):  # one place of a table holds both
+    if isinstance(images, dict):  # one reference to a table, whose row holds both
         return [images, images], ()
     if images is not None:
         if not isinstance(images, list) or len(images) != 2 or not all(isinstance(name, str) for name in images):
             raise row.error(f"its images are {images!r:.80}: there must be two paths.")
         return images, ()
     if row.get("image_0") is not None:
-        return [row.get("image_0"), row.need("image_1")], ()
+        return [row.get("image_0"), row.require("image_1")], ()
     if row.get("pair_id") is None:
         raise row.missing("images")
+    return _nlvr2_images(row)
+
+
+def _nlvr2_images(row: Row) -> tuple[list[str], tuple[str, ...]]:
+    """NLVR2's files of an identifier such as "dev-1-2-0" (the last number is that of the sentence), and folders."""
     pair, _, _ = row.text("pair_id").rpartition("-")
     split, directory = pair.partition("-")[0], row.get("directory")
     names = [os.path.join("" if directory is None else str(directory), f"{pair}-img{side}.png") for side in (0, 1)]

@@ -1,1 +1,1 @@
-"""Data that comes with packages: OpenMoji pictures, easy-VQA, and scenes composed of pictures."""
+"""Data that PyPI packages carry: OpenMoji pictures, easy-VQA, and scenes composed of OpenMoji pictures."""

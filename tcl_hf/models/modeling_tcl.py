@@ -192,6 +192,8 @@ class StartsFromEncoders:
 class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
     """The two encoders of TCL, projected to one space: features of images and texts, and their fusion."""
 
+    pipeline_tag = "zero-shot-image-classification"
+
     def __init__(self, config: TCLConfig):
         super().__init__(config)
         self.vision_model = TCLVisionModel._from_config(config.vision_config)
@@ -472,6 +474,8 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
     For training it holds queues of the momentum teacher's features.
     """
 
+    task = "retrieval"
+    pipeline_tag = "zero-shot-image-classification"
     contrasts = True
     drops_patches = False  # fine-tuning sees the images that it will be used on
 
@@ -841,6 +845,7 @@ def _view(
 class TCLForPreTraining(TCLForImageTextRetrieval):
     """TCL as it is pre-trained: retrieval plus masked language modelling."""
 
+    task = "pretraining"
     drops_patches = True  # a share of `config.patch_dropout`, in train mode
     _tied_weights_keys = {"lm_head.decoder.weight": "tcl.text_model.embeddings.word_embeddings.weight"}
 
@@ -930,6 +935,7 @@ class TCLForPreTraining(TCLForImageTextRetrieval):
 class TCLForMaskedLM(TCLPreTrainedModel):
     """TCL with its language-model head: fill in the masked words of a text about an image."""
 
+    pipeline_tag = "zero-shot-image-classification"  # its encoders open as TCLModel
     _tied_weights_keys = {"lm_head.decoder.weight": "tcl.text_model.embeddings.word_embeddings.weight"}
     accepts_loss_kwargs = False
 

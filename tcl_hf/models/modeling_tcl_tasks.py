@@ -55,6 +55,7 @@ def _check_images_per_text(config: TCLConfig, images_per_text: int) -> None:
 class _FusedClassifier(TCLTaughtModel):
     """Classes of a text about one or several images, from the fused state of [CLS]."""
 
+    auto_model = "AutoModelForSequenceClassification"
     labels: tuple[str, ...]
     images_per_text = 1
 
@@ -155,6 +156,7 @@ def _fused(
 class TCLForVisualEntailment(_FusedClassifier):
     """TCL that tells whether an image entails a text, contradicts it, or says nothing about it (SNLI-VE)."""
 
+    task = "visual_entailment"
     labels = ENTAILMENT_LABELS
 
 
@@ -165,6 +167,7 @@ class TCLForVisualReasoning(_FusedClassifier):
     the same keys and values.
     """
 
+    task = "visual_reasoning"
     labels = REASONING_LABELS
     images_per_text = 2
 
@@ -175,6 +178,8 @@ class TCLForTextAssignment(TCLTaughtModel):
     It has no momentum teacher.
     """
 
+    task = "text_assignment"
+    auto_model = "AutoModelForSequenceClassification"
     has_teacher = False
 
     def __init__(self, config: TCLConfig):
@@ -400,6 +405,8 @@ class TCLForQuestionAnswering(TCLTaughtModel):
     `rank_answers` chooses among given answers, `generate` writes one.
     """
 
+    task = "question_answering"
+    pipeline_tag = "visual-question-answering"
     # Flash attention can not mask the padding of questions where answers have another length.
     _supports_flash_attn = False
     # The decoder ties its own already; named here, the teacher's are tied too.

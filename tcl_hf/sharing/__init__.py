@@ -1,1 +1,1 @@
-"""Checkpoints that come and go: the Hub, model cards, conversion of foreign checkpoints."""
+"""Sharing of models: the Hub, model cards, and conversion of checkpoints of the original code."""

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hub: what of a run's folder is shared, how it is pushed, and how a run goes on from there."""
+"""Models and runs on the Hub: which files of a folder are shared, how they are pushed, and how they are pulled."""
 
 import json
 import logging
@@ -24,18 +24,22 @@ from huggingface_hub.errors import (
 
 from .. import models
 from ..models.checksums import verify_checksums
+from ..models.encoders import TCLPreTrainedModel
 from ..models.processing_tcl import TCLProcessor
 from ..training.checkpoints import CHECKPOINTS, newest_checkpoint
 from .cards import CARD, EXAMPLE, plain_card
-from .convert import CheckpointError, open_saved
+from .convert import open_saved
+from .original_files import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-# What lies beside the weights and is worth sharing; nothing else of a folder leaves it.
+# The files beside the weights that are shared; nothing else of a folder leaves it.
 SHARED_FILES = (CARD, "LICENSE", "*.png", "answers.json", "evaluation.json", "metrics.jsonl")
 
-# The code that models and processor need where the package is not installed: all of `models/`.
+# The code that models and processors need where the package is not installed: all of `models/`.
 CODE = sorted(path for path in Path(models.__file__).parent.glob("*.py") if path.stem != "__init__")
+# The Auto classes that open a repository with that code. Of the heads that share `AutoModelForSequenceClassification`,
+# each repository names its own, see `TCLPreTrainedModel.auto_model`.
 AUTO_MAP: dict[str, Any] = {
     "AutoConfig": "configuration_tcl.TCLConfig",
     "AutoModel": "modeling_tcl.TCLModel",
@@ -50,12 +54,10 @@ AUTO_MAP: dict[str, Any] = {
     },
     "AutoTokenizer": ["tokenization_tcl.TCLTokenizer", None],
 }
-# transformers has no Auto class for these; a repository of one of them opens it so.
-_CLASSIFIERS = ("TCLForVisualEntailment", "TCLForVisualReasoning", "TCLForTextAssignment")
 
 
 class HubError(ValueError):
-    """A push or pull that did not happen; the message says what, where, and the remedy."""
+    """A push or pull that failed; the message names the problem, its place and the remedy."""
 
 
 def export(
@@ -66,53 +68,55 @@ def export(
     with_code: bool = False,
     max_shard_size: str = "5GB",
 ) -> None:
-    """Lay out in `target` what of a model's or run's folder is shared. The same folder gives the same bytes.
+    """Copy the files of a model's or run's folder that are shared to `target`. The same folder gives the same bytes.
 
     Args:
-        training_state: teacher, queues and the newest checkpoint too, so that the run can go on; else the weights
-            that inference needs, whose config says that there is no teacher.
-        with_code: the code too, so that it opens with `trust_remote_code=True` where `tcl_hf` is not installed.
-        max_shard_size: of a file of weights.
+        training_state: include teacher, queues and the newest checkpoint, so that the run can be continued. Without it,
+            only the weights for inference are copied, and their config has `use_momentum_teacher=False`.
+        with_code: include the code, so that the model opens with `trust_remote_code=True` where `tcl_hf` is not
+            installed.
+        max_shard_size: limit of the size of a file of weights.
 
     Raises:
-        HubError: if the folder holds no model of ours.
+        HubError: if the folder does not hold a model of ours.
     """
     folder, target = Path(folder), Path(target)
     try:
         model = open_saved(folder, **({} if training_state else {"use_momentum_teacher": False}))
         processor = TCLProcessor.from_pretrained(folder)
     except (CheckpointError, OSError, ValueError) as error:
-        raise HubError(f"{folder} can not be shared: {error}") from error
+        raise HubError(f"{folder} cannot be shared: {error}") from error
     model.save_pretrained(target, max_shard_size=max_shard_size)
     processor.save_pretrained(target)
     for pattern in SHARED_FILES:
         for path in sorted(folder.glob(pattern)):
             _copy(path, target / path.name, folder)
     if not (target / CARD).exists():
-        plain_card(folder.resolve().name, type(model).__name__, model.config.trained_on).write(target)
+        plain_card(folder.resolve().name, type(model), model.config.trained_on).write(target)
     checkpoint = newest_checkpoint(folder) if training_state else None
     for path in sorted(checkpoint.rglob("*")) if checkpoint else ():
         if path.is_file():
             _copy(path, target / path.relative_to(folder), folder)
     if with_code:
-        _add_code(target, type(model).__name__)
+        _add_code(target, type(model))
 
 
 def _copy(path: Path, target: Path, folder: Path) -> None:
+    """Copy a file, unless it is a link to a file outside of the folder."""
     if not path.resolve().is_relative_to(folder.resolve()):
-        logger.warning("Not shared: %s is a link to a file outside of %s.", path, folder)
+        logger.warning("%s is not shared, because it is a link to a file outside of %s.", path, folder)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target)
 
 
-def _add_code(target: Path, class_name: str) -> None:
-    """Add the modules, and say in every config what opens from them."""
+def _add_code(target: Path, model_class: type[TCLPreTrainedModel]) -> None:
+    """Add the modules, and in every config the Auto classes that open from them."""
     for path in CODE:
         shutil.copyfile(path, target / path.name)
     auto_map = dict(AUTO_MAP)
-    if class_name in _CLASSIFIERS:
-        auto_map["AutoModelForSequenceClassification"] = f"modeling_tcl_tasks.{class_name}"
+    if model_class.auto_model is not None:
+        auto_map[model_class.auto_model] = f"{model_class.__module__.rsplit('.', 1)[-1]}.{model_class.__name__}"
     _edit(target / "config.json", {"auto_map": auto_map})
     _edit(target / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": AUTO_MAP["AutoTokenizer"]}})
     processor = json.loads((target / "processor_config.json").read_text())
@@ -138,31 +142,33 @@ def push(
     max_shard_size: str = "5GB",
     token: str | None = None,
 ) -> CommitInfo:
-    """Push a model's or run's folder to the Hub in one commit: see `export` for what is pushed.
+    """Push the files of a model's or run's folder that `export` copies to the Hub, in one commit.
 
-    Files that are there already are not sent again: the same folder makes no new commit, and after an interruption
-    only what is missing is sent.
+    Files that the repository has already are not sent again: pushing the same folder twice makes no second commit, and
+    after an interruption only the missing files are sent.
 
     Args:
-        repo_id: `user/name`; made if it is not there.
+        repo_id: `user/name`; created if it does not exist.
+        training_state, with_code, max_shard_size: see `export`.
         private: whether a new repository is private; the account's default if None.
-        revision: branch to push to, made if it is not there; `main` if None.
-        create_pr: propose it as a pull request.
-        token: of the account; that of `hf auth login` if None.
+        revision: branch to push to, created if it does not exist; `main` if None.
+        create_pr: open a pull request instead of pushing to a branch.
+        commit_message: title of the commit; made from the folder's name if None.
+        token: token of the account; the one saved by `hf auth login` if None.
 
     Raises:
-        HubError: if the folder can not be shared, or the Hub refuses or can not be reached.
+        HubError: if the folder cannot be shared, or if the Hub refuses it or cannot be reached.
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as unpacked:
         export(folder, unpacked, training_state=training_state, with_code=with_code, max_shard_size=max_shard_size)
-        card = Path(unpacked) / CARD  # a widget finds its picture by address only
+        card = Path(unpacked) / CARD  # the widget needs its picture's address on the Hub
         address = f"{api.endpoint}/{repo_id}/resolve/main/{EXAMPLE}"
         card.write_text(
             card.read_text(encoding="utf-8").replace(f"src: {EXAMPLE}\n", f"src: {address}\n"), encoding="utf-8"
         )
-        with _one_sentence(repo_id, revision):
-            if not create_pr:  # whoever proposes may not make repositories
+        with _hub_errors(repo_id, revision):
+            if not create_pr:  # a pull request may come from an account that cannot create this repository
                 api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not create_pr:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -172,20 +178,21 @@ def push(
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=commit_message or f"Push {Path(folder).resolve().name}",
-                delete_patterns=["model*.safetensors", "model.safetensors.index.json"],  # shards of a former push
+                delete_patterns=["model*.safetensors", "model.safetensors.index.json"],  # shards of an earlier push
             )
 
 
 def pull(repo_id: str, folder: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> Path:
-    """Download a repository into a folder; where it was pushed with its training state, `--resume` goes on from it.
+    """Download a repository into a folder. If it was pushed with its training state, `--resume` continues the run.
 
-    An interrupted download resumes; every file appears when it is whole, and weights are compared with their checksums.
+    An interrupted download resumes. Every file appears only when it is whole, and weights are compared with their
+    checksums.
 
     Raises:
-        HubError: if the repository or revision is not there, is not yours to read, or can not be reached; or if a file
-            is damaged.
+        HubError: if the repository or revision does not exist, cannot be read with this token or cannot be reached, or
+            if a file is damaged.
     """
-    with _one_sentence(repo_id, revision):
+    with _hub_errors(repo_id, revision):
         snapshot_download(repo_id, revision=revision, local_dir=str(folder), token=token)
     try:
         verify_checksums(folder)
@@ -195,12 +202,13 @@ def pull(repo_id: str, folder: str | os.PathLike, *, revision: str | None = None
 
 
 class BackgroundPush:
-    """Pushes a run's newest checkpoint while training goes on; one at a time, in place of those pushed before.
+    """Pushes a run's newest checkpoint while training goes on. Each checkpoint replaces the one before it.
 
-    `pull` into a folder and `--resume` go on from it. A push that fails is told and does not stop the run.
+    `pull` into a folder and `--resume` continue the run from it. If a push fails, a warning is logged and the run goes
+    on.
 
     Args:
-        repo_id: `user/name`; made, private, if it is not there.
+        repo_id: `user/name`; created as a private repository if it does not exist.
     """
 
     def __init__(self, repo_id: str):
@@ -210,20 +218,20 @@ class BackgroundPush:
 
     @property
     def on_its_way(self) -> Path | None:
-        """The checkpoint that is being pushed, and may not be removed."""
+        """The checkpoint that is being pushed and must not be removed; None if there is none."""
         return self.checkpoint if self.future is not None and not self.future.done() else None
 
     def start(self, checkpoint: Path) -> None:
-        """Begin to push a checkpoint, unless the one before is still on its way."""
+        """Begin to push a checkpoint, unless the previous one is still being pushed."""
         if self.on_its_way:
-            logger.warning("%s is not pushed: %s is still on its way.", checkpoint, self.checkpoint)
+            logger.warning("%s is not pushed, because %s is still being pushed.", checkpoint, self.checkpoint)
             return
         self.finish()
         self.checkpoint = checkpoint
         self.future = self.api.run_as_future(self._push, checkpoint)
 
     def _push(self, checkpoint: Path) -> CommitInfo:
-        with _one_sentence(self.repo_id, None):
+        with _hub_errors(self.repo_id, None):
             self.api.create_repo(self.repo_id, private=True, exist_ok=True)
             return self.api.upload_folder(
                 repo_id=self.repo_id,
@@ -235,7 +243,7 @@ class BackgroundPush:
             )
 
     def finish(self) -> None:
-        """Wait for what is on its way, and tell if it failed."""
+        """Wait until the current push has ended, and log a warning if it failed."""
         if self.future is not None:
             try:
                 self.future.result()
@@ -245,37 +253,40 @@ class BackgroundPush:
 
 
 @contextmanager
-def _one_sentence(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Turn what the client raises into a sentence."""
+def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn the exceptions of the Hub's client into a `HubError` of one sentence."""
     try:
         yield
     except GatedRepoError as error:
         raise HubError(
-            f"{repo_id} is gated: ask for access on its page, and pass the token of that account."
+            f"{repo_id} is gated: ask for access on its page, and pass the token of the account that has it."
         ) from error
     except RepositoryNotFoundError as error:
         raise HubError(
-            f"There is no repository {repo_id}, or it is private and not yours to see: check the name, and pass the "
-            "token of an account that may read it."
+            f"There is no repository {repo_id}, or it is private and this token cannot read it: check the name, and "
+            "pass the token of an account that can."
         ) from error
     except RevisionNotFoundError as error:
         raise HubError(
             f"{repo_id} has no revision '{revision}': choose one of its branches, tags or commits."
         ) from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx2.TransportError) as error:
-        raise HubError(f"The Hub can not be reached for {repo_id}: connect, or unset HF_HUB_OFFLINE.") from error
+        raise HubError(
+            f"The Hub cannot be reached for {repo_id}: check the connection, or unset HF_HUB_OFFLINE."
+        ) from error
     except HfHubHTTPError as error:
         raise HubError(_refusal(repo_id, error)) from error
-    except RuntimeError as error:  # an upload that failed, with the answer as its cause
+    except RuntimeError as error:  # an upload failed; the Hub's answer is the cause
         cause = error.__cause__
         reason = _refusal(repo_id, cause) if isinstance(cause, HfHubHTTPError) else f"{repo_id}: {cause or error}"
-        raise HubError(f"{reason} What was sent so far stays: push again to go on.") from error
+        raise HubError(f"{reason} Files that were sent stay there: push again to send the rest.") from error
     except OSError as error:
-        raise HubError(f"{repo_id} could not be read or written here: {error}.") from error
+        raise HubError(f"Files of {repo_id} could not be read or written on this machine: {error}.") from error
 
 
 def _refusal(repo_id: str, error: HfHubHTTPError) -> str:
+    """Return a sentence about an answer of the Hub other than success."""
     status = error.response.status_code if error.response is not None else None
     if status in (401, 403):
-        return f"The Hub refuses the token for {repo_id} ({status}): pass one that may write there (hf auth login)."
+        return f"The Hub refuses the token for {repo_id} ({status}): pass one that may write (hf auth login)."
     return f"The Hub refused {repo_id} ({status}): {(error.server_message or str(error)).strip().splitlines()[0]}"

@@ -13,7 +13,9 @@ from tcl_hf import (
     TCLForVisualEntailment,
     TCLForVisualReasoning,
 )
-from tcl_hf.sharing.convert import CheckpointError, from_original, kind_of, original_names
+from tcl_hf.sharing.convert import from_original
+from tcl_hf.sharing.original_files import CheckpointError
+from tcl_hf.sharing.original_names import kind_of, original_names
 
 TOLERANCE = 1e-5
 

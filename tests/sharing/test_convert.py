@@ -1,4 +1,4 @@
-"""Checkpoints of the original: converted they give its outputs, and back the same tensors; damaged ones are refused."""
+"""Converted checkpoints compute the original's outputs and convert back to its tensors; damaged ones are refused."""
 
 import json
 import os
@@ -28,19 +28,17 @@ from tcl_hf import (
 )
 from tcl_hf.sharing.convert import (
     ALBEF,
-    CheckpointError,
     check_conversion,
-    config_of,
     convert,
     load_original,
     open_saved,
-    original_names,
-    read_checkpoint,
     to_original,
     write_original,
 )
+from tcl_hf.sharing.original_files import CheckpointError, config_of, read_checkpoint
+from tcl_hf.sharing.original_names import original_names
 
-HEADS = {"vision_heads": 4, "text_heads": 4}  # of the golden files, narrower than the released models'
+HEADS = {"vision_heads": 4, "text_heads": 4}  # the heads of the golden files are narrower than 64
 CLASSES = {
     "pretrain": TCLForPreTraining,
     "retrieval": TCLForImageTextRetrieval,
@@ -52,14 +50,14 @@ CLASSES = {
 
 
 def original_file(golden, name: str, path: Path, prefix: str = "", keep=lambda key: True) -> Path:
-    """A `.pth` as the original saves it, of a golden file's state."""
+    """Save a golden file's state in a `.pth`, as the original does."""
     state = {f"{prefix}{key}": value for key, value in golden(name)["state"].items() if keep(key)}
     torch.save({"model": state, "optimizer": {}, "epoch": 3}, path)
     return path
 
 
 def without_dropout(folder: Path):
-    """A converted model, whose config has the dropout that it is trained with."""
+    """Open a converted model without the dropout of training that its config has."""
     config = TCLConfig.from_pretrained(folder)
     config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.0
     return type(open_saved(folder)).from_pretrained(folder, config=config)
@@ -112,13 +110,13 @@ def test_the_file_that_the_original_saved_converts_and_is_checked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("left_out", "says"),
+    ("left_out", "reason"),
     [
         (r"_m.", "no teacher"),
         ("queue", "new: the checkpoint has no queues"),
     ],
 )
-def test_a_checkpoint_without_teacher_or_queues_converts(golden, left_out, says, tmp_path):
+def test_a_checkpoint_without_teacher_or_queues_converts(golden, left_out, reason, tmp_path):
     def keep(key: str) -> bool:
         return "_m." not in key and "queue" not in key if left_out == "_m." else left_out not in key
 
@@ -126,7 +124,7 @@ def test_a_checkpoint_without_teacher_or_queues_converts(golden, left_out, says,
     model, report = load_original(read_checkpoint(source), **HEADS)
     assert (model.teacher is None) == (left_out == "_m.")
     if left_out == "queue":
-        assert set(report.filled.values()) == {says}
+        assert set(report.filled.values()) == {reason}
         assert model.queue.image.norm(dim=-1).allclose(torch.ones(65536)) and int(model.queue.cursor) == 0
     back = to_original(model)
     for key, value in read_checkpoint(source).state_dict.items():
@@ -141,10 +139,10 @@ def test_queues_without_a_teacher_are_dropped_with_a_reason(golden, tmp_path):
     assert "idx_queue" in str(report)
 
 
-def test_heads_are_64_wide_unless_said(golden):
+def test_heads_are_64_wide_unless_their_number_is_given(golden):
     state = golden("pretrain")["state"]
     with pytest.raises(
-        CheckpointError, match=r"24 wide, which are no heads of 64 .* say how many it has with --vision-h"
+        CheckpointError, match=r"24 wide, which cannot be divided into heads of 64 .* heads with --vision-heads"
     ):
         config_of(state)
     with pytest.raises(CheckpointError, match="32 wide, which does not divide into 5 heads"):
@@ -160,11 +158,17 @@ def test_heads_are_64_wide_unless_said(golden):
         ),
         (lambda state: state.pop("text_encoder.bert.encoder.layer.2.crossattention.self.key.weight"), "lacks"),
         (lambda state: state.pop("visual_encoder.pos_embed"), "no 'visual_encoder.pos_embed'"),
-        (lambda state: state.update(extra=torch.ones(2)), "1 tensors that TCL does not: extra"),
+        (lambda state: state.update(extra=torch.ones(2)), "1 tensors that TCL does not have: extra"),
         (lambda state: state.update(image_queue=torch.ones(16, 19)), "contradict each other: queue"),
         (lambda state: state.update({"vision_proj.bias": torch.ones(15)}), "visual_projection.bias is .15,."),
-        (lambda state: state["text_encoder.cls.predictions.decoder.bias"].add_(1), "copies of one tensor, and differ"),
-        (lambda state: state.update({"visual_encoder.pos_embed": torch.ones(1, 9, 24)}), "9 positions, .* no square"),
+        (
+            lambda state: state["text_encoder.cls.predictions.decoder.bias"].add_(1),
+            "copies of one tensor, but they differ",
+        ),
+        (
+            lambda state: state.update({"visual_encoder.pos_embed": torch.ones(1, 9, 24)}),
+            "9 positions, .* a square of them",
+        ),
         (lambda state: state.update({"vision_proj.weight": torch.ones(16)}), "2 dimensions were expected"),
     ],
 )
@@ -178,7 +182,7 @@ def test_tensors_that_are_missing_unknown_or_contradict_each_other_are_refused(g
 
 
 class Shell:
-    """What a malicious pickle is made of."""
+    """An object whose pickle runs a command when it is opened."""
 
     def __init__(self, command: str):
         self.command = command
@@ -193,7 +197,7 @@ def test_a_pickle_with_code_is_refused_and_nothing_runs(layout, tmp_path):
     content = {"model": {"a": torch.ones(1)}, "config": Shell(f"touch {trace}")}
     path = tmp_path / "evil.pth"
     if layout == "pickle":
-        path.write_bytes(pickle.dumps(Shell(f"touch {trace}"), protocol=2))  # as torch does
+        path.write_bytes(pickle.dumps(Shell(f"touch {trace}"), protocol=2))  # torch's protocol
     else:
         torch.save(content, path, _use_new_zipfile_serialization=layout == "zip")
     with pytest.raises(CheckpointError, match=r"needs '(posix|nt).system' to be read, .* refused"):
@@ -210,7 +214,7 @@ def test_a_file_that_needs_another_global_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ([1, 2], "holds a list and no state dict"),
+        ([1, 2], "holds a list instead of a state dict"),
         ({"epoch": 3}, "no weights under 'model' .it has epoch."),
         ({"model": {"visual_encoder.pos_embed": "text"}}, "no weights under 'model'"),
         ({"model": {"bert.embeddings.word_embeddings.weight": torch.ones(2, 2)}}, "has no 'visual_encoder.patch_embed"),
@@ -222,29 +226,30 @@ def test_a_foreign_file_is_refused(content, sentence, tmp_path):
         convert(tmp_path / "foreign.pth", tmp_path / "ours")
 
 
-def test_missing_files_and_folders_in_the_way_are_said(golden, tmp_path):
+def test_missing_files_and_existing_targets_are_refused(golden, tmp_path):
     with pytest.raises(CheckpointError, match="There is no checkpoint file"):
         convert(tmp_path / "none.pth", tmp_path / "ours")
     source = original_file(golden, "pretrain", tmp_path / "original.pth")
     with pytest.raises(CheckpointError, match="is not empty"):
         convert(source, tmp_path, **HEADS)
-    with pytest.raises(CheckpointError, match="can not be opened"):
+    with pytest.raises(CheckpointError, match="cannot be opened"):
         write_original(tmp_path / "nowhere", tmp_path / "back.pth")
     TCLModel(tiny_config()).save_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="original has no TCLModel: choose a checkpoint of TCLForPreTraining"):
+    with pytest.raises(CheckpointError, match=r"original has no TCLModel: choose a checkpoint of .*TCLForPreTraining"):
         write_original(tmp_path / "model", tmp_path / "back.pth")
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         write_original(tmp_path / "model", source)
 
 
-def test_a_disk_that_is_full_leaves_nothing(golden, tmp_path):
-    """A limit on the size of files stands for it: writing fails in the middle."""
+def test_a_full_disk_leaves_no_part_of_a_file(golden, tmp_path):
+    """A limit on the size of files makes writing fail in the middle, as a full disk does."""
     source = original_file(golden, "pretrain", tmp_path / "original.pth")
     convert(source, tmp_path / "ours", **HEADS)
     names = {path.name for path in tmp_path.iterdir()}
     code = (
         "import signal, resource, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from tcl_hf.sharing.convert import CheckpointError, convert, write_original\n"
+        "from tcl_hf.sharing.convert import convert, write_original\n"
+        "from tcl_hf.sharing.original_files import CheckpointError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
         f"for act in (lambda: convert({str(source)!r}, {str(tmp_path / 'again')!r}, vision_heads=4, text_heads=4),\n"
         f"            lambda: write_original({str(tmp_path / 'ours')!r}, {str(tmp_path / 'back.pth')!r})):\n"
@@ -255,7 +260,7 @@ def test_a_disk_that_is_full_leaves_nothing(golden, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
-def damaged(path: Path, target: Path, way: str, draw: random.Random) -> None:
+def write_damaged(path: Path, target: Path, way: str, draw: random.Random) -> None:
     """Write a damaged copy of a checkpoint."""
     content = bytearray(path.read_bytes())
     if way == "cut":
@@ -282,11 +287,11 @@ def damaged(path: Path, target: Path, way: str, draw: random.Random) -> None:
 
 
 def fuzz(number: int, tmp_path: Path, golden) -> None:
-    """Damage a `.pth`, an original-style safetensors, and our own folder: one clear error, or the same tensors."""
+    """Damage a `.pth` and our own folder: opening them gives the undamaged tensors or an error of one sentence."""
     draw = random.Random(0)
     pth = GOLDEN / "pretrain.pth"
     convert(pth, tmp_path / "ours", **HEADS)
-    # Copies: a loaded model may look into the file, which is about to change.
+    # Copied, because a loaded model may read from its file, which is about to change.
     undamaged = {name: value.clone() for name, value in open_saved(tmp_path / "ours").state_dict().items()}
     ours = tmp_path / "ours" / "model.safetensors"
     whole = tmp_path / "whole.safetensors"
@@ -295,7 +300,7 @@ def fuzz(number: int, tmp_path: Path, golden) -> None:
     for trial in range(number):
         way = ("cut", "flipped", "renamed", "reshaped")[trial % 4]
         for source, target in ((pth, tmp_path / "bad.pth"), (whole, ours)):
-            damaged(source, target, way, draw)
+            write_damaged(source, target, way, draw)
             try:
                 if target.suffix == ".pth":
                     tensors = load_original(read_checkpoint(target), **HEADS)[0].state_dict()
@@ -308,7 +313,7 @@ def fuzz(number: int, tmp_path: Path, golden) -> None:
             for name, value in tensors.items():
                 assert torch.equal(value, undamaged[name]), f"{way} {target.name}: {name} was loaded wrongly"
     assert all("\n" not in sentence and len(sentence) < 500 for sentence in sentences)
-    assert len(sentences) > 1.8 * number  # nearly all; a flip may hit padding, a renaming the same letter
+    assert len(sentences) > 1.8 * number  # a flipped bit may be padding, and a new letter the old one
 
 
 def test_damaged_files_are_refused(golden, tmp_path):
@@ -320,18 +325,18 @@ def test_many_damaged_files_are_refused(golden, tmp_path):
     fuzz(500, tmp_path, golden)
 
 
-def test_files_without_checksums_are_said_to_be_unchecked(golden, tmp_path):
+def test_the_report_names_files_without_checksums_as_unchecked(golden, tmp_path):
     state = golden("visual_entailment")["state"]
     torch.save({"model": state}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     save_file(state, tmp_path / "original.safetensors")
-    for name, why in (("old.pth", "before PyTorch 1.6"), ("original.safetensors", "safetensors carry no checksums")):
+    for name, reason in (("old.pth", "before PyTorch 1.6"), ("original.safetensors", "safetensors carry no checksums")):
         model, report = load_original(read_checkpoint(tmp_path / name), **HEADS)
-        assert why in str(report)
+        assert reason in str(report)
         assert torch.equal(model.cls_head[2].weight, state["cls_head.2.weight"])
 
 
 def test_torch_alone_reads_past_a_flipped_bit(tmp_path):
-    """The reason for comparing checksums; if it fails, torch has learned to."""
+    """This is why checksums are compared. If it fails, torch compares them itself."""
     torch.save({"model": {"a": torch.zeros(10_000)}}, tmp_path / "whole.pth")
     content = bytearray((tmp_path / "whole.pth").read_bytes())
     with zipfile.ZipFile(tmp_path / "whole.pth") as archive:
@@ -363,7 +368,7 @@ def test_the_script_converts_checks_reports_and_writes_a_card(tmp_path):
     assert "used\ttext_proj_m.bias\tteacher.tcl.text_projection.bias" in done.stdout
     assert "TCLForPreTraining: 266 tensors used" in done.stdout
     assert "checked: 268 tensors are equal, bit for bit" in done.stdout
-    assert "Converted from pretrain.pth of the original code." in (folder / "README.md").read_text()
+    assert "converted from pretrain.pth of the original code." in (folder / "README.md").read_text()
     done = run(source, tmp_path / "other", *heads, "--tokenizer", tmp_path / "nothing.txt")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: The tokenizer ")
@@ -372,7 +377,7 @@ def test_the_script_converts_checks_reports_and_writes_a_card(tmp_path):
 
 @pytest.mark.slow
 def test_the_base_size_converts_within_four_gigabytes(tmp_path):
-    """Random tensors under the names and with the shapes of the paper's checkpoint."""
+    """The checkpoint has random tensors with the names and shapes of the paper's."""
     with torch.device("meta"):
         model = TCLForPreTraining(TCLConfig())
     shapes, state = model.state_dict(), {}

@@ -1,4 +1,4 @@
-"""Pushed by one, opened by another: the real client of the Hub against a server on loopback."""
+"""Models that are pushed open elsewhere with the same outputs: the Hub's real client against a server on loopback."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def server():
 
 @pytest.fixture
 def hub(server, monkeypatch, tmp_path):
-    """A server, and a client that talks to it alone, as its owner, and keeps what it gets in a folder of the test."""
+    """A server, and a client that connects to it only, with its owner's token and a cache in a folder of the test."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
     template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -59,7 +59,7 @@ def hub(server, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: False)
-    # Its client keeps the address of its first use, and tries one that does not answer for half a minute.
+    # transformers keeps a client with the address of its first use, and waits half a minute if that is gone.
     monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     monkeypatch.setenv("HF_TOKEN", server.token)
     server.recover()
@@ -69,7 +69,7 @@ def hub(server, monkeypatch, tmp_path):
 
 @pytest.fixture
 def repo(server) -> str:
-    """A name of its own for each test: transformers remembers what it resolved."""
+    """A new name for each test, because transformers remembers the names that it has resolved."""
     return f"user/tiny-{len(server.repos)}"
 
 
@@ -79,11 +79,12 @@ def processor() -> TCLProcessor:
 
 
 def save(model_class, folder: Path, processor, **fields):
-    """A run's folder: random weights, whose teacher is not its student, a card, a picture, and things to keep."""
+    """Write a run's folder: random weights with a teacher unlike its student, a card, a picture and private files."""
     torch.manual_seed(0)
-    words = processor.tokenizer
-    text = {"vocab_size": len(words), "bos_token_id": words.cls_token_id, "eos_token_id": words.sep_token_id}
-    config = small_patches(text_config=text | {"pad_token_id": words.pad_token_id}, **fields)
+    tokenizer = processor.tokenizer
+    text = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    text |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+    config = small_patches(text_config=text, **fields)
     model = model_class(config).eval()
     if getattr(model, "teacher", None) is not None:
         with torch.no_grad():
@@ -100,7 +101,7 @@ def save(model_class, folder: Path, processor, **fields):
 
 
 def features(model) -> dict[str, torch.Tensor]:
-    """What a model gives for a batch, as far as any class gives it."""
+    """All outputs for a batch that the model's class can compute."""
     batch = training_batch(2, config=model.config)
     tcl = model.base_model
     with torch.no_grad():
@@ -137,7 +138,7 @@ def test_every_class_is_pushed_and_opens_with_the_same_outputs(hub, repo, proces
     assert again(text="a red dog!") == processor(text="a red dog!")
 
 
-def test_transformers_own_push_and_pull_work_too(hub, repo, processor, tmp_path):
+def test_push_and_pull_of_transformers_work_too(hub, repo, processor, tmp_path):
     model = save(TCLForPreTraining, tmp_path / "run", processor)
     model.push_to_hub(repo)
     processor.push_to_hub(repo)
@@ -147,7 +148,7 @@ def test_transformers_own_push_and_pull_work_too(hub, repo, processor, tmp_path)
     assert TCLProcessor.from_pretrained(repo)(text="a red dog") == processor(text="a red dog")
 
 
-def test_training_state_comes_back_whole(hub, repo, processor, tmp_path):
+def test_training_state_is_pulled_as_it_was_pushed(hub, repo, processor, tmp_path):
     model = save(TCLForPreTraining, tmp_path / "run", processor)
     push(tmp_path / "run", repo, training_state=True)
     pull(repo, tmp_path / "other")
@@ -166,13 +167,13 @@ def test_a_push_of_the_same_content_makes_no_commit(hub, repo, processor, tmp_pa
     assert len(hub.repos[repo].commits) == number and again.oid == first.oid
 
 
-def test_an_interrupted_push_goes_on_where_it_was(hub, repo, processor, tmp_path, monkeypatch):
+def test_an_interrupted_push_continues_where_it_stopped(hub, repo, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     model = save(TCLForPreTraining, tmp_path / "run", processor)
     hub.fail_after(2, status=403)
-    with pytest.raises(HubError, match="What was sent so far stays: push again to go on"):
+    with pytest.raises(HubError, match="Files that were sent stay there: push again to send the rest"):
         push(tmp_path / "run", repo, max_shard_size="100KB")
-    assert [commit.title for commit in hub.repos[repo].commits] == ["initial commit"]  # nothing half-written
+    assert [commit.title for commit in hub.repos[repo].commits] == ["initial commit"]  # no commit of a part
     sent = set(hub.repos[repo].objects)
     assert sent
     hub.recover()
@@ -183,7 +184,7 @@ def test_an_interrupted_push_goes_on_where_it_was(hub, repo, processor, tmp_path
     assert_same(features(TCLForPreTraining.from_pretrained(repo).eval()), features(model))
 
 
-def test_a_later_push_leaves_no_shards_of_the_former(hub, repo, processor, tmp_path):
+def test_a_later_push_removes_the_shards_of_an_earlier_one(hub, repo, processor, tmp_path):
     save(TCLForPreTraining, tmp_path / "run", processor)
     push(tmp_path / "run", repo, max_shard_size="100KB")
     shards = {name for name in hub.repos[repo].find("main").files if name.endswith(".safetensors")}
@@ -208,7 +209,7 @@ def test_branches_pull_requests_and_messages(hub, repo, processor, tmp_path):
     assert TCLForImageTextRetrieval.from_pretrained(repo).tcl.temperature.item() == pytest.approx(0.07)
 
 
-def test_a_private_repository_opens_with_its_token_alone(hub, repo, processor, tmp_path, monkeypatch):
+def test_a_private_repository_opens_only_with_its_token(hub, repo, processor, tmp_path, monkeypatch):
     save(TCLModel, tmp_path / "run", processor)
     push(tmp_path / "run", repo, private=True)
     assert hub.repos[repo].private
@@ -224,14 +225,14 @@ def test_a_private_repository_opens_with_its_token_alone(hub, repo, processor, t
         push(tmp_path / "run", repo, token="hf_wrong")
 
 
-def test_what_is_not_there_is_said(hub, repo, processor, tmp_path, monkeypatch):
+def test_errors_name_what_is_missing(hub, repo, processor, tmp_path, monkeypatch):
     save(TCLModel, tmp_path / "run", processor)
     push(tmp_path / "run", repo)
     with pytest.raises(HubError, match="has no revision 'v9'"):
         pull(repo, tmp_path / "out", revision="v9")
     with pytest.raises(HubError, match="There is no repository user/none, or it is private"):
         pull("user/none", tmp_path / "out")
-    with pytest.raises(HubError, match=r"empty can not be shared: .* can not be opened"):
+    with pytest.raises(HubError, match=r"empty cannot be shared: .* cannot be opened"):
         push(tmp_path / "empty", repo)
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert/config.json").write_text(json.dumps({"model_type": "bert"}))
@@ -239,14 +240,14 @@ def test_what_is_not_there_is_said(hub, repo, processor, tmp_path, monkeypatch):
         push(tmp_path / "bert", repo)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with pytest.raises(HubError, match="The Hub can not be reached for user/tiny"):
+    with pytest.raises(HubError, match="The Hub cannot be reached for user/tiny"):
         push(tmp_path / "run", repo)
-    with pytest.raises(HubError, match="The Hub can not be reached for user/tiny"):
+    with pytest.raises(HubError, match="The Hub cannot be reached for user/tiny"):
         pull(repo, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_a_folder_without_a_card_gets_one_and_a_widget_its_address(hub, repo, processor, tmp_path):
+def test_a_folder_without_a_card_gets_one_and_a_widget_gets_its_address(hub, repo, processor, tmp_path):
     save(TCLForMaskedLM, tmp_path / "run", processor)
     (tmp_path / "run/README.md").unlink()
     push(tmp_path / "run", repo)
@@ -258,7 +259,7 @@ def test_a_folder_without_a_card_gets_one_and_a_widget_its_address(hub, repo, pr
     assert f"src: {hub.endpoint}/{repo}/resolve/main/example.png\n" in text
 
 
-def test_links_that_lead_out_of_the_folder_are_not_followed(processor, tmp_path):
+def test_links_to_files_outside_of_the_folder_are_not_followed(processor, tmp_path):
     save(TCLForPreTraining, tmp_path / "run", processor)
     (tmp_path / "secret").write_text("token")
     (tmp_path / "run/leak.png").symlink_to(tmp_path / "secret")
@@ -270,7 +271,7 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(processor, tmp_path)
     assert not {"leak.png", "LICENSE", "checkpoints/step-00000001/more.bin", "notes.txt"} & files
 
 
-def test_a_file_damaged_on_its_way_is_noticed(hub, repo, processor, tmp_path):
+def test_a_file_damaged_on_the_way_is_refused(hub, repo, processor, tmp_path):
     save(TCLModel, tmp_path / "run", processor)
     push(tmp_path / "run", repo)
     stored, name = hub.repos[repo].objects, checksum(tmp_path / "run/model.safetensors")
@@ -313,7 +314,7 @@ def test_a_repository_with_code_opens_where_the_package_is_not_installed(
 ):
     model = save(model_class, tmp_path / "run", processor)
     push(tmp_path / "run", repo, with_code=True)
-    assert {f"{name}.py" for name in CODE} <= hub.repos[repo].find("main").files.keys()
+    assert {path.name for path in CODE} <= hub.repos[repo].find("main").files.keys()
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
         "HF_HUB_OFFLINE": "0",
@@ -339,13 +340,14 @@ def test_a_repository_with_code_opens_where_the_package_is_not_installed(
     assert torch.equal(inputs["input_ids"], texts["input_ids"])
 
 
-def test_checkpoints_are_pushed_in_the_background_and_another_machine_goes_on(hub, repo, tmp_path):
+def test_checkpoints_are_pushed_in_the_background_and_another_machine_continues(hub, repo, tmp_path):
     tiny_run(tmp_path / "reference")
     tiny_run(tmp_path / "run", save_steps=2, push_to_hub=True, hub_model_id=repo)
     files = hub.repos[repo].find("main").files
     assert hub.repos[repo].private
     steps = {name.split("/")[1] for name in files if name.startswith("checkpoints/")}
-    assert steps == {newest_checkpoint(tmp_path / "run").name} or steps == {"step-00000002"}  # if it was still busy
+    # The second checkpoint stays where its push was still running when the last one was written.
+    assert steps in ({newest_checkpoint(tmp_path / "run").name}, {"step-00000002"})
     pull(repo, tmp_path / "other")
     torch.manual_seed(9)
     tiny_run(tmp_path / "other", model=TCLForPreTraining(small_patches()), resume=True)

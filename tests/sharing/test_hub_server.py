@@ -1,4 +1,4 @@
-"""The test server as the real client of the Hub sees it."""
+"""The test server answers the Hub's real client as the Hub does."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ BRACES_OID = "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # `printf {} | git hash
 
 @pytest.fixture(autouse=True)
 def online(monkeypatch, tmp_path):
-    """A client that may open connections, and neither knows nor keeps anything from elsewhere."""
+    """Let the client open connections, without tokens and caches from elsewhere."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -36,7 +36,7 @@ def online(monkeypatch, tmp_path):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """A client that tries again at once (it would wait 23 s in all)."""
+    """Let the client retry at once; otherwise it would wait 23 s in all."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
@@ -58,7 +58,7 @@ def stranger(hub) -> HfApi:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A model folder: a card, a config, a picture in a folder of its own, two shards."""
+    """A model's folder with a card, a config, a picture in a folder below, and two shards."""
     folder = tmp_path / "folder"
     (folder / "pictures").mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
@@ -79,7 +79,7 @@ def repo(hub, api, folder):
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
-    """The files of a folder but `.gitattributes`, which the server adds."""
+    """The files of a folder without `.gitattributes`, which the server adds."""
     paths = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".gitattributes"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
@@ -93,7 +93,7 @@ def change(path: str, content: bytes) -> list[CommitOperationAdd]:
     return [CommitOperationAdd(path, content)]
 
 
-def test_what_was_pushed_is_pulled(hub, api, folder):
+def test_pushed_files_are_pulled_unchanged(hub, api, folder):
     url = api.create_repo(REPO)
     info = api.upload_folder(repo_id=REPO, folder_path=folder, commit_message="first", commit_description="why")
 
@@ -121,7 +121,7 @@ def test_a_repository_is_created_once(hub, api, stranger):
     assert not hub.repos and not api.repo_exists(REPO)
 
 
-def test_a_repository_is_described_as_by_the_hub(api, repo):
+def test_a_repository_is_described_as_the_hub_describes_it(api, repo):
     info = api.model_info(REPO, files_metadata=True)
     shard = next(file for file in info.siblings if file.rfilename == "shard-1.safetensors")
     assert (info.id, info.sha, info.private, info.gated) == (REPO, repo.log()[0].id, False, False)
@@ -154,7 +154,7 @@ def test_a_repository_is_described_as_by_the_hub(api, repo):
     ]
 
 
-def test_pushing_the_same_again_makes_no_commit(hub, api, repo, folder):
+def test_pushing_the_same_files_again_makes_no_commit(hub, api, repo, folder):
     before = repo.log()[0]
     assert api.upload_folder(repo_id=REPO, folder_path=folder).oid == before.id
     assert repo.log()[0] is before and not uploads(hub)
@@ -184,10 +184,10 @@ def test_each_revision_keeps_its_content(hub, api, repo):
     with pytest.raises(HfHubHTTPError, match="409"):
         api.create_branch(REPO, branch="feature/x")
     with pytest.raises(RevisionNotFoundError):
-        api.create_commit(REPO, change("config.json", b"[2]"), commit_message="a tag is no branch", revision="v1")
+        api.create_commit(REPO, change("config.json", b"[2]"), commit_message="a tag is not a branch", revision="v1")
 
 
-def test_what_does_not_exist_is_named(hub, api, repo):
+def test_errors_name_what_does_not_exist(hub, api, repo):
     with pytest.raises(RevisionNotFoundError):
         snapshot_download(REPO, revision="none", endpoint=hub.endpoint)
     with pytest.raises(RevisionNotFoundError):
@@ -204,7 +204,7 @@ def test_what_does_not_exist_is_named(hub, api, repo):
         api.upload_file(path_or_fileobj=b"[]", path_in_repo="config.json", repo_id="user/none")
 
 
-def test_a_private_repository_is_the_owners_only(hub, api, stranger, folder):
+def test_only_the_owner_reads_and_writes_a_private_repository(hub, api, stranger, folder):
     api.create_repo(REPO, private=True)
     api.upload_folder(repo_id=REPO, folder_path=folder)
 
@@ -220,13 +220,13 @@ def test_a_private_repository_is_the_owners_only(hub, api, stranger, folder):
         stranger.upload_file(path_or_fileobj=b"[]", path_in_repo="config.json", repo_id=REPO)
 
 
-def test_a_wrong_token_is_refused_even_where_none_is_needed(hub, repo):
+def test_a_wrong_token_is_refused_even_where_no_token_is_needed(hub, repo):
     with pytest.raises(HfHubHTTPError, match="Invalid credentials") as refused:
         snapshot_download(REPO, endpoint=hub.endpoint, token="hf_wrong")
     assert refused.value.response.status_code == 401 and not isinstance(refused.value, RepositoryNotFoundError)
 
 
-def test_a_gated_repository_is_described_but_not_given(hub, api, stranger, repo):
+def test_strangers_see_a_gated_repository_but_cannot_download_it(hub, api, stranger, repo):
     repo.gated = True
     assert stranger.model_info(REPO).gated
     assert Path(api.hf_hub_download(REPO, "config.json")).read_text() == "{}"
@@ -234,7 +234,7 @@ def test_a_gated_repository_is_described_but_not_given(hub, api, stranger, repo)
         stranger.hf_hub_download(REPO, "README.md")
 
 
-def test_a_pull_request_leaves_main_alone(hub, api, stranger, repo):
+def test_a_pull_request_does_not_change_main(hub, api, stranger, repo):
     before = repo.log()[0]
     info = stranger.create_commit(REPO, change("config.json", b"[]"), commit_message="theirs", create_pr=True)
     second = api.create_commit(REPO, change("config.json", b"[2]"), commit_message="ours", create_pr=True)
@@ -268,7 +268,7 @@ def test_deleted_files_are_gone(hub, api, repo):
         api.delete_file("config.json", REPO)
 
 
-def test_an_interrupted_push_goes_on_where_it_stopped(hub, api, folder, impatient):
+def test_an_interrupted_push_continues_where_it_stopped(hub, api, folder, impatient):
     api.create_repo(REPO)
     repo = hub.repos[REPO]
     hub.fail_after(1)
@@ -284,8 +284,8 @@ def test_an_interrupted_push_goes_on_where_it_stopped(hub, api, folder, impatien
     assert contents(snapshot_download(REPO, endpoint=hub.endpoint)) == contents(folder)
 
 
-def test_a_client_heals_one_cut_by_itself(hub, api, folder, impatient, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # a chunk is kept when whole
+def test_the_client_repairs_one_cut_connection_by_itself(hub, api, folder, impatient, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # only whole chunks are kept
     api.create_repo(REPO)
     hub.fail_after(1, times=1)
     api.upload_folder(repo_id=REPO, folder_path=folder)
@@ -306,7 +306,7 @@ def test_an_expired_link_ends_the_push_at_once(hub, api, folder):
     assert len(hub.repos[REPO].commits) == 1 and len(uploads(hub)) == 3
 
 
-def test_large_files_come_in_parts_from_another_host(hub, repo):
+def test_large_files_are_sent_in_parts_from_another_host(hub, repo):
     url = f"{hub.endpoint}/{REPO}/resolve/main/shard-1.safetensors"
     head = get_session().head(url, follow_redirects=False)
     link = head.headers["Location"]
@@ -321,7 +321,7 @@ def test_large_files_come_in_parts_from_another_host(hub, repo):
 
 @pytest.fixture
 def olah(tmp_path, folder):
-    """The address of another server of the Hub's protocol, which serves the folder from a git repository."""
+    """The address of another implementation of the Hub, which serves the folder from a git repository."""
     if not (shutil.which("olah-cli") and shutil.which("git")):
         pytest.skip("needs git and the command `olah-cli` (pip install olah) on the PATH")
     repo = tmp_path / "mirrors" / "models" / "user" / "model"

@@ -1,4 +1,4 @@
-"""Metrics equal counts by hand; re-ranking equals a plain loop over samples."""
+"""Metrics equal counts by hand; re-ranking equals a plain loop over pairs."""
 
 import pytest
 import torch

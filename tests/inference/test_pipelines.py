@@ -142,7 +142,7 @@ def test_matching_equals_the_output_of_the_model_for_each_pair(matching, folders
     assert len({round(result["score"], 3) for result in results}) == 3
 
 
-def test_a_text_alone_gets_one_result_and_a_list_a_list(matching):
+def test_one_text_gets_one_result_and_a_list_gets_a_list(matching):
     alone = matching({"image": IMAGES[0], "text": TEXTS[1]})
     assert alone.keys() == {"text", "score", "similarity"}
     assert_same(matching(IMAGES[0], [TEXTS[1]]), [alone])

@@ -121,7 +121,7 @@ class OurReranking:
 
     def __init__(self, file: Path):
         from tcl_hf import TCLConfig, TCLForImageTextRetrieval
-        from tcl_hf.evaluation.retrieval import EncodedPairs
+        from tcl_hf.evaluation.retrieval import EncodedSamples
 
         config = TCLConfig(use_momentum_teacher=False)
         self.model = TCLForImageTextRetrieval(config).eval()
@@ -130,7 +130,7 @@ class OurReranking:
         mask = (torch.arange(MAX_TOKENS) < torch.randint(8, MAX_TOKENS + 1, (TEXTS, 1))).long()
         save_work(file, self.model, image_states=image_states, text_states=text_states, attention_mask=mask)
         with torch.no_grad():
-            self.pairs = EncodedPairs(
+            self.pairs = EncodedSamples(
                 image_rows=list(range(IMAGES)),
                 image_states=image_states,
                 text_states=text_states,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tcl_hf import TCLConfig, TCLTextConfig, TCLVisionConfig
-from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedPairs
+from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedSamples
 from tcl_hf.models.losses import NO_IMAGE_ID
 from tcl_hf.models.modeling_tcl import MATCHES, MAX_TEMPERATURE, MIN_TEMPERATURE, TCLLossOutput
 from tcl_hf.models.modeling_tcl_tasks import TCLRankedAnswers
@@ -485,7 +485,7 @@ def plain_features(
 @torch.no_grad()
 def plain_rerank(
     model: PlainTCL,
-    pairs: EncodedPairs,
+    pairs: EncodedSamples,
     k: int,
     images: Sequence[int] | None = None,
     texts: Sequence[int] | None = None,

@@ -15,11 +15,11 @@ from plain import PlainTCL, plain_rerank
 
 from tcl_hf import TCLConfig, TCLForImageTextRetrieval
 from tcl_hf.data.pairs import load_pairs
-from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedPairs, candidates, encode_pairs, matching_scores
+from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedSamples, candidates, encode_samples, matching_scores
 from tcl_hf.models.processing_tcl import TCLProcessor
 
 
-def random_pairs(images: int, texts: int) -> tuple[TCLForImageTextRetrieval, EncodedPairs]:
+def random_pairs(images: int, texts: int) -> tuple[TCLForImageTextRetrieval, EncodedSamples]:
     """A 384-wide model with three fusion layers, and states as its encoders would give them."""
     torch.manual_seed(0)
     config = TCLConfig(
@@ -37,7 +37,7 @@ def random_pairs(images: int, texts: int) -> tuple[TCLForImageTextRetrieval, Enc
     lengths = torch.randint(8, 31, (texts,))
     mask = (torch.arange(30) < lengths[:, None]).long()
     unit = torch.nn.functional.normalize
-    return model, EncodedPairs(
+    return model, EncodedSamples(
         image_rows=list(range(images)),
         image_states=torch.randn(images, 65, 384),
         text_states=torch.randn(texts, 30, 384),
@@ -63,7 +63,7 @@ def main() -> None:
         model = TCLForImageTextRetrieval.from_pretrained(args.model, use_momentum_teacher=False).eval()
         records = list(load_pairs(args.data, args.split).take(args.images))
         start = time.perf_counter()
-        pairs = encode_pairs(model, TCLProcessor.from_pretrained(args.model), records, progress=True)
+        pairs = encode_samples(model, TCLProcessor.from_pretrained(args.model), records, progress=True)
         print(f"encoding: {time.perf_counter() - start:.1f} s")
     else:
         model, pairs = random_pairs(args.images, args.texts)

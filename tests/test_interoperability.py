@@ -23,7 +23,7 @@ from tcl_hf import (
     TCLVisionModel,
 )
 from tcl_hf.data.images import open_image
-from tcl_hf.evaluation.retrieval import encode_pairs, matching_scores
+from tcl_hf.evaluation.retrieval import encode_samples, matching_scores
 from tcl_hf.inference.export import export_onnx, export_programs
 from tcl_hf.training.trainer_callback import TCLMomentumCallback
 
@@ -294,7 +294,7 @@ def test_a_model_in_bfloat16_re_ranks_as_in_float32():
     exact = TCLForImageTextRetrieval(small_patches(text_config={"vocab_size": len(processor.tokenizer)})).eval()
     half = copy.deepcopy(exact).to(torch.bfloat16)
     half.tcl.temperature.data = exact.tcl.temperature.data.clone()  # from_pretrained keeps it so
-    found, expected = (matching_scores(m, encode_pairs(m, processor, records), k=12) for m in (half, exact))
+    found, expected = (matching_scores(m, encode_samples(m, processor, records), k=12) for m in (half, exact))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 

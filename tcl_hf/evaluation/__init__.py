@@ -1,1 +1,1 @@
-"""Evaluators, one module each, and the metrics that they feed."""
+"""Evaluators, one module each, and the metrics that they compute."""

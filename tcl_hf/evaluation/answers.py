@@ -1,4 +1,4 @@
-"""Question answering: ranked answers and their accuracy."""
+"""Question answering: the model ranks given answers, and the best ones are scored."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from ..data.collators import TCLTaskCollator
 from ..models.modeling_tcl_tasks import TCLForQuestionAnswering
 from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_QUESTION_WORDS, TCLProcessor
 from .metrics import normalize_answer, vqa_accuracies
-from .shares import Evaluation, batches_of_records, evaluating, exchange
+from .shares import Evaluation, collated_batches, eval_mode, gather_results
 
 
 @torch.no_grad()
@@ -18,25 +18,37 @@ def answer_questions(
     model: TCLForQuestionAnswering,
     processor: TCLProcessor,
     records: Sequence[dict],
-    answers: list[str],
+    candidates: list[str],
     k: int = 128,
     batch_size: int = 32,
     max_tokens: int = MAX_QUESTION_TOKENS,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """The best of the given answers to each question: `question_id`, `answer`, `score`."""
-    candidate_ids, candidate_mask = (x.to(model.device) for x in processor.encode_answers(answers))
+    """The best candidate for each question: `question_id`, `answer` and `score`, its probability.
+
+    Args:
+        records: an image and a question each.
+        candidates: the answers to choose from.
+        k: candidates that are scored in full, those with the most probable first tokens.
+        batch_size: questions in a forward.
+        max_tokens: longest question, [CLS] included.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if a record cannot be read.
+    """
+    candidate_ids, candidate_mask = (x.to(model.device) for x in processor.encode_answers(candidates))
     collator = TCLTaskCollator(
         processor, max_tokens=max_tokens, with_answers=False, max_question_words=MAX_QUESTION_WORDS
     )
-    own: list[tuple[int, float]] = []
-    with evaluating(model):
-        for batch in batches_of_records(collator, records, batch_size, model.device, progress):
+    results: list[tuple[int, float]] = []  # index and probability of the best candidate
+    with eval_mode(model):
+        for batch in collated_batches(collator, records, batch_size, model.device, progress):
             ranked = model.rank_answers(**batch, candidate_ids=candidate_ids, candidate_mask=candidate_mask, k=k)
-            own += zip(ranked.indices[:, 0].tolist(), ranked.probabilities[:, 0].tolist(), strict=True)
+            results += zip(ranked.indices[:, 0].tolist(), ranked.probabilities[:, 0].tolist(), strict=True)
     return [
-        {"question_id": record["question_id"], "answer": answers[number], "score": score}
-        for record, (number, score) in zip(records, exchange(own, len(records)), strict=True)
+        {"question_id": record["question_id"], "answer": candidates[index], "score": score}
+        for record, (index, score) in zip(records, gather_results(results, len(records)), strict=True)
     ]
 
 
@@ -44,29 +56,34 @@ def evaluate_answers(
     model: TCLForQuestionAnswering,
     processor: TCLProcessor,
     records: Sequence[dict],
-    answers: list[str],
+    candidates: list[str],
     k: int = 128,
     batch_size: int = 32,
+    max_tokens: int = MAX_QUESTION_TOKENS,
     progress: bool = False,
 ) -> Evaluation:
-    """Accuracy in percent of ranked answers.
+    """Accuracy in percent of the answers that rank first: see `answer_metrics`.
 
-    Questions with several human answers are scored as the official VQA evaluation does, those with one by equality
-    after its normalisation. An answer that is a list, with commas, must have the same items in any order. Beside it
-    stands what the most frequent answer would reach, and the share of questions whose answer is among the candidates.
+    Arguments and errors as in `answer_questions`.
     """
-    predictions = answer_questions(model, processor, records, answers, k, batch_size, progress=progress)
-    return Evaluation(answer_metrics(predictions, records, answers), predictions)
+    predictions = answer_questions(model, processor, records, candidates, k, batch_size, max_tokens, progress)
+    return Evaluation(answer_metrics(predictions, records, candidates), predictions)
 
 
 def answer_metrics(
     predictions: list[dict[str, Any]], records: Sequence[dict], candidates: list[str]
 ) -> dict[str, float]:
-    """Metrics of answers to questions: see `evaluate_answers`. None where the records have no answers."""
-    truth = [record["answers"] for record in records]
-    if not all(truth):
+    """Accuracy in percent of answers to questions; empty if the records have no answers, as those of a test split.
+
+    Questions with several human answers are scored as in the official VQA evaluation. Otherwise an answer is right if
+    it equals the true one after the official normalisation; answers that are lists, with commas, must have the same
+    items in any order. In that case `most_frequent_answer` is the accuracy of always giving the most frequent answer,
+    and `answer_is_a_candidate` the share of questions whose true answer is among the candidates.
+    """
+    true_answers = [record["answers"] for record in records]
+    if not all(true_answers):
         return {}
-    if any(len(given) > 1 for given in truth):
+    if any(len(given) > 1 for given in true_answers):
         annotations = [
             {"question_id": r["question_id"], "answers": [{"answer": given} for given in r["answers"]]}
             | {name: r[name] for name in ("answer_type", "question_type") if r.get(name)}
@@ -74,13 +91,13 @@ def answer_metrics(
         ]
         official = vqa_accuracies({p["question_id"]: p["answer"] for p in predictions}, annotations)
         return {"accuracy": official.pop("overall"), **official}
-    right = [_items(p["answer"]) == _items(given[0]) for p, given in zip(predictions, truth, strict=True)]
-    counts = Counter(_items(given[0]) for given in truth)
+    true = [_items(given[0]) for given in true_answers]
+    right = [_items(p["answer"]) == items for p, items in zip(predictions, true, strict=True)]
     known = {_items(answer) for answer in candidates}
     return {
         "accuracy": 100 * sum(right) / len(right),
-        "most_frequent_answer": 100 * counts.most_common(1)[0][1] / len(truth),
-        "answer_is_a_candidate": 100 * sum(_items(given[0]) in known for given in truth) / len(truth),
+        "most_frequent_answer": 100 * Counter(true).most_common(1)[0][1] / len(true),
+        "answer_is_a_candidate": 100 * sum(items in known for items in true) / len(true),
     }
 
 

@@ -1,4 +1,4 @@
-"""A linear baseline for retrieval, fitted in a second: what a trained model must be compared with."""
+"""A linear baseline for retrieval, which a trained model should beat. Fitting it takes a second."""
 
 from collections import Counter
 
@@ -16,38 +16,40 @@ def ridge_baseline(
 ) -> dict[str, float]:
     """Recall in percent of ridge regression from coarse pixels and colours to words.
 
-    An image is its pixels at `grid` x `grid` and its colour histogram; a text the words of its first caption,
-    weighted by rarity. Scores are cosines between predicted and true words.
+    The features of an image are its pixels at `grid` x `grid` and its colour histogram; those of a text are the words
+    of its first caption, weighted by rarity. Scores are cosines between predicted and true words.
 
     Args:
         train, validation: records; the first caption of each is used.
         strength: ridge penalty.
     """
+    num_train = len(train)
     images = torch.stack([_coarse(record["image"], grid) for record in [*train, *validation]])  # (N, F)
-    images = (images - images[: len(train)].mean(0)) / (images[: len(train)].std(0) + 1e-3)
+    images = (images - images[:num_train].mean(0)) / (images[:num_train].std(0) + 1e-3)
     captions = [clean_caption(record["captions"][0]).split() for record in [*train, *validation]]
-    documents = Counter(word for words in captions[: len(train)] for word in set(words))
+    documents = Counter(word for words in captions[:num_train] for word in set(words))
     column = {word: number for number, word in enumerate(sorted(documents))}
-    texts = torch.zeros(len(captions), len(column))
+    texts = torch.zeros(len(captions), len(column))  # (N, W)
     for row, words in enumerate(captions):
         for word in words:
             if word in column:
-                texts[row, column[word]] = np.log(len(train) / documents[word])
+                texts[row, column[word]] = np.log(num_train / documents[word])
     texts = torch.nn.functional.normalize(texts, dim=-1)
 
-    known_images, known_texts = images[: len(train)], texts[: len(train)]
-    mean = known_texts.mean(0)
-    kernel = known_images @ known_images.T + strength * torch.eye(len(train))
-    predicted = images[len(train) :] @ (known_images.T @ torch.linalg.solve(kernel, known_texts - mean))
-    scores = torch.nn.functional.normalize(predicted, dim=-1) @ (texts[len(train) :]).T  # (I, T)
-    # Texts without a known word score 0; a little noise breaks the ties as chance would.
+    train_images, train_texts = images[:num_train], texts[:num_train]
+    mean = train_texts.mean(0)
+    kernel = train_images @ train_images.T + strength * torch.eye(num_train)
+    predicted = images[num_train:] @ (train_images.T @ torch.linalg.solve(kernel, train_texts - mean))
+    scores = torch.nn.functional.normalize(predicted, dim=-1) @ (texts[num_train:]).T  # (I, T)
+    # Texts without a known word have the score 0 with every image; a little noise breaks these ties at random.
     scores += 1e-6 * torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
     return retrieval_metrics(scores, scores, torch.arange(len(validation)))
 
 
 def _coarse(image: object, grid: int) -> Tensor:
+    """Pixels at `grid` x `grid` and the square roots of a colour histogram with 4 levels a channel: (F,)."""
     rgb = open_image(image).convert("RGB")
     pixels = np.asarray(rgb.resize((grid, grid)), dtype=np.float32).ravel() / 255
-    levels = np.asarray(rgb.resize((32, 32)))[..., :] // 64  # 4 levels of each colour
+    levels = np.asarray(rgb.resize((32, 32)))[..., :] // 64  # (32, 32, 3), from 0 to 3
     histogram = np.bincount((levels @ np.array([16, 4, 1])).ravel(), minlength=64) / 1024
     return torch.from_numpy(np.concatenate([pixels, np.sqrt(histogram).astype(np.float32)]))

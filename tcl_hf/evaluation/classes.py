@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ..data.collators import TCLTaskCollator
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .metrics import accuracy, consistency, majority_share, per_label_scores
-from .shares import Evaluation, batches_of_records, evaluating, exchange
+from .shares import Evaluation, collated_batches, eval_mode, gather_results
 
 
 @torch.no_grad()
@@ -20,26 +20,35 @@ def evaluate_classes(
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
 ) -> Evaluation:
-    """Accuracy in percent of a head with classes, beside that of the most frequent label, and scores by label.
+    """Accuracy in percent of a head with classes, the share of the most frequent label, and scores by label.
 
     Records with a `pair_id` also give NLVR2's consistency. Each prediction has `image_id`, `label` and `scores`.
+
+    Args:
+        records: an image or two, a caption and a label each.
+        batch_size: texts in a forward.
+        max_tokens: longest text, [CLS] included.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if a record cannot be read, or its label is not one of the model's.
     """
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     collator = TCLTaskCollator(processor, max_tokens=max_tokens, label2id=model.config.label2id)
-    own: list[tuple[list[float], int]] = []
-    with evaluating(model):
-        for batch in batches_of_records(collator, records, batch_size, model.device, progress):
+    results: list[tuple[list[float], int]] = []  # probabilities and label of each record
+    with eval_mode(model):
+        for batch in collated_batches(collator, records, batch_size, model.device, progress):
             labels = batch.pop("labels")
-            own += zip(model(**batch).logits.float().softmax(-1).tolist(), labels.tolist(), strict=True)
-    shares, labels = zip(*exchange(own, len(records)), strict=True)
-    predicted, true = torch.tensor(shares).argmax(-1), torch.tensor(labels)
+            results += zip(model(**batch).logits.float().softmax(-1).tolist(), labels.tolist(), strict=True)
+    probabilities, labels = zip(*gather_results(results, len(records)), strict=True)
+    predicted, true = torch.tensor(probabilities).argmax(-1), torch.tensor(labels)
     metrics = {"accuracy": accuracy(predicted, true), "most_frequent_label": majority_share(true)}
     metrics |= per_label_scores(predicted, true, names)
     pair_ids = [pair_id for record in records if (pair_id := record.get("pair_id"))]
     if model.images_per_text > 1 and len(pair_ids) == len(records):
         metrics["consistency"] = consistency(predicted, true, pair_ids)
     predictions = [
-        {"image_id": record["image_id"], "label": names[number], "scores": dict(zip(names, share, strict=True))}
-        for record, number, share in zip(records, predicted.tolist(), shares, strict=True)
+        {"image_id": record["image_id"], "label": names[number], "scores": dict(zip(names, scores, strict=True))}
+        for record, number, scores in zip(records, predicted.tolist(), probabilities, strict=True)
     ]
     return Evaluation(metrics, predictions)

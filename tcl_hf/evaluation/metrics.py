@@ -1,7 +1,7 @@
-"""Metrics of retrieval, question answering, classification, grounding and pointing, as pure functions.
+"""Metrics of retrieval, question answering, classification and grounding, as functions without state.
 
-Shapes: I images, T texts, N examples, G true boxes and K candidate boxes of a phrase. Shares are percentages from
-0 to 100. Boxes are (x1, y1, x2, y2) in pixels, where x1, y1 is the upper left corner and x2, y2 the lower right.
+Shapes: I images, T texts, N samples, G true boxes and K candidate boxes of a phrase. Shares are percentages from 0 to
+100. Boxes are (x1, y1, x2, y2) in pixels, where x1, y1 is the upper left corner and x2, y2 the lower right.
 """
 
 import re
@@ -9,27 +9,28 @@ from collections.abc import Sized
 from typing import Literal
 
 import torch
+import torchvision
 from torch import Tensor
 
 # --- Retrieval ---------------------------------------------------------------------------------------------------
 
 
 def retrieval_ranks(image_scores: Tensor, text_scores: Tensor, image_of_text: Tensor) -> tuple[Tensor, Tensor]:
-    """Count what ranks before the right answer; ties count against it.
+    """Ranks of the right texts and images; a wrong one with an equal score counts as ranked before them.
 
     Args:
-        image_scores: scores by which each image (row) ranks the texts, higher for better pairs (I, T).
-        text_scores: scores by which each text (column) ranks the images, higher for better pairs (I, T).
+        image_scores: scores (I, T) by which each image (row) ranks the texts, higher for better pairs.
+        text_scores: scores (I, T) by which each text (column) ranks the images, higher for better pairs.
         image_of_text: the image to which each text belongs (T,).
 
     Returns:
-        The rank, from 0, of the best of an image's own texts (I,), and of a text's own image (T,).
+        The rank, from 0, of the best text of each image (I,), and of the image of each text (T,).
     """
-    own = image_of_text == torch.arange(len(image_scores), device=image_scores.device)[:, None]  # (I, T)
-    best_own_text = image_scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-    image_ranks = ((image_scores >= best_own_text) & ~own).sum(1)
-    own_image = text_scores.gather(0, image_of_text[None])  # (1, T)
-    text_ranks = ((text_scores >= own_image) & ~own).sum(0)
+    right = image_of_text == torch.arange(len(image_scores), device=image_scores.device)[:, None]  # (I, T)
+    best_text = image_scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # (I, 1)
+    image_ranks = ((image_scores >= best_text) & ~right).sum(1)
+    right_image = text_scores.gather(0, image_of_text[None])  # (1, T)
+    text_ranks = ((text_scores >= right_image) & ~right).sum(0)
     return image_ranks, text_ranks
 
 
@@ -54,15 +55,16 @@ def retrieval_metrics(image_scores: Tensor, text_scores: Tensor, image_of_text: 
 
 # --- Question answering ------------------------------------------------------------------------------------------
 
-# All facts below are those of the official VQA evaluation, whose results are what published numbers mean.
+# These tables and rules are those of the official VQA evaluation, oddities included, because published numbers are its
+# results.
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = {"a", "an", "the"}
 NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 DIGIT_OF = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBER_WORDS)}
-# No more periods are removed from an answer: the official substitution has a flag's value where the count stands.
+# At most this many periods are removed: the official code passes the value of a flag, re.UNICODE, as the count.
 MOST_PERIODS = 32
-# Ending: what stands before it. As there, many are missing (she's, we'll) and none is in capitals: it has I'm and I've,
-# but looks them up in lower case and never finds them.
+# Endings of contractions, and the words before them. The official list lacks many (she's, we'll). It also has I'm and
+# I've, which are left out here because its look-up is in lower case and never finds them.
 CONTRACTED = {
     "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
     "n't've": "could had might should would",
@@ -81,7 +83,7 @@ CONTRACTION_OF = {
     for whole in (beginning + ending for beginning in beginnings.split())
     for place, letter in enumerate(whole)
     if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the wrong way round there
+} | {"somebody'd": "somebodyd"}  # the official list has this one the wrong way round
 
 
 def _stripped(answer: str) -> str:
@@ -89,12 +91,12 @@ def _stripped(answer: str) -> str:
 
 
 def normalize_answer(answer: str) -> str:
-    """The answer as the official VQA evaluation compares it.
+    """Normalise an answer as the official VQA evaluation does before it compares.
 
-    Punctuation is removed, number words to ten and "none" become digits, articles go, contractions get their
-    apostrophe back, and the rest is lower case with single spaces. A mark becomes a space ("t-shirt" is "t shirt")
-    unless somewhere in the answer it stands beside a space or somewhere a comma stands between digits; then it
-    leaves nothing. Periods leave nothing, except before a digit.
+    Punctuation is removed, number words up to ten and "none" become digits, articles are removed, contractions get
+    their apostrophe back, and the rest is lower case with single spaces. A mark is replaced by a space ("t-shirt"
+    becomes "t shirt"); it is deleted if the same mark has a space beside it anywhere in the answer, or if a comma
+    stands between digits anywhere. Periods are deleted, except before a digit.
     """
     text = _stripped(answer)
     grouped = re.search("[0-9],[0-9]", text) is not None
@@ -107,14 +109,14 @@ def normalize_answer(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, human_answers: list[str]) -> float:
-    """The official VQA accuracy of an answer, from 0 to 1: how many people gave it, where three are enough.
+    """The official VQA accuracy of an answer, from 0 to 1: it is 1 if more than three people gave the same answer.
 
-    Each person's answer in turn is left out; an answer scores a third for each of the others that equals it, at most
-    1, and the accuracy is the mean. Where the people disagree, all answers are normalised first; where all agree to
-    the letter, they are not, and an answer in another case is wrong.
+    Each human answer is left out in turn; the answer then scores a third for each of the others that equals it, at
+    most 1. The accuracy is the mean of these scores. If the human answers differ, all answers are normalised first. If
+    they are the same to the letter, nothing is normalised, and an answer in another case is wrong.
 
     Args:
-        human_answers: what people answered, ten in VQA.
+        human_answers: the answers that people gave, ten in VQA.
 
     Raises:
         ValueError: if there are no human answers.
@@ -125,24 +127,24 @@ def vqa_accuracy(answer: str, human_answers: list[str]) -> float:
     if len(set(humans)) > 1:
         humans, given = [normalize_answer(human) for human in humans], normalize_answer(given)
     agrees = [human == given for human in humans]
-    return sum(min(1, (sum(agrees) - own) / 3) for own in agrees) / len(agrees)
+    return sum(min(1, (sum(agrees) - left_out) / 3) for left_out in agrees) / len(agrees)
 
 
 def _question_id(question: int | str) -> int | str:
-    """The id as VQA has it, a number; JSON makes text of a dictionary's keys."""
+    """The id as a number, as in VQA; JSON turns the keys of a dictionary into text."""
     return int(question) if str(question).isdecimal() else question
 
 
 def vqa_accuracies(answers: dict[int, str] | dict[str, str], annotations: list[dict]) -> dict[str, float]:
     """The official VQA accuracy in percent: `overall`, by answer type and by question type.
 
-    The types are those that the annotations carry: `answer_type/yes/no`, `question_type/what color` and so on. The
-    official evaluation reports the same numbers rounded to two places.
+    Types are those of the annotations: `answer_type/yes/no`, `question_type/what color` and so on. The official
+    evaluation reports the same numbers rounded to two places.
 
     Args:
         answers: the answer to each question by its id.
         annotations: as in VQA's files, each with `question_id`, `answers` (a list of dictionaries with `answer`) and
-            perhaps `answer_type` and `question_type`.
+            optionally `answer_type` and `question_type`.
 
     Raises:
         ValueError: if a question has no answer, if an answer's question is unknown, or if there are no questions.
@@ -165,7 +167,7 @@ def vqa_accuracies(answers: dict[int, str] | dict[str, str], annotations: list[d
 
 
 def vqa_results(answers: dict[int, str] | dict[str, str]) -> list[dict[str, int | str]]:
-    """The answers as the official VQA server takes them, `{"question_id": ..., "answer": ...}` each.
+    """The answers in the format of the official VQA server, a list of `{"question_id": ..., "answer": ...}`.
 
     Ids that are whole numbers become `int`, as in VQA; others stay text.
     """
@@ -184,8 +186,8 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
 def per_label_scores(predictions: Tensor, labels: Tensor, names: list[str]) -> dict[str, float]:
     """Precision, recall and F1 in percent, and support, of each label: `precision/neutral` and so on.
 
-    Support is the number of examples with that label. What has nothing to be counted in (the precision of a label
-    that is never predicted) is 0.
+    Support is the number of samples with that label. A score whose denominator is 0 is 0, for example the precision of
+    a label that is never predicted.
 
     Args:
         predictions, labels: indices into `names` (N,).
@@ -197,9 +199,8 @@ def per_label_scores(predictions: Tensor, labels: Tensor, names: list[str]) -> d
     both, size = torch.cat([predictions, labels]).long(), len(names)
     if both.min() < 0 or both.max() >= size:
         raise ValueError(f"Labels go from {both.min()} to {both.max()}; the {size} names stand for 0 to {size - 1}.")
-    table = (
-        (labels.long() * size + predictions.long()).bincount(minlength=size**2).view(size, size)
-    )  # (true, predicted)
+    cells = labels.long() * size + predictions.long()
+    table = cells.bincount(minlength=size**2).view(size, size)  # (true, predicted)
     right, predicted, support = table.diagonal().tolist(), table.sum(0).tolist(), table.sum(1).tolist()
     scores: dict[str, float] = {}
     for label, name in enumerate(names):
@@ -211,18 +212,18 @@ def per_label_scores(predictions: Tensor, labels: Tensor, names: list[str]) -> d
 
 
 def majority_share(labels: Tensor) -> float:
-    """Percent of labels (N,) that are the most frequent one: what always giving the same answer is worth."""
+    """Percent of labels (N,) that are the most frequent one: the accuracy of always giving the same answer."""
     _check_labels(labels, labels)
     return 100 * labels.unique(return_counts=True)[1].max().item() / len(labels)
 
 
 def consistency(predictions: Tensor, labels: Tensor, pair_ids: list[str]) -> float:
-    """NLVR2's consistency: percent of sentences that are judged right with every pair of images they come with.
+    """NLVR2's consistency: percent of sentences whose label is predicted right for all their pairs of images.
 
     Args:
-        predictions, labels: one class per example (N,).
-        pair_ids: the `identifier` of each example, split-set-pair-sentence ("dev-850-0-0"); without the pair it
-            names the sentence.
+        predictions, labels: one class per sample (N,).
+        pair_ids: the `identifier` of each sample, split-set-pair-sentence ("dev-850-0-0"). Split, set and sentence
+            identify the sentence.
 
     Raises:
         ValueError: if the lengths differ or an identifier has another form.
@@ -240,44 +241,24 @@ def consistency(predictions: Tensor, labels: Tensor, pair_ids: list[str]) -> flo
 
 # --- Boxes and points --------------------------------------------------------------------------------------------
 
-FOUND_IOU = 0.5  # from this overlap on a box counts as the true one, in RefCOCO as in Flickr30k Entities
-
-
-def _overlap(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes (..., 4) with boxes (..., 4)."""
-    a, b = a.double(), b.double()
-    corners = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    shared, area_a, area_b = (
-        (lower - upper).clamp(min=0).prod(-1) for upper, lower in (corners, a.split(2, -1), b.split(2, -1))
-    )
-    union = area_a + area_b - shared
-    return torch.where(union > 0, shared / union, 0)
+FOUND_IOU = 0.5  # a box counts as the true one from this overlap on, in RefCOCO as in Flickr30k Entities
 
 
 def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union (N, M) of each of the boxes a (N, 4) with each of b (M, 4), in float64.
 
-    A box without area, as is one that ends before it begins, overlaps nothing.
+    The IoU of a box without area, or of one that ends before it begins, is 0.
     """
     _check_boxes(a, b)
-    return _overlap(a[:, None], b[None])
+    return torchvision.ops.box_iou(a.double(), b.double()).nan_to_num(0)  # torchvision divides 0 by 0 without area
 
 
 def enclosing_box(boxes: Tensor) -> Tensor:
-    """The smallest box (4,) that holds all the boxes (G, 4); a ValueError if there are none."""
+    """The smallest box (4,) around all the boxes (G, 4); a ValueError if G is 0."""
     _check_boxes(boxes)
     if not len(boxes):
-        raise ValueError("No box encloses none; leave out what has no boxes.")
+        raise ValueError("There are 0 boxes to enclose: leave out phrases without boxes.")
     return torch.cat([boxes[:, :2].amin(0), boxes[:, 2:].amax(0)])
-
-
-def grounding_accuracy(predicted: Tensor, true: Tensor, threshold: float = FOUND_IOU) -> float:
-    """Percent of predicted boxes (N, 4) whose IoU with their true box (N, 4) is `threshold` or more."""
-    _check_boxes(predicted, true)
-    _check_lengths(predicted=predicted, true=true)
-    if not len(true):
-        raise ValueError("There are no boxes to score.")
-    return 100 * (_overlap(predicted, true) >= threshold).double().mean().item()
 
 
 def phrase_recall(
@@ -290,31 +271,31 @@ def phrase_recall(
     """Recall of Flickr30k Entities in percent: `recall@k`, and by type of phrase `recall@1/people` and so on.
 
     A phrase is found if one of its first k boxes has an IoU of 0.5 or more with a true one. `upper_bound` (and
-    `upper_bound/people`) is the percentage of phrases for which any of the candidates has. Phrases without a true
-    box are not counted; those without candidates are counted as not found.
+    `upper_bound/people`) is the percentage of phrases for which any of the candidates has such an IoU. Phrases without
+    a true box are not counted; those without candidates are counted as not found.
 
     Args:
         ranked_boxes: the candidates of each phrase, best first (K, 4).
         true_boxes: the boxes of each phrase (G, 4).
-        types: the types of each phrase, it counts for each of them.
-        protocol: "any" true box counts, or only the one that encloses them all, "merged".
+        types: the types of each phrase; it counts for each of them.
+        protocol: "any" compares with each true box, "merged" with the one that encloses them all.
 
     Raises:
-        ValueError: if the lengths differ, the protocol is another one, or no phrase has a box.
+        ValueError: if the lengths differ, the protocol is unknown, or no phrase has a box.
     """
     if protocol not in ("any", "merged"):
-        raise ValueError(f'{protocol!r} is no protocol; it is "any" or "merged".')
+        raise ValueError(f'protocol={protocol!r} is unknown: choose "any" or "merged".')
     types = [[] for _ in true_boxes] if types is None else types
     _check_lengths(ranked_boxes=ranked_boxes, true_boxes=true_boxes, types=types)
     found, names = [], []
-    for ranked, true, own_types in zip(ranked_boxes, true_boxes, types, strict=True):
+    for ranked, true, phrase_types in zip(ranked_boxes, true_boxes, types, strict=True):
         if not len(true):
             continue
         targets = true if protocol == "any" else enclosing_box(true)[None]
         hits = (box_iou(ranked, targets) >= FOUND_IOU).any(1)  # (K,)
         for metric, first in [*((f"recall@{k}", k) for k in ks), ("upper_bound", len(hits))]:
             found.append(float(hits[:first].any()))
-            names.append([metric, *(f"{metric}/{name}" for name in own_types)])
+            names.append([metric, *(f"{metric}/{name}" for name in phrase_types)])
     return _means_in_percent(found, names)
 
 
@@ -323,12 +304,12 @@ def pointing_accuracy(
 ) -> dict[str, float]:
     """Percent of points inside any of their true boxes, edges included: `accuracy`, and by type `accuracy/people`.
 
-    Points without a true box are not counted.
+    Points of phrases without a true box are not counted.
 
     Args:
         points: (x, y) in pixels (N, 2).
         true_boxes: the boxes of each point's phrase (G, 4).
-        types: the types of each point's phrase, it counts for each of them.
+        types: the types of each point's phrase; it counts for each of them.
 
     Raises:
         ValueError: if the lengths differ or no point has a box.
@@ -336,13 +317,13 @@ def pointing_accuracy(
     types = [[] for _ in true_boxes] if types is None else types
     _check_lengths(points=points, true_boxes=true_boxes, types=types)
     inside, names = [], []
-    for point, boxes, own_types in zip(points, true_boxes, types, strict=True):
+    for point, boxes, phrase_types in zip(points, true_boxes, types, strict=True):
         _check_boxes(boxes)
         if not len(boxes):
             continue
         holds = (boxes[:, :2] <= point) & (point <= boxes[:, 2:])  # (G, 2)
         inside.append(float(holds.all(1).any()))
-        names.append(["accuracy", *(f"accuracy/{name}" for name in own_types)])
+        names.append(["accuracy", *(f"accuracy/{name}" for name in phrase_types)])
     return _means_in_percent(inside, names)
 
 
@@ -350,18 +331,22 @@ def pointing_accuracy(
 
 
 def _means_in_percent(values: list[float], names: list[list[str]]) -> dict[str, float]:
-    """Mean in percent of the values that count for each name; `names` are those that each value counts for."""
+    """Mean in percent for each name, over the values that count for it.
+
+    Args:
+        names: those that each value counts for.
+    """
     if not values:
-        raise ValueError("There is nothing to score: no example has what it would be compared with.")
+        raise ValueError("There is nothing to score: none of the samples has a true answer or box.")
     groups: dict[str, list[float]] = {}
-    for value, own_names in zip(values, names, strict=True):
-        for name in own_names:
+    for value, names_of_value in zip(values, names, strict=True):
+        for name in names_of_value:
             groups.setdefault(name, []).append(value)
     return {name: 100 * sum(group) / len(group) for name, group in groups.items()}
 
 
 def _check_labels(predictions: Tensor, labels: Tensor) -> None:
-    # Shapes (N, 1) and (N,) would compare each with each.
+    # Broadcasting would compare (N, 1) with (N,) as N x N combinations.
     if predictions.shape != labels.shape or labels.ndim != 1 or not len(labels):
         raise ValueError(
             f"Predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)} must both be (N,), with N > 0."
@@ -374,6 +359,6 @@ def _check_lengths(**parts: Sized) -> None:
 
 
 def _check_boxes(*boxes: Tensor) -> None:
-    for some in boxes:
-        if some.ndim != 2 or some.shape[1] != 4:
-            raise ValueError(f"Boxes have the shape {tuple(some.shape)}; it must be (N, 4), x1, y1, x2, y2 each.")
+    for tensor in boxes:
+        if tensor.ndim != 2 or tensor.shape[1] != 4:
+            raise ValueError(f"Boxes have the shape {tuple(tensor.shape)}; it must be (N, 4): x1, y1, x2, y2 of each.")

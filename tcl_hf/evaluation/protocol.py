@@ -6,17 +6,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """All that a result must be read with; every table, card and file of results states it.
+    """The conditions of a result. Every table, card and file of results states them.
 
     Args:
         task: the task, a key of `recipes.tasks.TASKS`.
-        dataset: what the data is called.
-        split: the split of it.
+        dataset: name of the data.
+        split: name of its split.
         records: number of records that were evaluated.
-        protocol: what the model had learned from before, see `recipes.tasks.protocol_name`.
+        protocol: what the model was trained on before, see `recipes.tasks.protocol_name`.
         resolution: pixels of a side of the images.
-        k: candidates that were re-ranked or scored in full; None where there are none.
-        heat: the score whose heat map was read, of grounding.
+        k: candidates that were re-ranked or scored in full; None for tasks without candidates.
+        heat: for grounding, the score whose heat map was used.
         images_shuffled: whether each record had the image of another one.
     """
 
@@ -31,5 +31,5 @@ class EvaluationProtocol:
     images_shuffled: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that apply, by name."""
+        """The fields that apply to the task, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None and value is not False}

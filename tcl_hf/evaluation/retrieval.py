@@ -1,4 +1,4 @@
-"""Retrieval: recall by similarity, and re-ranked by matching."""
+"""Retrieval: recall by the similarity of features, and after the k most similar are re-ranked by matching."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from ..models.losses import similarity as scaled_similarity
 from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval
 from ..models.processing_tcl import TCLProcessor
 from .metrics import retrieval_metrics
-from .shares import batches, evaluating, exchange, own_share
+from .shares import eval_mode, gather_results, in_batches, process_share
 
-NOT_SCORED = -100.0  # what the paper's code gives to pairs outside the top k
-MAX_PADDING = 1 / 8  # share of the tokens fused at once; with less, groups become too small for fast products
+NOT_SCORED = -100.0  # the score of pairs outside the top k, as in the paper's code
+MAX_PADDING = 1 / 8  # largest share of padding in a group; a smaller one makes groups too small for fast products
 
 
 def candidates(similarity: Tensor, k: int) -> list[Tensor]:
-    """Which texts to score with each image: its own top k, and those in whose top k it is.
+    """The texts to score with each image: those in the image's top k, and those that have the image in theirs.
 
     Args:
         similarity: cosine similarities (I, T).
         k: candidates of each image and of each text.
 
     Returns:
-        For each image the indices of its texts, ascending; each pair stands there once.
+        For each image the indices of its texts, ascending. No pair occurs twice.
     """
     num_images, num_texts = similarity.shape
     chosen = torch.zeros_like(similarity, dtype=torch.bool)
@@ -36,15 +36,30 @@ def candidates(similarity: Tensor, k: int) -> list[Tensor]:
     return [row.nonzero().flatten() for row in chosen]
 
 
+def sizes_by_length(lengths: list[int], size: int) -> list[int]:
+    """Sizes of groups of texts with ascending lengths: at most `size` texts, and little padding.
+
+    A group ends before the text that would make more than `MAX_PADDING` of its tokens padding.
+    """
+    sizes: list[int] = []
+    count = tokens = 0
+    for length in lengths:
+        if count == size or (count + 1) * length * (1 - MAX_PADDING) > tokens + length:
+            sizes.append(count)
+            count = tokens = 0
+        count, tokens = count + 1, tokens + length
+    return sizes + [count] * bool(count)
+
+
 @dataclass
-class EncodedPairs:
-    """A data set as the encoders see it.
+class EncodedSamples:
+    """The images and texts of a data set after the encoders, before fusion.
 
     Args:
-        image_rows: the images whose states this process keeps, those it shall score (I / processes).
-        image_states: their states (len(image_rows), 1 + P, width), where and as precise as was asked for.
-        text_states: states of each text, padded (T, L, width), likewise.
-        attention_mask: which of them are tokens (T, L).
+        image_rows: the images whose states this process keeps, because it scores them (I / processes).
+        image_states: their states (len(image_rows), 1 + P, width), with the dtype and on the device asked for.
+        text_states: states of all texts, padded (T, L, width), likewise.
+        attention_mask: 1 for tokens, 0 for padding (T, L).
         image_embeds, text_embeds: L2-normalised features (I, D) and (T, D).
         image_of_text: the image to which each text belongs (T,).
         texts: the texts themselves.
@@ -65,7 +80,7 @@ class EncodedPairs:
 
 
 @torch.no_grad()
-def encode_pairs(
+def encode_samples(
     model: TCLForImageTextRetrieval,
     processor: TCLProcessor,
     records: Sequence[dict],
@@ -73,16 +88,16 @@ def encode_pairs(
     batch_size: int = 64,
     states_dtype: torch.dtype | None = None,
     progress: bool = False,
-) -> EncodedPairs:
-    """Encode the images and captions of records; the model's mode is the caller's.
+) -> EncodedSamples:
+    """Encode the images and captions of records, with the model in the mode that it is in.
 
-    Each process encodes its share. States of images stay with it; features, and states of texts, are exchanged.
+    Each process encodes its share. It keeps the states of its images; features and the states of texts are gathered.
 
     Args:
-        captions_per_image: use only so many of each record's captions; all if None.
-        batch_size: images or texts at once.
-        states_dtype: keep states so on the CPU, for example `torch.float16`: their size, and not the model's, decides
-            how much memory a large data set needs. None keeps them as they are.
+        captions_per_image: number of captions to use of each record, the first ones; all if None.
+        batch_size: images or texts in a forward.
+        states_dtype: move states to the CPU with this dtype, for example `torch.float16`: the memory that a large data
+            set needs depends on their size, not on the model's. None leaves them as they are.
         progress: show a progress bar.
     """
     device = model.device
@@ -91,12 +106,12 @@ def encode_pairs(
         return states if states_dtype is None else states.to("cpu", states_dtype)
 
     captions = [record["captions"][:captions_per_image] for record in records]
-    texts = [text for own in captions for text in own]
-    image_of_text = torch.tensor([number for number, own in enumerate(captions) for _ in own])
-    image_rows, text_rows = own_share(len(records)), own_share(len(texts))
+    texts = [text for of_image in captions for text in of_image]
+    image_of_text = torch.tensor([row for row, of_image in enumerate(captions) for _ in of_image])
+    image_rows, text_rows = process_share(len(records)), process_share(len(texts))
     image_states, image_embeds, text_states, text_embeds = [], [], [], []
     bar = tqdm(total=len(image_rows) + len(text_rows), desc="Encoding", disable=not progress, leave=False)
-    for rows in batches(image_rows, batch_size):
+    for rows in in_batches(image_rows, batch_size):
         images = [open_image(records[row]["image"]).convert("RGB") for row in rows]
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
         states = model.tcl.encode_image(pixel_values)
@@ -104,20 +119,20 @@ def encode_pairs(
         image_states += kept(states).unbind()
         bar.update(len(rows))
     tokens = processor(text=texts, return_tensors="pt")
-    for rows in batches(text_rows, batch_size):
+    for rows in in_batches(text_rows, batch_size):
         mask = tokens["attention_mask"][rows].to(device)
         states = model.tcl.encode_text(tokens["input_ids"][rows].to(device), mask)
         text_embeds += model.tcl.text_features(states[:, 0]).unbind()
         text_states += kept(states).unbind()
         bar.update(len(rows))
     bar.close()
-    return EncodedPairs(
+    return EncodedSamples(
         image_rows=image_rows,
         image_states=torch.stack(image_states),
-        text_states=torch.stack(exchange(text_states, len(texts))),
+        text_states=torch.stack(gather_results(text_states, len(texts))),
         attention_mask=tokens["attention_mask"].to(device),
-        image_embeds=torch.stack(exchange(image_embeds, len(records))),
-        text_embeds=torch.stack(exchange(text_embeds, len(texts))),
+        image_embeds=torch.stack(gather_results(image_embeds, len(records))),
+        text_embeds=torch.stack(gather_results(text_embeds, len(texts))),
         image_of_text=image_of_text.to(device),
         texts=texts,
     )
@@ -126,7 +141,7 @@ def encode_pairs(
 @torch.no_grad()
 def matching_scores(
     model: TCLForImageTextRetrieval,
-    pairs: EncodedPairs,
+    encoded: EncodedSamples,
     k: int,
     batch_size: int = 64,
     progress: bool = False,
@@ -134,31 +149,37 @@ def matching_scores(
     """Matching logits of the candidate pairs of both directions, `NOT_SCORED` elsewhere (I, T).
 
     An image's keys and values are projected once for all its candidates, each pair is scored once, and candidates of
-    about the same length go together, so that little padding is computed.
+    similar length are fused together, so that little padding is computed.
 
     Args:
         k: candidates by similarity of each image and of each text.
-        batch_size: texts fused with an image at once, at most.
+        batch_size: the most texts that are fused with an image at once.
         progress: show a progress bar, with the time left.
     """
-    similarity = pairs.similarity()  # (I, T)
+    similarity = encoded.similarity()  # (I, T)
     scores = torch.full_like(similarity, NOT_SCORED)
     chosen = candidates(similarity, k)
-    lengths = pairs.attention_mask.sum(-1)
+    lengths = encoded.attention_mask.sum(-1)
     device, dtype = similarity.device, model.tcl.dtype
-    total = sum(len(chosen[row]) for row in pairs.image_rows)
+    total = sum(len(chosen[row]) for row in encoded.image_rows)
     bar = tqdm(total=total, desc="Matching", unit="pair", disable=not progress, leave=False)
-    for row, states in zip(pairs.image_rows, pairs.image_states, strict=True):
+    for row, states in zip(encoded.image_rows, encoded.image_states, strict=True):
         image: list[KeyValue] = model.tcl.text_model.project_images(states[None].to(device, dtype))
         texts = chosen[row][lengths[chosen[row]].argsort()]
-        for some in texts.split(sizes_by_length(lengths[texts].tolist(), batch_size)):
-            length = int(lengths[some[-1]])
-            words = pairs.text_states[some.to(pairs.text_states.device), :length].to(device, dtype)
-            logits = model.match(words, pairs.attention_mask[some, :length], image)
-            scores[row, some] = logits[:, MATCHES].float()
-            bar.update(len(some))
+        for group in texts.split(sizes_by_length(lengths[texts].tolist(), batch_size)):
+            length = int(lengths[group[-1]])
+            text_states = encoded.text_states[group.to(encoded.text_states.device), :length].to(device, dtype)
+            logits = model.match(text_states, encoded.attention_mask[group, :length], image)
+            scores[row, group] = logits[:, MATCHES].float()
+            bar.update(len(group))
     bar.close()
-    return torch.stack(exchange([scores[row] for row in pairs.image_rows], len(scores)))
+    return torch.stack(gather_results([scores[row] for row in encoded.image_rows], len(scores)))
+
+
+def _only_top(scores: Tensor, similarity: Tensor, k: int, dim: int) -> Tensor:
+    """The scores (I, T) of the k most similar pairs along a dimension, `NOT_SCORED` elsewhere."""
+    top = similarity.topk(min(k, similarity.shape[dim]), dim=dim).indices
+    return torch.full_like(scores, NOT_SCORED).scatter(dim, top, scores.gather(dim, top))
 
 
 @torch.no_grad()
@@ -174,24 +195,24 @@ def evaluate_retrieval(
 ) -> dict[str, float]:
     """Recall in percent by similarity, and by matching among the k most similar (`reranked_...`).
 
-    Mean ranks are by similarity only: re-ranking orders the k candidates and leaves all others equal.
+    Mean ranks are by similarity only, because re-ranking orders the k candidates and leaves all others equal.
 
     Args:
-        model: a head with matching; it is left in the mode in which it came.
-        records: images with captions, each image once.
+        model: a head with matching. Its mode is restored.
+        records: images with captions; no image occurs twice.
         k: candidates to re-rank; None for similarity alone.
-        captions_per_image, batch_size, states_dtype: as in `encode_pairs`.
+        captions_per_image, batch_size, states_dtype, progress: as in `encode_samples`.
     """
-    with evaluating(model):
-        pairs = encode_pairs(model, processor, records, captions_per_image, batch_size, states_dtype, progress)
-        similarity = pairs.similarity()
-        metrics = retrieval_metrics(similarity, similarity, pairs.image_of_text)
+    with eval_mode(model):
+        encoded = encode_samples(model, processor, records, captions_per_image, batch_size, states_dtype, progress)
+        similarity = encoded.similarity()
+        metrics = retrieval_metrics(similarity, similarity, encoded.image_of_text)
         if k is not None:
-            scores = matching_scores(model, pairs, k, progress=progress)
-            # A pair that only the other direction chose was not among this one's k.
+            scores = matching_scores(model, encoded, k, progress=progress)
+            # Pairs that only the other direction chose are not among this direction's k candidates.
             image_scores = _only_top(scores, similarity, k, dim=1)
             text_scores = _only_top(scores, similarity, k, dim=0)
-            reranked = retrieval_metrics(image_scores, text_scores, pairs.image_of_text)
+            reranked = retrieval_metrics(image_scores, text_scores, encoded.image_of_text)
             metrics |= {f"reranked_{name}": value for name, value in reranked.items() if "rank" not in name}
     return metrics
 
@@ -199,23 +220,3 @@ def evaluate_retrieval(
 def chance_recall(num_images: int, k: int = 1) -> float:
     """Recall at k in percent of a random order, with one text per image."""
     return 100 * min(k, num_images) / num_images
-
-
-def _only_top(scores: Tensor, similarity: Tensor, k: int, dim: int) -> Tensor:
-    top = similarity.topk(min(k, similarity.shape[dim]), dim=dim).indices
-    return torch.full_like(scores, NOT_SCORED).scatter(dim, top, scores.gather(dim, top))
-
-
-def sizes_by_length(lengths: list[int], size: int) -> list[int]:
-    """How many of the next texts to take together, of ascending lengths: at most `size`, and little padding.
-
-    A group ends before the text with which more than `MAX_PADDING` of its tokens would be padding.
-    """
-    sizes: list[int] = []
-    count = tokens = 0
-    for length in lengths:
-        if count == size or (count + 1) * length * (1 - MAX_PADDING) > tokens + length:
-            sizes.append(count)
-            count = tokens = 0
-        count, tokens = count + 1, tokens + length
-    return sizes + [count] * bool(count)

@@ -1,6 +1,7 @@
-"""What all evaluators share: a model in eval mode, batches, and the work of several processes."""
+"""Evaluation in several processes: each one works on its share of the rows, and all get all results."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,29 +16,73 @@ from ..data.collators import TCLTaskCollator
 
 @dataclass
 class Evaluation:
-    """What an evaluator found: metrics by name, and a prediction for each record or phrase."""
+    """The result of an evaluator: metrics by name, and a prediction for each sample or phrase."""
 
     metrics: dict[str, float]
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
 
-def batches_of_records(
+@contextmanager
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model in eval mode, and afterwards back in the mode in which it came."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def process_share(number: int) -> list[int]:
+    """The rows, out of `number`, that this process works on: process r of n takes r, r + n, r + 2n and so on."""
+    if dist.is_available() and dist.is_initialized():
+        return list(range(dist.get_rank(), number, dist.get_world_size()))
+    return list(range(number))
+
+
+def gather_results(results: list, number: int) -> list:
+    """Give every process the results of all `number` rows in their order.
+
+    Args:
+        results: those of this process's rows, in the order of `process_share`. Tensors come back on their device.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return results
+    shares: list[list] = [[] for _ in range(dist.get_world_size())]
+    on_cpu = [item.cpu() if isinstance(item, Tensor) else item for item in results]
+    dist.all_gather_object(shares, on_cpu)
+    device = results[0].device if results and isinstance(results[0], Tensor) else None
+    gathered = [shares[row % len(shares)][row // len(shares)] for row in range(number)]
+    return gathered if device is None else [item.to(device) for item in gathered]
+
+
+def in_batches(items: list, size: int) -> Iterator[list]:
+    """Split a list into lists of `size` items; the last one may be shorter."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def collated_batches(
     collator: TCLTaskCollator, records: Sequence[dict], batch_size: int, device: torch.device, progress: bool
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of this process's share of the records, on the device."""
-    rows = own_share(len(records))
+    """Batches of this process's share of the records, on the device.
+
+    Raises:
+        ValueError: if a record cannot be read, because a result without it would be that of other data.
+    """
+    rows = process_share(len(records))
     bar = tqdm(total=len(rows), desc="Evaluating", disable=not progress, leave=False)
-    for some in batches(rows, batch_size):
-        batch = collator(_by_image([records[row] for row in some]))
-        if len(batch["input_ids"]) < len(some):
-            raise ValueError(f"A record can not be evaluated: {collator.skipped.last}. Leave it out of the data.")
+    for batch_rows in in_batches(rows, batch_size):
+        batch = collator(_grouped_by_image([records[row] for row in batch_rows]))
+        if len(batch["input_ids"]) < len(batch_rows):
+            raise ValueError(f"A record cannot be evaluated: {collator.skipped.last}. Leave it out of the data.")
         yield {name: value.to(device) for name, value in batch.items()}
-        bar.update(len(some))
+        bar.update(len(batch_rows))
     bar.close()
 
 
-def _by_image(records: list[dict]) -> list[dict]:
-    """Neighbours about the same image as one, which is then read and encoded once."""
+def _grouped_by_image(records: list[dict]) -> list[dict]:
+    """One record for each run of records about the same image, which is then read and encoded once."""
 
     def image(record: dict) -> object:
         return record["images"] if "images" in record else record.get("image")
@@ -48,42 +93,4 @@ def _by_image(records: list[dict]) -> list[dict]:
             groups[-1].append(record)
         else:
             groups.append([record])
-    return [{"image_id": own[0].get("image_id"), "records": own} for own in groups]
-
-
-class evaluating:
-    """A model in eval mode within a `with` block, and in the mode in which it came after it."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.was_training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *error) -> None:
-        self.model.train(self.was_training)
-
-
-def own_share(number: int) -> list[int]:
-    """Which of so many items this process works on: each n-th of n processes."""
-    if dist.is_available() and dist.is_initialized():
-        return list(range(dist.get_rank(), number, dist.get_world_size()))
-    return list(range(number))
-
-
-def exchange(own: list, number: int) -> list:
-    """The results of all processes in the order of the items, from those of `own_share`."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return own
-    shares: list[list] = [[] for _ in range(dist.get_world_size())]
-    on_cpu = [item.cpu() if isinstance(item, Tensor) else item for item in own]
-    dist.all_gather_object(shares, on_cpu)
-    device = own[0].device if own and isinstance(own[0], Tensor) else None
-    items = [shares[row % len(shares)][row // len(shares)] for row in range(number)]
-    return items if device is None else [item.to(device) for item in items]
-
-
-def batches(items: list, size: int) -> Iterator[list]:
-    """Items in lists of `size`."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+    return [{"image_id": group[0].get("image_id"), "records": group} for group in groups]

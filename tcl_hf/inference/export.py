@@ -1,7 +1,7 @@
-"""TCL in three parts for other runtimes: images to features, texts to features, pairs to matching logits.
+"""Export of TCL in three parts: images to features, texts to features, and pairs to matching logits.
 
-Each part is a module with tensors in and tensors out. `export_programs` makes programs of `torch.export` of them and
-`export_onnx` ONNX files. The numbers of images, texts and tokens stay free; the size of an image is the model's.
+Each part is a module that takes and returns tensors. `export_programs` exports them with `torch.export`, `export_onnx`
+writes ONNX files. The numbers of images, texts and tokens are dynamic; the size of an image is the model's.
 
 Shapes: B images, N texts, P patches, L tokens, D feature dimensions.
 """
@@ -18,7 +18,7 @@ from ..models.modeling_tcl import TCLForImageTextRetrieval, features_of
 
 
 class ImageFeatures(nn.Module):
-    """The image encoder: features to search by, and states to match."""
+    """The image encoder: features for search, and states for matching."""
 
     outputs = ("image_embeds", "image_states")
 
@@ -33,7 +33,7 @@ class ImageFeatures(nn.Module):
 
 
 class TextFeatures(nn.Module):
-    """The text encoder: features to search by, and states to match."""
+    """The text encoder: features for search, and states for matching."""
 
     outputs = ("text_embeds", "text_states")
 
@@ -59,12 +59,12 @@ class MatchingLogits(nn.Module):
     def forward(
         self, text_states: Tensor, attention_mask: Tensor, image_states: Tensor, image_index: Tensor
     ) -> tuple[Tensor]:
-        """Matching logits (N, 2) of texts, each with one image; index 1 is "matches".
+        """Matching logits (N, 2) of texts with one image each; index 1 is "matches".
 
         Args:
-            text_states, attention_mask: of the texts, (N, L, width) and (N, L).
-            image_states: of the images (B, 1 + P, width).
-            image_index: the image of each text (N,); an image's candidates share its states.
+            text_states, attention_mask: states (N, L, width) and mask (N, L) of the texts.
+            image_states: states (B, 1 + P, width) of the images.
+            image_index: the image of each text (N,); several texts may share one.
         """
         images = self.text_model.project_images(image_states)
         fused = self.text_model.fuse(text_states, attention_mask, images, image_index)
@@ -73,7 +73,7 @@ class MatchingLogits(nn.Module):
 
 @dataclass
 class _Part:
-    """What an exporter needs to know of a part: the module, an example of its inputs, and which sizes are free."""
+    """A part to export: the module, example inputs, and their dynamic sizes."""
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
@@ -108,7 +108,7 @@ def _parts(model: TCLForImageTextRetrieval) -> dict[str, _Part]:
 
 
 def export_programs(model: TCLForImageTextRetrieval) -> dict[str, ExportedProgram]:
-    """Programs of `image_features`, `text_features` and `matching_logits`, of a model in eval mode.
+    """Export `image_features`, `text_features` and `matching_logits` of a model in eval mode with `torch.export`.
 
     Raises:
         ValueError: if the model has no matching head or is in train mode.
@@ -122,7 +122,8 @@ def export_programs(model: TCLForImageTextRetrieval) -> dict[str, ExportedProgra
 def export_onnx(model: TCLForImageTextRetrieval, folder: str | Path) -> list[Path]:
     """Write `image_features.onnx`, `text_features.onnx` and `matching_logits.onnx` of a model in eval mode.
 
-    Inputs are named as those of the parts' `forward`, outputs as their `outputs`. It takes the package `onnxscript`.
+    Inputs have the names of the parts' `forward` arguments, outputs those of their `outputs`. The package `onnxscript`
+    must be installed.
 
     Raises:
         ValueError: if the model has no matching head or is in train mode.

@@ -3,9 +3,9 @@
 | task | record | result |
 |---|---|---|
 | image-text-matching | `image`, `text` (one or several) | `score` that they match and `similarity` of each text |
-| visual-question-answering | `image`, `question` | answers: the best of given `candidates`, or written ones |
+| visual-question-answering | `image`, `question` | the best of given `candidates`, or a generated answer |
 | visual-entailment, visual-reasoning | `image` or `images`, `text` | labels with scores |
-| visual-grounding | `image`, `text`; maybe `phrase`, `boxes` | `box`, `score`, `point`, `heat_map` |
+| visual-grounding | `image`, `text`; optionally `phrase`, `boxes` | `box`, `score`, `point`, `heat_map` |
 
 Shapes: B images, N texts of each, L tokens, C candidates.
 """
@@ -27,16 +27,13 @@ from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval, TCLForPreTr
 from ..models.modeling_tcl_tasks import TCLForQuestionAnswering, TCLForVisualEntailment, TCLForVisualReasoning
 from ..models.processing_tcl import MAX_QUESTION_TOKENS
 from .grounding import (
+    Span,
     box_from_heat_map,
     box_scores,
-    check_heat,
     draw_heat_map,
     heat_point,
-    matching_heat_map,
-    phrase_map,
+    phrase_heat_maps,
     phrase_span,
-    phrase_tokens,
-    similarity_heat_map,
     sliding_boxes,
 )
 
@@ -44,10 +41,7 @@ Record = Mapping[str, Any]
 
 
 class _ImageTextPipeline(Pipeline):
-    """What the pipelines share: records of an image and a text, and a processor for both.
-
-    The model is put in eval mode.
-    """
+    """The base of our pipelines: it takes records of an image and a text, and puts the model in eval mode."""
 
     _load_processor = True
     _load_tokenizer = _load_image_processor = _load_video_processor = _load_feature_extractor = False
@@ -64,15 +58,15 @@ class _ImageTextPipeline(Pipeline):
         """Run on one record or several, or on images with their texts.
 
         Args:
-            inputs: a record, a dictionary; a list, generator or dataset of them, of which the latter two give an
-                iterator. Or an image or a list of them (PIL, path, URL or base64), with `text`; also called `image`
-                or `images`.
-            text: the text of an image. Lists of images and texts are pairs; one of either goes with all of the other.
-            kwargs: parameters of the task, and of all transformers pipelines (`batch_size`, `num_workers`), and
-                `timeout`, seconds to wait for an image from a URL.
+            inputs: a record (a dictionary), or a list, generator or dataset of records; for the last two the result is
+                an iterator. With `text`, an image or a list of images (PIL, path, URL or base64), also as the keyword
+                `image` or `images`.
+            text: the text of the image. Two lists are paired; a single image or text goes with all of a list.
+            kwargs: parameters of the task, those of all transformers pipelines (`batch_size`, `num_workers`), and
+                `timeout`, the seconds to wait for an image from a URL.
 
         Raises:
-            ValueError: if something is missing or does not fit.
+            ValueError: if a record or parameter is missing or wrong.
         """
         for name in ("image", "images"):
             inputs = kwargs.pop(name, inputs)
@@ -80,7 +74,7 @@ class _ImageTextPipeline(Pipeline):
         if text is not None:
             inputs = self._records(inputs, text)
         elif isinstance(inputs, Iterable) and not isinstance(inputs, str | Mapping | list | Dataset):
-            # transformers knows generators and PyTorch's datasets, but not those of `datasets`.
+            # transformers accepts generators and PyTorch's datasets, but not those of the library `datasets`.
             inputs = Subset(inputs, range(len(inputs))) if isinstance(inputs, Sized) else (one for one in inputs)
         return super().__call__(inputs, **kwargs)
 
@@ -89,12 +83,12 @@ class _ImageTextPipeline(Pipeline):
         lists = [given for given in (images, text) if isinstance(given, list)]
         if len({len(given) for given in lists}) > 1:
             raise ValueError(
-                f"{len(images)} images and {len(text)} texts are no pairs: pass as many, or one of either."
+                f"{len(images)} images and {len(text)} texts cannot be paired: pass lists of one length, or a single "
+                f"image or {self.text_name}."
             )
         if not lists:
             return {"image": images, self.text_name: text}
-        number = len(lists[0])
-        images, texts = (given if isinstance(given, list) else [given] * number for given in (images, text))
+        images, texts = (given if isinstance(given, list) else [given] * len(lists[0]) for given in (images, text))
         return [{"image": image, self.text_name: text} for image, text in zip(images, texts, strict=True)]
 
     def _text(self, record: Record) -> str:
@@ -110,11 +104,11 @@ class _ImageTextPipeline(Pipeline):
 
 
 class ImageTextMatchingPipeline(_ImageTextPipeline):
-    """Tells how well texts match an image: {"image": ..., "text": one or several}.
+    """Score how well texts match an image: {"image": ..., "text": one or several}.
 
-    Each text gets a dictionary of `text`, `score`, the probability that it matches, and `similarity`, the cosine of
-    their features; several texts get a list, in their order. With images and texts as two arguments, each image meets
-    all texts. An image is encoded, and projected to keys and values, once for all its texts.
+    The result for a text is a dictionary of `text`, `score` (the probability that it matches) and `similarity` (the
+    cosine of the features); for several texts it is a list in their order. If images and texts are two arguments, each
+    image is scored with all texts. An image is encoded, and projected to keys and values, once for all its texts.
     """
 
     model_classes = (TCLForImageTextRetrieval, TCLForPreTraining)
@@ -128,9 +122,10 @@ class ImageTextMatchingPipeline(_ImageTextPipeline):
         return _given(timeout=timeout), {}, {}
 
     def preprocess(self, record: Record, timeout: float | None = None) -> dict:
-        """Pixels of the image, and tokens of its texts (1, N, L), padded to the greatest length.
+        """Pixels of the image, and tokens of its texts (1, N, L).
 
-        So transformers can stack them; of images with fewer texts than others it makes rows of padding.
+        They are padded to the maximal length, so that transformers can stack images; it fills up images that have
+        fewer texts than others with rows of padding.
         """
         image, text = self._image(record, timeout), record.get("text")
         texts = list(text) if isinstance(text, list | tuple) else [text]
@@ -170,11 +165,11 @@ class ImageTextMatchingPipeline(_ImageTextPipeline):
 
 
 class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
-    """Answers a question about an image: {"image": ..., "question": ...}.
+    """Answer a question about an image: {"image": ..., "question": ...}.
 
-    With `candidates` the best `top_k` (5) of them, each a dictionary of `answer` and `score`, the probability among
-    the `k` (128) candidates with the most probable first tokens. Else an answer written by the model, a list of one
-    dictionary of `answer`; other parameters then go to the model's `generate`.
+    With `candidates` the result is a list of the best `top_k` (5), each a dictionary of `answer` and `score`, its
+    probability among the `k` (128) candidates with the most probable first tokens. Without, it is a list of one
+    dictionary with the generated `answer`, and other parameters go to the model's `generate`.
     """
 
     model_classes = (TCLForQuestionAnswering,)
@@ -192,7 +187,7 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
         if candidates is not None:
             if isinstance(candidates, str) or not len(candidates):
                 raise ValueError(
-                    f"candidates={candidates!r} is no list of answers: pass at least one, or None to write."
+                    f"candidates={candidates!r} must be a list of at least one answer, or None to generate one."
                 )
             checked = [_checked_text(candidate, "candidate") for candidate in candidates]
             forward["candidates"] = self.processor.encode_answers(checked)
@@ -200,25 +195,24 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
 
     def preprocess(self, record: Record, timeout: float | None = None) -> dict:
         """Pixels of the image, and tokens of its question."""
-        image, question = self._image(record, timeout), self._text(record)
-        question = self.processor.clean_question(question)
-        tokens = self.processor.tokenizer(
-            question, truncation=True, max_length=MAX_QUESTION_TOKENS, return_tensors="pt"
-        )
+        image, question = self._image(record, timeout), self.processor.clean_question(self._text(record))
+        longest = min(MAX_QUESTION_TOKENS, self.model.config.text_config.max_position_embeddings)
+        tokens = self.processor.tokenizer(question, truncation=True, max_length=longest, return_tensors="pt")
         return {"pixel_values": self._pixels([image]), **tokens}
 
     def _forward(self, inputs: dict, candidates: tuple[Tensor, Tensor] | None = None, k: int = 128, **kwargs) -> dict:
         if candidates is None:
             answers = self.model.generate(**inputs, **kwargs)
-            return {"answer_ids": answers.unflatten(0, (len(inputs["input_ids"]), -1))}  # several if asked for
+            # (B, sequences, L), with several sequences if `num_return_sequences` is given
+            return {"answer_ids": answers.unflatten(0, (len(inputs["input_ids"]), -1))}
         if kwargs:
-            raise ValueError(f"{', '.join(kwargs)}: with candidates no answer is written; leave out either.")
+            raise ValueError(f"{', '.join(kwargs)}: candidates are ranked without generation; leave out one of both.")
         candidate_ids, candidate_mask = (tensor.to(self.device) for tensor in candidates)
         ranked = self.model.rank_answers(**inputs, candidate_ids=candidate_ids, candidate_mask=candidate_mask, k=k)
         return {"score": ranked.probabilities, "index": ranked.indices}
 
     def postprocess(self, outputs: dict, candidates: list[str] | None = None, top_k: int = 5) -> list[dict]:
-        """`answer` and, of candidates, `score`, best first."""
+        """`answer` and, for candidates, `score`, best first."""
         if candidates is None:
             texts = self.tokenizer.batch_decode(outputs["answer_ids"][0], skip_special_tokens=True)
             return [{"answer": text.strip()} for text in texts]
@@ -227,9 +221,9 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
 
 
 class VisualEntailmentPipeline(_ImageTextPipeline):
-    """Classifies a text about an image, or about as many as the model reads: {"image" or "images": ..., "text": ...}.
+    """Classify a text about an image, or about as many as the model reads: {"image" or "images": ..., "text": ...}.
 
-    Gives a dictionary of `label` and `score` for each class, best first; only the best `top_k` if asked for.
+    The result is a list of `label` and `score` of the classes, best first, cut to `top_k` if that is given.
     """
 
     model_classes: tuple[type[TCLPreTrainedModel], ...] = (TCLForVisualEntailment, TCLForVisualReasoning)
@@ -237,7 +231,7 @@ class VisualEntailmentPipeline(_ImageTextPipeline):
     def _records(self, images: Any, text: str | list[str]) -> Record | list[Record]:
         several = isinstance(images, list) and images and isinstance(images[0], list | tuple)
         if self.model.images_per_text > 1 and isinstance(images, list) and not several:
-            images = tuple(images)  # those of one text
+            images = tuple(images)  # the images of one text, not a list of records
         return super()._records(images, text)
 
     def _sanitize_parameters(self, top_k: int | None = None, timeout: float | None = None) -> tuple[dict, dict, dict]:
@@ -269,31 +263,31 @@ class VisualEntailmentPipeline(_ImageTextPipeline):
 
 
 class VisualReasoningPipeline(VisualEntailmentPipeline):
-    """Tells whether a text is true of two images: {"images": [..., ...], "text": ...}; `label` is "True" or "False"."""
+    """Classify a text about two images as "True" or "False": {"images": [..., ...], "text": ...}."""
 
     model_classes = (TCLForVisualReasoning,)
 
 
 class VisualGroundingPipeline(_ImageTextPipeline):
-    """Finds in an image what a text, or a phrase of it, speaks of: {"image": ..., "text": ...}.
+    """Locate a text, or a phrase of it, in an image: {"image": ..., "text": ...}.
 
     A record or the call may also have `phrase`, words of the text or the start and end of their span, and `boxes`,
-    candidates (x1, y1, x2, y2) in pixels. The result has `heat_map`, a tensor on the grid of patches; `point`, its
-    hottest pixel; and `box` with its `score`, the heat inside over the square root of the area. The box is the best of
-    the candidates; with none of them, that around the hottest pixel, or with `sliding=True` the best of boxes of all
-    sizes all over the image. With `draw=True`, `drawn` is the image with both.
+    candidates (x1, y1, x2, y2) in pixels; those of the record take precedence. The result has `heat_map`, a tensor on
+    the grid of patches; `point`, its hottest pixel; and `box` with its `score`, the heat inside over the square root of
+    the area. The box is the best of the candidates. Without candidates it is the box around the hottest pixel, or with
+    `sliding=True` the best of boxes of all sizes all over the image. With `draw=True`, `drawn` is the image with map
+    and box.
 
-    `heat` is the score whose map it is: "matching", with the phrase's tokens in its text, or "similarity", with the
-    phrase alone as the text, which a small model learns earlier. `layer` chooses the layer, of fusion or of vision,
-    and `threshold` the share of the greatest heat around the hottest pixel, as in `grounding`. Parameters are those of
-    the record where it has its own.
+    `heat` is the score that the map explains: "matching", with the phrase's tokens in its text, or "similarity", with
+    the phrase alone as the text, which a small model learns earlier. `layer` and `threshold` are those of
+    `grounding.phrase_heat_maps` and `grounding.box_from_heat_map`.
     """
 
     model_classes = (TCLForImageTextRetrieval, TCLForPreTraining)
 
     def _sanitize_parameters(
         self,
-        phrase: str | tuple[int, int] | None = None,
+        phrase: str | Span | None = None,
         boxes: list | None = None,
         layer: int | None = None,
         sliding: bool | None = None,
@@ -302,58 +296,40 @@ class VisualGroundingPipeline(_ImageTextPipeline):
         timeout: float | None = None,
         heat: str | None = None,
     ) -> tuple[dict, dict, dict]:
-        if heat is not None:
-            check_heat(heat)
-        record = _given(phrase=phrase, boxes=boxes, timeout=timeout, heat=heat)
+        record = _given(phrase=phrase, boxes=boxes, timeout=timeout)
         return record, _given(layer=layer, heat=heat), _given(sliding=sliding, threshold=threshold, draw=draw)
 
     def preprocess(
         self,
         record: Record,
-        phrase: str | tuple[int, int] | None = None,
+        phrase: str | Span | None = None,
         boxes: list | Tensor | None = None,
         timeout: float | None = None,
-        heat: str = "matching",
     ) -> dict:
-        """Pixels of the image, tokens of the text, and which of them belong to the phrase."""
+        """Pixels of the image, the text with the span of the phrase, and the candidate boxes."""
         image, text = self._image(record, timeout), self._text(record)
-        own = _given(phrase=record.get("phrase"), boxes=record.get("boxes"))
-        phrase, boxes = own.get("phrase", phrase), own.get("boxes", boxes)
+        in_record = _given(phrase=record.get("phrase"), boxes=record.get("boxes"))
+        phrase, boxes = in_record.get("phrase", phrase), in_record.get("boxes", boxes)
         if boxes is not None:
             boxes = [[float(corner) for corner in box] for box in boxes]
             if not boxes:
                 raise ValueError("boxes is empty: pass at least one candidate, or None to find a box without any.")
-            box_scores(torch.zeros(1, 1), boxes, image.size)  # says what is wrong with them, before the model runs
-        if phrase is not None:
-            start, end = phrase_span(text, phrase) if isinstance(phrase, str) else phrase
-        if phrase is not None and heat == "similarity":
-            text, phrase = text[start:end], None
-        tokens = self.processor(text=[text], return_tensors="pt")
-        chosen = tokens["attention_mask"].bool()
-        if phrase is not None:
-            chosen = phrase_tokens(self.processor, text, start, end)[None]
-        return {
-            "pixel_values": self._pixels([image]),
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
-            "phrase_tokens": chosen,
-            "image": image,
-            "boxes": boxes,
-        }
+            box_scores(torch.zeros(1, 1), boxes, image.size)  # raises an error for a wrong box before the model runs
+        span = phrase_span(text, phrase) if isinstance(phrase, str) else phrase
+        return {"pixel_values": self._pixels([image]), "text_and_span": (text, span), "image": image, "boxes": boxes}
 
-    def _forward(self, inputs: dict, layer: int | None = None, heat: str = "matching") -> dict:
-        pair = (inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"])
-        if heat == "similarity":
-            heat_map = similarity_heat_map(self.model, *pair, **_given(layer=layer))
-        else:
-            maps = matching_heat_map(self.model, *pair, layer)  # (B, L, height, width)
-            heat_map = phrase_map(maps, inputs["phrase_tokens"])
-        return {"heat_map": heat_map, "image": inputs["image"], "boxes": inputs["boxes"]}
+    def _forward(self, inputs: dict, **kwargs) -> dict:
+        pairs = inputs["text_and_span"]
+        texts, spans = zip(*(pairs if isinstance(pairs, list) else [pairs]), strict=True)  # a list only in batches
+        phrases = [[span] for span in spans]
+        maps = phrase_heat_maps(self.model, self.processor, inputs["pixel_values"], texts, phrases, **kwargs)
+        heat_maps = torch.stack([heat_map for (heat_map,) in maps])  # (B, height, width)
+        return {"heat_map": heat_maps, "image": inputs["image"], "boxes": inputs["boxes"]}
 
     def postprocess(
         self, outputs: dict, sliding: bool = False, threshold: float = 0.5, draw: bool = False
     ) -> dict[str, Any]:
-        """`box`, `score`, `point`, `heat_map`, and `drawn` if asked for."""
+        """`box`, `score`, `point`, `heat_map`, and with `draw` also `drawn`."""
         heat_map, image, boxes = outputs["heat_map"][0], outputs["image"], outputs["boxes"]
         if boxes is None and sliding:
             boxes = sliding_boxes(image.size).tolist()
@@ -371,27 +347,27 @@ class VisualGroundingPipeline(_ImageTextPipeline):
 
 
 def _given(**parameters: Any) -> dict[str, Any]:
-    """The parameters that are not None; the others keep the defaults of where they go."""
+    """The parameters that are not None; the others keep the defaults of the function they would be passed to."""
     return {name: value for name, value in parameters.items() if value is not None}
 
 
 def _checked_record(record: Any, text_name: str) -> Record:
     if not isinstance(record, Mapping):
         raise ValueError(
-            f"An input of type {type(record).__name__} is no record: pass {{'image': ..., '{text_name}': ...}}, or an "
-            f"image and its {text_name}."
+            f"An input of type {type(record).__name__} is not a record: pass {{'image': ..., '{text_name}': ...}}, or "
+            f"an image and its {text_name}."
         )
     return record
 
 
 def _checked_text(text: Any, name: str) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{name}={text!r:.60} is no text: pass a {name} with at least one word.")
+        raise ValueError(f"{name}={text!r:.60} is not a text: pass a {name} with at least one word.")
     return text
 
 
 def _open_image(image: Any, timeout: float | None) -> Image.Image:
-    """An image from where it is, upright and in RGB."""
+    """Load an image from any source, upright and in RGB."""
     if image is None:
         raise ValueError("The record has no image: pass a PIL image, a path, a URL or a base64 text as 'image'.")
     return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image, timeout=timeout)
@@ -406,17 +382,17 @@ def _wrong_model(task: str, name: str, expected: tuple[type, ...]) -> PipelineEx
 
 
 class _OpenedAsSaved:
-    """Opens a checkpoint as the class it was saved as, if a task can use that, and without a teacher.
+    """Open a checkpoint as the class it was saved as, if a task can use that, and without a teacher.
 
-    transformers would take the first class that opens it; but each TCL model opens each TCL checkpoint, with heads
-    that know nothing where it has none.
+    transformers would take the first class that opens it, but every TCL class opens every TCL checkpoint, and gives it
+    random heads where it has none.
     """
 
     model_classes: tuple[type[TCLPreTrainedModel], ...]
 
     @classmethod
     def from_pretrained(cls, name: str, _from_pipeline: str = "", **kwargs) -> TCLPreTrainedModel:
-        saved_as = AutoConfig.from_pretrained(name, **kwargs).architectures or ["of no known class"]
+        saved_as = AutoConfig.from_pretrained(name, **kwargs).architectures or ["of an unknown class"]
         for model_class in cls.model_classes:
             if model_class.__name__ in saved_as:
                 return model_class.from_pretrained(name, **{"use_momentum_teacher": False} | kwargs)
@@ -424,8 +400,8 @@ class _OpenedAsSaved:
 
 
 def register_pipelines() -> None:
-    """Make the tasks known to transformers' `pipeline`."""
-    # transformers 5 took this task from its own pipelines, and refuses its name before it looks for others'.
+    """Register the tasks with transformers' `pipeline`."""
+    # transformers 5 removed this task from its own, and refuses its name before it looks among registered ones.
     getattr(pipelines, "REMOVED_TASKS", {}).pop("visual-question-answering", None)
     for task, pipeline_class in {
         "image-text-matching": ImageTextMatchingPipeline,
@@ -436,5 +412,5 @@ def register_pipelines() -> None:
     }.items():
         opener = type("OpenedAsSaved", (_OpenedAsSaved,), {"model_classes": pipeline_class.model_classes})
         PIPELINE_REGISTRY.register_pipeline(task, pipeline_class, pt_model=opener, type="multimodal")
-        # Else a saved pipeline carries this file along as remote code, which this package makes needless.
+        # With it a saved pipeline would contain this file as remote code, which users of this package do not need.
         del pipeline_class._registered_impl

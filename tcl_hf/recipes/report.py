@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..data.images import open_image
-from ..evaluation.retrieval import chance_recall, encode_pairs, matching_scores
+from ..evaluation.retrieval import chance_recall, encode_samples, matching_scores
 from ..models.modeling_tcl import TCLForImageTextRetrieval
 from ..models.processing_tcl import TCLProcessor
 from ..sharing.cards import METHOD, Card, name_of_model
@@ -148,7 +148,7 @@ def picture_sheet(
     """
     plt = _pyplot()
     model.eval()
-    pairs = encode_pairs(model, processor, records, captions_per_image=1)
+    pairs = encode_samples(model, processor, records, captions_per_image=1)
     similarity = pairs.similarity()  # (I, T)
     scores = matching_scores(model, pairs, k)
     num_texts, num_images = min(num_texts, len(records)), min(num_images, len(records))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tcl_hf import TCLForPreTraining, TCLForQuestionAnswering
 from tcl_hf.data.collators import masked_positions
-from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedPairs, matching_scores
+from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedSamples, matching_scores
 from tcl_hf.models.losses import lmi_loss, sample_hard_negatives
 from tcl_hf.sharing.convert import from_original
 
@@ -272,14 +272,14 @@ def test_features_are_the_same(seed):
     assert plain_features(plain, None, batch["input_ids"], batch["attention_mask"])[0] is None
 
 
-def encoded(ours: TCLForPreTraining, num_images: int, num_texts: int, seed: int) -> EncodedPairs:
+def encoded(ours: TCLForPreTraining, num_images: int, num_texts: int, seed: int) -> EncodedSamples:
     """Images and texts as the encoders of a model give them."""
     texts = training_batch(num_texts, config=ours.config, seed=seed)
     ids, mask = texts["input_ids"], texts["attention_mask"]
     with torch.no_grad():
         image_states = ours.tcl.encode_image(texts["pixel_values"][:num_images])
         text_states = ours.tcl.encode_text(ids, mask)
-        return EncodedPairs(
+        return EncodedSamples(
             image_rows=list(range(num_images)),
             image_states=image_states,
             text_states=text_states,

@@ -1,8 +1,8 @@
-"""Metrics against counts by hand; re-ranking against the plain loop over pairs."""
+"""Metrics equal counts by hand; re-ranking equals a plain loop over pairs."""
 
 import pytest
 import torch
-from helpers import small_patches, tiny_processor, tiny_records
+from helpers import small_patches, tiny, tiny_processor, tiny_records
 
 from tcl_hf import TCLForImageTextRetrieval
 from tcl_hf.evaluation.baselines import ridge_baseline
@@ -12,7 +12,7 @@ from tcl_hf.evaluation.retrieval import (
     NOT_SCORED,
     candidates,
     chance_recall,
-    encode_pairs,
+    encode_samples,
     evaluate_retrieval,
     matching_scores,
     sizes_by_length,
@@ -21,17 +21,26 @@ from tcl_hf.evaluation.retrieval import (
 # Two texts for each of four images, scores made by hand.
 SCORES = torch.tensor(
     [
-        [0.9, 0.1, 0.8, 0.2, 0.0, 0.0, 0.0, 0.0],  # own 0, 1: the best is first
-        [0.7, 0.6, 0.3, 0.5, 0.0, 0.0, 0.0, 0.0],  # own 2, 3: the best is third
-        [0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4],  # own 4, 5: all are equal, six others count before
-        [0.0, 0.0, 0.0, 0.0, 0.9, 0.1, 0.2, 0.8],  # own 6, 7: the best is second
+        [0.9, 0.1, 0.8, 0.2, 0.0, 0.0, 0.0, 0.0],  # its texts are 0, 1: the better one is first
+        [0.7, 0.6, 0.3, 0.5, 0.0, 0.0, 0.0, 0.0],  # its texts are 2, 3: the better one is third
+        [
+            0.4,
+            0.4,
+            0.4,
+            0.4,
+            0.4,
+            0.4,
+            0.4,
+            0.4,
+        ],  # its texts are 4, 5: all are equal, the six others count as before them
+        [0.0, 0.0, 0.0, 0.0, 0.9, 0.1, 0.2, 0.8],  # its texts are 6, 7: the better one is second
     ]
 )
-OWNERS = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+IMAGE_OF_TEXT = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
 
 
 def test_ranks_of_a_matrix_counted_by_hand():
-    image_ranks, text_ranks = retrieval_ranks(SCORES, SCORES, OWNERS)
+    image_ranks, text_ranks = retrieval_ranks(SCORES, SCORES, IMAGE_OF_TEXT)
     assert image_ranks.tolist() == [0, 2, 6, 1]
     # By column: 0.9 first; 0.1 behind 0.6 and 0.4; 0.3 behind 0.8 and 0.4; 0.5 first; 0.4 behind 0.9; 0.4 first;
     # 0.2 behind 0.4; 0.8 first.
@@ -39,7 +48,7 @@ def test_ranks_of_a_matrix_counted_by_hand():
 
 
 def test_recall_of_a_matrix_counted_by_hand():
-    metrics = retrieval_metrics(SCORES, SCORES, OWNERS)
+    metrics = retrieval_metrics(SCORES, SCORES, IMAGE_OF_TEXT)
     assert metrics["i2t_recall@1"] == 25
     assert metrics["i2t_recall@5"] == 75
     assert metrics["i2t_recall@10"] == 100
@@ -48,12 +57,12 @@ def test_recall_of_a_matrix_counted_by_hand():
     assert metrics["recall@1"] == 37.5
 
 
-def test_a_model_that_cannot_tell_anything_apart_recalls_nothing():
+def test_a_model_with_equal_scores_for_all_pairs_recalls_nothing():
     equal = torch.zeros(20, 20)
     assert retrieval_metrics(equal, equal, torch.arange(20))["recall@10"] == 0
 
 
-def test_the_two_directions_use_their_own_scores():
+def test_each_direction_uses_its_own_scores():
     good, bad = torch.eye(3), -torch.eye(3)
     metrics = retrieval_metrics(good, bad, torch.arange(3))
     assert (metrics["i2t_recall@1"], metrics["t2i_recall@1"]) == (100, 0)
@@ -75,24 +84,24 @@ def test_candidates_are_the_union_of_both_directions():
 def encoded():
     torch.manual_seed(0)
     model = TCLForImageTextRetrieval(small_patches()).eval()
-    return model, encode_pairs(model, tiny_processor(), tiny_records(7), batch_size=3)
+    return model, encode_samples(model, tiny_processor(), tiny_records(7), batch_size=3)
 
 
 def test_encoding_in_batches_equals_the_forward(encoded):
-    model, pairs = encoded
-    assert pairs.image_embeds.shape == (7, 16) and pairs.text_embeds.shape == (14, 16)
-    assert pairs.image_of_text.tolist() == [n for n in range(7) for _ in range(2)]
-    tokens = tiny_processor()(text=pairs.texts, return_tensors="pt")
+    model, samples = encoded
+    assert samples.image_embeds.shape == (7, 16) and samples.text_embeds.shape == (14, 16)
+    assert samples.image_of_text.tolist() == [n for n in range(7) for _ in range(2)]
+    tokens = tiny_processor()(text=samples.texts, return_tensors="pt")
     with torch.no_grad():
         expected = model.tcl.get_text_features(**tokens).pooler_output
-    torch.testing.assert_close(pairs.text_embeds, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(samples.text_embeds, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
 def test_matching_scores_equal_the_plain_loop_over_pairs(encoded, k):
-    model, pairs = encoded
-    scores = matching_scores(model, pairs, k, batch_size=2)
-    similarity = pairs.image_embeds @ pairs.text_embeds.T
+    model, samples = encoded
+    scores = matching_scores(model, samples, k, batch_size=2)
+    similarity = samples.image_embeds @ samples.text_embeds.T
     wanted = torch.zeros_like(similarity, dtype=torch.bool)
     for i in range(7):
         wanted[i, similarity[i].argsort(descending=True)[:k]] = True
@@ -105,7 +114,7 @@ def test_matching_scores_equal_the_plain_loop_over_pairs(encoded, k):
                 continue
             with torch.no_grad():
                 plain = model.match(
-                    pairs.text_states[t : t + 1], pairs.attention_mask[t : t + 1], pairs.image_states[i : i + 1]
+                    samples.text_states[t : t + 1], samples.attention_mask[t : t + 1], samples.image_states[i : i + 1]
                 )
             assert scores[i, t].item() == pytest.approx(plain[0, 1].item(), abs=1e-5)
 
@@ -119,33 +128,33 @@ def test_texts_of_about_the_same_length_are_matched_together(size):
     for group, following in zip(groups, [*groups[1:], None], strict=True):
         padding = len(group) * group[-1] - sum(group)
         assert padding <= MAX_PADDING * len(group) * group[-1]
-        if following and len(group) < size:  # one more would be too much
+        if following and len(group) < size:  # one more text would add too much padding
             longer = [*group, following[0]]
             assert len(longer) * longer[-1] - sum(longer) > MAX_PADDING * len(longer) * longer[-1]
 
 
-def test_no_texts_make_no_group_and_equal_ones_make_full_ones():
+def test_no_texts_make_no_group_and_equal_lengths_make_full_groups():
     assert sizes_by_length([], 4) == []
     assert sizes_by_length([7] * 10, 4) == [4, 4, 2]
 
 
 def test_reranking_everything_depends_on_matching_alone(encoded):
     model, _ = encoded
-    pairs = encode_pairs(model, tiny_processor(), tiny_records(7))
+    samples = encode_samples(model, tiny_processor(), tiny_records(7))
     metrics = evaluate_retrieval(model, tiny_processor(), tiny_records(7), k=50)
-    scores = matching_scores(model, pairs, 50)
-    expected = retrieval_metrics(scores, scores, pairs.image_of_text)
+    scores = matching_scores(model, samples, 50)
+    expected = retrieval_metrics(scores, scores, samples.image_of_text)
     reranked = {k.removeprefix("reranked_"): v for k, v in metrics.items() if "reranked" in k}
     assert reranked == {name: value for name, value in expected.items() if "recall" in name}
 
 
 def test_an_evaluation_under_autocast_compares_in_float32(encoded):
-    """Matching scores are stored beside similarities, and half precision would tie many of these."""
-    model, pairs = encoded
-    expected = pairs.similarity()
+    """Half precision would make many similarities equal, and matching scores have their dtype."""
+    model, samples = encoded
+    expected = samples.similarity()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(pairs.similarity(), expected)
-        scores = matching_scores(model, pairs, 3)
+        assert torch.equal(samples.similarity(), expected)
+        scores = matching_scores(model, samples, 3)
         metrics = evaluate_retrieval(model, tiny_processor(), tiny_records(7), k=3)
     assert scores.dtype == torch.float32
     assert 0 <= metrics["reranked_recall@1"] <= 100
@@ -171,3 +180,12 @@ def test_ridge_baseline_finds_pictures_that_repeat():
     records = tiny_records(12)
     metrics = ridge_baseline(records, records, strength=0.1)
     assert metrics["recall@1"] > 80
+
+
+def test_states_in_half_precision_change_little_and_stay_on_the_cpu():
+    model, processor = tiny(TCLForImageTextRetrieval)
+    whole = evaluate_retrieval(model, processor, tiny_records(7), k=3)
+    half = evaluate_retrieval(model, processor, tiny_records(7), k=3, states_dtype=torch.float16)
+    similar = [name for name in whole if not name.startswith("reranked")]
+    assert {name: half[name] for name in similar} == {name: whole[name] for name in similar}
+    assert abs(half["reranked_recall_mean"] - whole["reranked_recall_mean"]) <= 10

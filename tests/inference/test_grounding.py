@@ -1,4 +1,4 @@
-"""Heat maps equal the original's; phrases find their tokens; boxes score as in a slow loop."""
+"""Heat maps equal the original's, phrases their tokens, and scores of boxes a slow loop."""
 
 import random
 
@@ -23,13 +23,13 @@ from tcl_hf.inference.grounding import (
     draw_heat_map,
     heat_point,
     matching_heat_map,
+    phrase_heat_maps,
     phrase_map,
     phrase_span,
     phrase_tokens,
     rank_boxes,
     similarity_heat_map,
     sliding_boxes,
-    whole_text,
 )
 from tcl_hf.models.tokenization_tcl import clean_caption, clean_caption_with_origins
 
@@ -38,7 +38,7 @@ MAPS = {"matching": matching_heat_map, "similarity": similarity_heat_map}
 
 @pytest.fixture
 def original(golden):
-    """The original's weights in a model, its inputs in our order, and its maps."""
+    """A model with the original's weights, the original's inputs in our order, and its maps."""
     file = golden("gradcam")
     model = file.load(TCLForPreTraining(tiny_config())).eval()
     inputs = file["in"]
@@ -58,7 +58,7 @@ def inputs():
 
 
 def assert_maps_equal(computed, expected):
-    """To 1e-4 of the maximum of each map."""
+    """Equal up to 1e-4 of the maximum of each map."""
     assert computed.shape == expected.shape
     error = (computed - expected).abs().amax((-2, -1))
     assert (error <= 1e-4 * expected.amax((-2, -1))).all(), f"{error.max():g} off"
@@ -74,7 +74,7 @@ def test_matching_maps_equal_the_original(original, layer, attention):
     model.set_attn_implementation(attention)
     maps = matching_heat_map(model, *pairs, layer=layer)
     assert_maps_equal(maps, expected[f"gradcam_itm_layer{layer}_per_token"])
-    assert_maps_equal(whole_text(maps), expected[f"gradcam_itm_layer{layer}"])
+    assert_maps_equal(maps.mean(1), expected[f"gradcam_itm_layer{layer}"])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -97,7 +97,7 @@ def test_the_layer_of_matching_is_the_lower_middle_of_the_fusion_layers(inputs, 
     assert torch.equal(matching_heat_map(model, *inputs), matching_heat_map(model, *inputs, layer=chosen))
 
 
-def test_of_the_last_layer_only_the_class_token_has_a_map(model, inputs):
+def test_in_the_last_layer_only_the_class_token_has_a_map(model, inputs):
     maps = matching_heat_map(model, *inputs, layer=3)
     assert maps[:, 0].any() and not maps[:, 1:].any()
     assert matching_heat_map(model, *inputs, layer=2)[:, 1].any()
@@ -135,7 +135,7 @@ def test_modes_gradients_and_hooks_are_left_as_they_were(inputs, kind):
 
 
 def test_the_graph_begins_at_the_chosen_layer(model, inputs):
-    """Layers before it keep nothing for a gradient, though their parameters could have one."""
+    """Earlier layers keep no activations, although their parameters require gradients."""
     seen = {}
     layers = model.tcl.text_model.layers
     for number, layer in enumerate(layers):
@@ -158,13 +158,13 @@ def test_a_pair_has_the_same_map_alone_as_in_a_batch(model, inputs, kind):
 
 
 @pytest.mark.parametrize("kind", MAPS)
-def test_no_mask_is_a_mask_of_ones(model, inputs, kind):
+def test_a_missing_mask_means_that_all_are_tokens(model, inputs, kind):
     ids, _, pixels = inputs
     assert torch.equal(MAPS[kind](model, ids, None, pixels), MAPS[kind](model, ids, torch.ones_like(ids), pixels))
 
 
 @pytest.mark.parametrize("kind", MAPS)
-def test_images_that_are_no_squares_have_maps_of_their_grid(model, inputs, kind):
+def test_images_that_are_not_square_have_maps_of_their_grid(model, inputs, kind):
     ids, mask, _ = inputs
     pixels = torch.randn(3, 3, 40, 16)
     maps = MAPS[kind](model, ids, mask, pixels, interpolate_pos_encoding=True)
@@ -187,13 +187,13 @@ def test_images_and_texts_must_be_pairs(model, inputs, kind):
 
 @pytest.mark.parametrize("layer", [0, 4, -1])
 def test_only_fusion_layers_have_matching_maps(model, inputs, layer):
-    with pytest.raises(ValueError, match=rf"layer={layer} is no fusion layer: choose one of \[1, 2, 3\]"):
+    with pytest.raises(ValueError, match=rf"layer={layer} is not a fusion layer: choose one of \[1, 2, 3\]"):
         matching_heat_map(model, *inputs, layer=layer)
 
 
-def test_a_model_without_fusion_layers_says_so(inputs):
+def test_a_model_without_fusion_layers_has_no_matching_maps(inputs):
     config = small_patches(text_config={"fusion_layer": 4}, itm_weight=0.0, mlm_weight=0.0)
-    with pytest.raises(ValueError, match="no fusion layer"):
+    with pytest.raises(ValueError, match="no fusion layers"):
         matching_heat_map(TCLForImageTextRetrieval(config), *inputs)
     assert similarity_heat_map(TCLModel(config), *inputs).shape == (3, 4, 4)
 
@@ -203,14 +203,14 @@ def test_a_model_without_fusion_layers_says_so(inputs):
 
 @pytest.fixture(scope="module")
 def processor():
-    """Every word of the tests, some only in pieces."""
+    """A processor whose vocabulary has every word of the tests, some of them only in pieces."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "t", "##shi", "##rt", "##s", "i", "cafe", "person"]
     tokenizer = TCLTokenizer({word: number for number, word in enumerate(words)})
     return TCLProcessor(TCLImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
 
 
 def words_of(processor, caption, phrase, **kwargs) -> list[str]:
-    """The tokens that a phrase finds, in the ids that the processor makes of the caption."""
+    """The tokens of a phrase, looked up in the ids that the processor makes of its caption."""
     tokens = phrase_tokens(processor, caption, *phrase_span(caption, phrase), **kwargs)
     ids = processor(text=caption, max_length=kwargs.get("max_length", 30))["input_ids"]
     assert tokens.dtype == torch.bool and len(tokens) == len(ids)
@@ -243,7 +243,7 @@ def test_a_phrase_finds_its_tokens(processor, caption, phrase, expected):
 
 
 def test_every_token_belongs_to_the_word_that_it_was_made_of(processor):
-    """Captions of random words and ornaments: the tokens of a word are those of the word alone, in place."""
+    """In captions of random words and punctuation, a word has the tokens that it has alone, at its place."""
     rng = random.Random(0)
     for _ in range(200):
         pieces, spans, position = [], [], 0
@@ -296,7 +296,7 @@ def test_a_span_outside_the_caption_is_refused(processor, span):
 
 def test_a_phrase_of_deleted_characters_is_refused(processor):
     for span in ((5, 7), (1, 2)):
-        with pytest.raises(ValueError, match="the tokenizer reads nothing"):
+        with pytest.raises(ValueError, match="The tokenizer reads nothing"):
             phrase_tokens(processor, "a dog!!", *span)
 
 
@@ -338,7 +338,47 @@ def test_a_phrase_has_the_mean_of_its_tokens_maps():
         phrase_map(maps, torch.zeros(4, dtype=torch.bool))
 
 
-# What the clean-up of captions keeps
+# From phrases to heat maps
+
+
+@pytest.mark.parametrize("heat", MAPS)
+@pytest.mark.parametrize("layer", [None, 1])
+def test_maps_of_phrases_equal_those_of_each_phrase_alone(model, processor, heat, layer):
+    """Matching reads the caption and marks tokens; similarity reads the phrase. Without a span the caption is read."""
+    captions = ["a red dog runs", "The big cat, near the (small) car!"]
+    spans = [[(2, 9)], [(4, 11), None, (22, 33)]]
+    pixels = torch.randn(2, 3, 32, 32)
+    found = phrase_heat_maps(model, processor, pixels, captions, spans, heat, layer)
+    asked = {} if layer is None else {"layer": layer}
+    assert [len(maps) for maps in found] == [1, 3]
+    for row, (caption, of_caption) in enumerate(zip(captions, spans, strict=True)):
+        for span, heat_map in zip(of_caption, found[row], strict=True):
+            text = caption if span is None or heat == "matching" else caption[slice(*span)]
+            inputs = processor(text=[text], return_tensors="pt")
+            expected = MAPS[heat](model, **inputs, pixel_values=pixels[row : row + 1], **asked)[0]
+            if heat == "matching":
+                marked = expected if span is None else expected[phrase_tokens(processor, caption, *span)]
+                expected = sum(marked) / len(marked)
+            assert_maps_equal(heat_map, expected)
+
+
+@pytest.mark.parametrize("heat", MAPS)
+def test_phrases_that_are_not_read_are_refused_or_skipped(model, processor, heat):
+    captions, pixels = ["a dog!!", "the " * 29 + "red dog"], torch.randn(2, 3, 32, 32)
+    for span, message in (((5, 7), "The tokenizer reads nothing of '!!'"), ((3, 9), "span 3 to 9 is empty or outside")):
+        with pytest.raises(ValueError, match=message):
+            phrase_heat_maps(model, processor, pixels[:1], captions[:1], [[span]], heat)
+    spans = [[(5, 7), (2, 5)], [(120, 123)]]
+    maps = phrase_heat_maps(model, processor, pixels, captions, spans, heat, skip_unread=True)
+    # The tokens of the second caption's phrase are cut off, unless the phrase is a text alone.
+    assert [[heat_map is not None for heat_map in of_caption] for of_caption in maps] == [
+        [False, True],
+        [heat == "similarity"],
+    ]
+    assert phrase_heat_maps(model, processor, pixels, captions, [[], []], heat) == [[], []]
+
+
+# The clean-up of captions
 
 
 def random_captions(number: int) -> list[str]:
@@ -374,7 +414,7 @@ def test_origins_come_with_the_cleaned_caption():
                     assert char in caption[origin].lower() or (char, caption[origin]) == ("ς", "Σ")
 
 
-def test_only_what_the_clean_up_deletes_is_without_a_place():
+def test_only_characters_that_the_clean_up_deletes_lack_a_place():
     for caption in random_captions(1000):
         _, origins = clean_caption_with_origins(caption, max_words=100)
         lost = {char for place, char in enumerate(caption) if place not in origins}
@@ -385,7 +425,7 @@ def test_only_what_the_clean_up_deletes_is_without_a_place():
 
 
 def slow_scores(heat_map, boxes, image_size):
-    """As the original scores detections, which are x, y, width, height."""
+    """Score boxes as the original does, which has them as x, y, width, height."""
     image = F.interpolate(heat_map[None, None], size=image_size[::-1], mode="bicubic")[0, 0].double()
     scores = []
     for x, y, width, height in boxes:
@@ -457,7 +497,7 @@ def test_sliding_boxes_cover_the_image_without_repeats(image_size):
 
 
 def test_sliding_boxes_hold_one_close_to_any_box():
-    """Boxes of the scales' range and common shapes, anywhere: an IoU of at least 0.5."""
+    """Random boxes of common sizes and shapes, at any place, have an IoU of at least 0.5 with one of them."""
     rng = np.random.default_rng(0)
     width, height = 500, 375
     boxes = sliding_boxes((width, height))
@@ -485,7 +525,7 @@ def test_the_point_lies_in_the_middle_of_the_hottest_pixel():
 
 
 def slow_region(hot, row, column):
-    """Pixels that connect to one, by visiting neighbours."""
+    """Find the pixels that connect to one by visiting its neighbours."""
     seen, waiting = set(), [(row, column)]
     while waiting:
         y, x = waiting.pop()
@@ -508,7 +548,7 @@ def test_the_box_of_a_map_surrounds_the_region_of_its_maximum(seed):
     assert box_from_heat_map(heat_map, (width, height), threshold) == expected
 
 
-def test_the_box_of_a_map_follows_winding_regions_but_no_corners():
+def test_the_box_of_a_map_follows_winding_regions_but_not_across_corners():
     winding = ["#####", "....#", "#####", "#....", "####.", "....#"]
     heat_map = torch.tensor([[char == "#" for char in row] for row in winding]).float()
     heat_map[0, 0] = 1.1

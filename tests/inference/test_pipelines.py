@@ -1,4 +1,4 @@
-"""The pipelines give what the models give step by step, one by one or in batches, and name what is wrong."""
+"""The pipelines equal the models called step by step, singly and in batches, and their errors name the fault."""
 
 import base64
 import io
@@ -32,9 +32,10 @@ from tcl_hf.inference.grounding import (
     similarity_heat_map,
     sliding_boxes,
 )
+from tcl_hf.models.processing_tcl import MAX_QUESTION_TOKENS
 from tcl_hf.models.tokenization_tcl import clean_caption
 
-# With the backend that transformers chooses where it opens a folder.
+# It has the image processor that transformers chooses when it opens a folder.
 PROCESSOR = TCLProcessor(TCLImageProcessor(size={"height": 32, "width": 32}), tiny_processor().tokenizer)
 TEXTS = ["a red dog runs", "The cat, near the (big) house!", "a photo of the small blue car on the tree"]
 
@@ -47,7 +48,7 @@ IMAGES = [picture(color) for color in range(3)]
 
 
 def saved(folder, model_class, seed: int = 0) -> str:
-    """A checkpoint of a tiny model with weights large enough to make a difference, and its processor."""
+    """Save a tiny model, with weights large enough for different outputs, and its processor."""
     torch.manual_seed(seed)
     tokenizer = PROCESSOR.tokenizer
     ids = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id, "pad_token_id": 0}
@@ -108,7 +109,7 @@ def tokens_of(text: str) -> dict[str, torch.Tensor]:
 
 
 def assert_same(found, expected, atol: float = 1e-5):
-    """Nested results are the same, numbers and tensors within `atol`."""
+    """Nested results are equal, numbers and tensors within `atol`."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key, value in expected.items():
@@ -129,7 +130,7 @@ def assert_same(found, expected, atol: float = 1e-5):
 
 
 @torch.no_grad()
-def test_matching_gives_what_the_model_gives_for_each_pair(matching, folders):
+def test_matching_equals_the_output_of_the_model_for_each_pair(matching, folders):
     model = TCLForImageTextRetrieval.from_pretrained(folders[TCLForImageTextRetrieval])
     results = matching(IMAGES[0], TEXTS)
     assert [result["text"] for result in results] == TEXTS
@@ -141,7 +142,7 @@ def test_matching_gives_what_the_model_gives_for_each_pair(matching, folders):
     assert len({round(result["score"], 3) for result in results}) == 3
 
 
-def test_a_text_alone_gets_one_result_and_a_list_a_list(matching):
+def test_one_text_gets_one_result_and_a_list_gets_a_list(matching):
     alone = matching({"image": IMAGES[0], "text": TEXTS[1]})
     assert alone.keys() == {"text", "score", "similarity"}
     assert_same(matching(IMAGES[0], [TEXTS[1]]), [alone])
@@ -172,11 +173,11 @@ def test_images_come_from_files_urls_of_data_and_pil_alike(matching, tmp_path):
         assert_same(matching(images=image, text=TEXTS[0]), expected, atol=0)
 
 
-# The ways in, and batches
+# Kinds of input, and batches
 
 
 class Records(Dataset):
-    """Records as PyTorch's data sets give them."""
+    """Records as a data set of PyTorch."""
 
     def __init__(self, records: list[dict]):
         self.records = records
@@ -189,7 +190,7 @@ class Records(Dataset):
 
 
 class Rows:
-    """Records as those of the library `datasets` come: neither a list nor PyTorch's."""
+    """Records as a data set of the library `datasets`, which is neither a list nor a data set of PyTorch."""
 
     def __init__(self, records: list[dict]):
         self.records = records
@@ -230,9 +231,7 @@ def test_worker_processes_give_the_same(matching):
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
-def test_batches_give_what_single_records_give(
-    batch_size, matching, answering, entailment, reasoning, grounding, monkeypatch
-):
+def test_batches_equal_single_records(batch_size, matching, answering, entailment, reasoning, grounding, monkeypatch):
     boxes = [[0, 0, 10, 10], [5, 5, 30, 20.5]]
     questions = ["what is the dog?", "the big house near the small car?", "a cat"]
     cases = [
@@ -277,12 +276,12 @@ def test_images_and_texts_as_two_arguments_are_records(matching, entailment, rea
     two = reasoning({"images": IMAGES[:2], "text": TEXTS[0]})
     assert_same(reasoning(images=IMAGES[:2], text=TEXTS[0]), two)
     assert_same(reasoning([IMAGES[:2], IMAGES[1:]], TEXTS[0])[0], two)
-    with pytest.raises(ValueError, match="2 images and 3 texts are no pairs"):
+    with pytest.raises(ValueError, match="2 images and 3 texts cannot be paired"):
         entailment(IMAGES[:2], TEXTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_dtype_is_that_asked_for(dtype, folders, matching):
+def test_the_dtype_is_the_one_asked_for(dtype, folders, matching):
     pipe = pipeline("image-text-matching", model=folders[TCLForImageTextRetrieval], device="cpu", dtype=dtype)
     assert pipe.model.itm_head.weight.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 0.1
@@ -339,7 +338,7 @@ def test_candidates_may_be_given_once_for_all(folders, answering):
     assert_same(pipe(record), answering(record, candidates=["dog", "cat"], top_k=1))
 
 
-def test_without_candidates_the_model_writes(answering, folders):
+def test_without_candidates_the_model_generates_an_answer(answering, folders):
     model = TCLForQuestionAnswering.from_pretrained(folders[TCLForQuestionAnswering])
     inputs = {**question_of("what is near the house"), "pixel_values": pixels_of(IMAGES[1])}
     written = PROCESSOR.tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True)
@@ -351,17 +350,18 @@ def test_without_candidates_the_model_writes(answering, folders):
     assert several == [expected, expected]
 
 
-def test_answers_are_read_as_they_stand_and_questions_up_to_50_words(answering, monkeypatch):
-    ids, mask = answering._tokens_of_answers(["dog's", "dog"])
+def test_answers_are_not_cleaned_and_questions_are_cut_at_50_tokens(answering, monkeypatch):
+    _, parameters, _ = answering._sanitize_parameters(candidates=["dog's", "dog"])
+    ids, mask = parameters["candidates"]
     tokens = [PROCESSOR.tokenizer.convert_ids_to_tokens(row) for row in ids]
     assert tokens[0][:2] == ["[CLS]", "dog"] and tokens[0][-1] == "[SEP]" and "[UNK]" in tokens[0]
     assert tokens[1][:3] == ["[CLS]", "dog", "[SEP]"] and set(tokens[1][3:]) == {"[PAD]"}
     assert mask.sum(1).tolist() == [len(tokens[0]), 3]
     long = {"image": IMAGES[0], "question": "dog " * 60}
-    assert answering.preprocess(long)["input_ids"].shape == (1, 40)  # no more than the model has positions
+    assert answering.preprocess(long)["input_ids"].shape == (1, 40)  # the model has 40 positions
     answering(long)
     monkeypatch.setattr(answering.model.config.text_config, "max_position_embeddings", 100)
-    assert answering.preprocess(long)["input_ids"].shape == (1, 51)
+    assert answering.preprocess(long)["input_ids"].shape == (1, MAX_QUESTION_TOKENS)
 
 
 def test_the_auto_class_of_questions_opens_the_checkpoint(folders):
@@ -403,7 +403,7 @@ def test_entailment_opens_the_class_that_was_saved(folders, reasoning):
 
 
 def heat_of(folders, text: str, tokens: torch.Tensor | None) -> torch.Tensor:
-    """The map of the chosen tokens, or else of all, token by token."""
+    """The mean of the maps of the marked tokens, or of all if None, summed token by token."""
     model = TCLForPreTraining.from_pretrained(folders[TCLForPreTraining])
     inputs = tokens_of(text)
     maps = matching_heat_map(model, inputs["input_ids"], inputs["attention_mask"], pixels_of(IMAGES[0]))[0]
@@ -437,7 +437,7 @@ def test_grounding_by_similarity_reads_the_phrase_alone(grounding, folders, laye
     expected = similarity_heat_map(model, inputs["input_ids"], inputs["attention_mask"], pixels_of(IMAGES[0]), **asked)
     result = grounding(IMAGES[0], "A Red dog, near the house", phrase="red dog", heat="similarity", **asked)
     torch.testing.assert_close(result["heat_map"], expected[0], rtol=1e-4, atol=1e-7)
-    with pytest.raises(ValueError, match="heat='cold' is no kind"):
+    with pytest.raises(ValueError, match="heat='cold' does not exist"):
         grounding(IMAGES[0], "red dog", heat="cold")
 
 
@@ -491,7 +491,7 @@ def test_a_checkpoint_without_the_heads_of_a_task_is_refused(task, needed, folde
         pipeline(task, model=TCLModel(small_patches()), processor=PROCESSOR)
 
 
-# What is wrong with an input
+# Wrong input
 
 
 @pytest.mark.parametrize(
@@ -500,26 +500,32 @@ def test_a_checkpoint_without_the_heads_of_a_task_is_refused(task, needed, folde
         ("matching", {"text": "a dog"}, {}, "has no image"),
         ("matching", {"image": None, "text": "a dog"}, {}, "has no image"),
         ("matching", {"image": "nowhere.png", "text": "a dog"}, {}, "Incorrect image source"),
-        ("matching", "nowhere.png", {}, "of type str is no record: pass {'image': ..., 'text': ...}"),
-        ("matching", {"image": IMAGES[0]}, {}, "text=None is no text"),
+        ("matching", "nowhere.png", {}, "of type str is not a record: pass {'image': ..., 'text': ...}"),
+        ("matching", {"image": IMAGES[0]}, {}, "text=None is not a text"),
         ("matching", {"image": IMAGES[0], "text": []}, {}, "list of texts is empty"),
-        ("matching", {"image": IMAGES[0], "text": ["a dog", " "]}, {}, "text=' ' is no text"),
-        ("answering", {"image": IMAGES[0], "question": " "}, {}, "question=' ' is no text"),
-        ("answering", {"image": IMAGES[0], "text": "what?"}, {}, "question=None is no text"),
+        ("matching", {"image": IMAGES[0], "text": ["a dog", " "]}, {}, "text=' ' is not a text"),
+        ("answering", {"image": IMAGES[0], "question": " "}, {}, "question=' ' is not a text"),
+        ("answering", {"image": IMAGES[0], "text": "what?"}, {}, "question=None is not a text"),
         ("answering", {"image": IMAGES[0], "question": "what?"}, {"candidates": []}, "candidates=.* at least one"),
-        ("answering", {"image": IMAGES[0], "question": "what?"}, {"candidates": "dog"}, "'dog' is no list"),
-        ("answering", {"image": IMAGES[0], "question": "what?"}, {"candidates": ["dog", ""]}, "candidate='' is no"),
+        ("answering", {"image": IMAGES[0], "question": "what?"}, {"candidates": "dog"}, "'dog' must be a list"),
+        ("answering", {"image": IMAGES[0], "question": "what?"}, {"candidates": ["dog", ""]}, "candidate='' is not"),
         (
             "answering",
             {"image": IMAGES[0], "question": "what?"},
             {"candidates": ["dog"], "num_beams": 2},
-            "num_beams: with candidates no answer is written",
+            "num_beams: candidates are ranked without generation",
         ),
         ("entailment", {"images": IMAGES[:2], "text": "a dog"}, {}, "reads 1 image with a text, but got 2"),
         ("entailment", {"text": "a dog"}, {}, "has no image"),
         ("reasoning", {"image": IMAGES[0], "text": "a dog"}, {}, "reads 2 images with a text, but got 1"),
         ("grounding", {"image": IMAGES[0], "text": "a dog", "phrase": "cat"}, {}, "'cat' does not occur in 'a dog'"),
         ("grounding", {"image": IMAGES[0], "text": "a dog", "phrase": (0, 9)}, {}, "span 0 to 9 is empty or outside"),
+        (
+            "grounding",
+            {"image": IMAGES[0], "text": "a dog", "phrase": (0, 9)},
+            {"heat": "similarity"},
+            "span 0 to 9 is empty or outside",
+        ),
         ("grounding", {"image": IMAGES[0], "text": "a dog", "boxes": []}, {}, "boxes is empty"),
         ("grounding", {"image": IMAGES[0], "text": "a dog"}, {"boxes": [[0, 0, 99, 9]]}, "leaves the image of 40 x 30"),
     ],
@@ -531,11 +537,11 @@ def test_bad_input_is_named(name, record, parameters, sentence, request):
             pipe(record if batch_size == 1 else [record], batch_size=batch_size, **parameters)
 
 
-# The pipelines that transformers brings
+# Pipelines of transformers
 
 
 @torch.no_grad()
-def test_zero_shot_classification_reads_its_prompt_as_captions_were_read(folders):
+def test_zero_shot_classification_cleans_its_prompt_like_a_caption(folders):
     pipe = pipeline("zero-shot-image-classification", model=folders[TCLForPreTraining], device="cpu")
     model = TCLModel.from_pretrained(folders[TCLForPreTraining])
     prompts = [clean_caption(f"This is a photo of {label}.") for label in ("dog", "cat")]
@@ -549,7 +555,7 @@ def test_zero_shot_classification_reads_its_prompt_as_captions_were_read(folders
 
 
 @torch.no_grad()
-def test_feature_extraction_gives_the_features_of_texts_alone(folders):
+def test_feature_extraction_returns_the_features_of_texts(folders):
     pipe = pipeline("feature-extraction", model=folders[TCLForPreTraining], device="cpu")
     model = TCLModel.from_pretrained(folders[TCLForPreTraining])
     expected = [model.get_text_features(**tokens_of(text)).pooler_output for text in TEXTS]
@@ -558,7 +564,7 @@ def test_feature_extraction_gives_the_features_of_texts_alone(folders):
 
 
 @torch.no_grad()
-def test_feature_extraction_gives_the_features_of_images_alone(folders):
+def test_feature_extraction_returns_the_features_of_images(folders):
     pipe = pipeline("image-feature-extraction", model=folders[TCLForPreTraining], device="cpu")
     model = TCLModel.from_pretrained(folders[TCLForPreTraining])
     expected = [model.get_image_features(pixels_of(image)).pooler_output for image in IMAGES]
@@ -566,7 +572,7 @@ def test_feature_extraction_gives_the_features_of_images_alone(folders):
     assert_same([torch.tensor(one) for one in pipe(IMAGES, batch_size=2)], expected)
 
 
-# The clean-up that every way into the model shares
+# The clean-up of texts, which all pipelines share
 
 RAW = [
     "This is a photo of a dog.",
@@ -578,7 +584,7 @@ RAW = [
 ]
 
 
-def test_the_tokenizer_reads_a_raw_text_as_the_clean_one(tmp_path):
+def test_the_tokenizer_reads_a_raw_text_like_the_cleaned_one(tmp_path):
     PROCESSOR.tokenizer.save_pretrained(tmp_path)
     small_patches().save_pretrained(tmp_path)
     for tokenizer in (PROCESSOR.tokenizer, AutoTokenizer.from_pretrained(tmp_path)):

@@ -68,18 +68,18 @@ class Step:
         work: operations and bytes by part, without the parts that compute no product.
         activations_by_part: bytes that each part keeps for the backward pass, half-precision copies of weights
             included. A tensor counts for the part that keeps it first.
-        activations_checkpointed: the most bytes kept under activation checkpointing, while the largest layer is
-            computed again.
+        largest_layer: the most bytes that one layer keeps. Under activation checkpointing a step keeps them besides,
+            while the layer is computed again.
     """
 
     num_masked: int
     work: dict[str, Work]
     activations_by_part: dict[str, int]
-    activations_checkpointed: int
+    largest_layer: int
 
     @property
     def activations(self) -> int:
-        """Bytes that all parts keep, without checkpointing."""
+        """Bytes that all parts keep."""
         return sum(self.activations_by_part.values())
 
     @property
@@ -89,7 +89,12 @@ class Step:
 
 
 def run_step(
-    config: TCLConfig, batch_size: int, num_tokens: int, mixed_precision: str = "no", num_masked: int | None = None
+    config: TCLConfig,
+    batch_size: int,
+    num_tokens: int,
+    mixed_precision: str = "no",
+    num_masked: int | None = None,
+    checkpointing: bool = False,
 ) -> Step:
     """Run a step of one process on fake tensors, and count.
 
@@ -99,7 +104,9 @@ def run_step(
         batch_size: pairs (B).
         num_tokens: tokens of each text, [CLS] included (L).
         mixed_precision: "no", "bf16" or "fp16".
-        num_masked: masked tokens of each text (M); as many as a batch is likely to have if None.
+        num_masked: masked tokens of each text (M); `typical_masked` if None.
+        checkpointing: keep only what activation checkpointing keeps. Then only the forward pass runs, so that no
+            operation is counted twice.
 
     Raises:
         ValueError: if there are fewer pairs or tokens than one, or more masked tokens than tokens.
@@ -117,25 +124,20 @@ def run_step(
         model.to_empty(device="cpu")
         model.tie_weights()
         model.update_teacher()
+        if checkpointing:
+            model.activation_checkpointing_enable()
         batch = _batch(config, batch_size, num_tokens, num_masked)
-
-        def forward() -> Tensor | None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision in HALF_PRECISION):
-                return model(**batch, alpha=config.alpha).loss
-
-        counter, checkpointed = StepCounter(model), StepCounter(model)
+        counter = StepCounter(model)
         with counter.counting():
-            loss = forward()
-            if loss is not None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision in HALF_PRECISION):
+                loss = model(**batch, alpha=config.alpha).loss
+            if loss is not None and not checkpointing:
                 loss.backward()
-        model.activation_checkpointing_enable()
-        with checkpointed.counting():
-            forward()
     return Step(
         num_masked,
         {part: work for part, work in counter.work.items() if work.flops},
         {part: size for part, size in counter.activations.items() if size},
-        sum(checkpointed.activations.values()) + counter.largest_layer,
+        counter.largest_layer,
     )
 
 

@@ -126,10 +126,11 @@ def describe(
     lines = ["| part | parameters |", "|---|---:|"]
     lines += [f"| {part} | {number:,} |" for part, number in count_parameters(model).items()]
     step = run_step(config, batch_size, num_tokens, mixed_precision)
+    checkpointed = run_step(config, batch_size, num_tokens, mixed_precision, checkpointing=True).activations
     columns = [
         memory_per_gpu(model, activations, plan.num_gpus, sharded)
         for sharded in (False, True)
-        for activations in (step.activations, step.activations_checkpointed)
+        for activations in (step.activations, checkpointed + step.largest_layer)
     ]
     lines += [
         "",

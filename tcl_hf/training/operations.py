@@ -152,12 +152,12 @@ def typical_masked(config: TCLConfig, num_tokens: int) -> int:
 
     The collator pads the masked positions of the other texts to it.
     """
-    words, share = num_tokens - 1, config.mlm_probability
+    words, share = max(0, num_tokens - 1), config.mlm_probability
     return min(words, math.ceil(words * share + 2.5 * math.sqrt(words * share * (1 - share))))
 
 
 def _batch(config: TCLConfig, batch_size: int, num_tokens: int, num_masked: int) -> dict[str, Tensor]:
-    """Make a batch of texts without padding, with the tensors that the collator makes."""
+    """Make the tensors that the collator makes, for texts without padding."""
     size = config.vision_config.image_size
     pixels = torch.empty(batch_size, config.vision_config.num_channels, size, size)
     ids = torch.zeros(batch_size, num_tokens, dtype=torch.long)
@@ -186,7 +186,10 @@ def updates(num_trained: int, num_taught: int) -> dict[str, Work]:
 
 
 def modules_by_part(model: TCLForPreTraining) -> dict[str, list[nn.Module]]:
-    """Return the modules of each part of a step. None of them calls another; all else belongs to the losses."""
+    """Return the modules of each part of a step.
+
+    None of them calls another, and what runs outside them belongs to the losses.
+    """
     modules = {}
     for name, owner in (("student", model), ("teacher", model.teacher)):
         text = owner.tcl.text_model
@@ -217,8 +220,9 @@ class _Product:
 
     Args:
         flops: operations, from its arguments.
-        operands: positions of the arguments that it reads; biases and sums of weights are small and do not count.
-        num_results: results that it writes, from the first on; the others are small as well.
+        operands: positions of the arguments that it reads. Biases and the sums of attention weights are small, and do
+            not count.
+        num_results: the number of its first results that count; gradients of biases and the like do not.
     """
 
     flops: Callable[..., int]
@@ -233,7 +237,7 @@ PRODUCTS = {
     aten.addmm: _Product(flop_registry[aten.addmm], slice(1, 3)),
     aten.baddbmm: _Product(flop_registry[aten.baddbmm], slice(1, 3)),
     aten.convolution: _Product(flop_registry[aten.convolution], slice(0, 2)),
-    # Reads the output's gradient and the pixels, which need no gradient themselves.
+    # The first two arguments are the output's gradient and the pixels, which need no gradient themselves.
     aten.convolution_backward: _Product(flop_registry[aten.convolution_backward], slice(0, 2), 2),
     # torch has no formula for the attention kernel of the CPU.
     aten._scaled_dot_product_flash_attention_for_cpu: _Product(_attention_flops, slice(0, 3)),
@@ -293,7 +297,8 @@ class StepCounter(TorchDispatchMode):
         size = sum(_bytes_of(tensor) for tensor in moved if tensor is not None)
         node = torch._C._current_autograd_node()
         if node is None:
-            # The product's own node, if it has one, was made just before; a product without one must not replace it.
+            # The node of this product, if it has one, is the newest. A product without a node, as in the teacher, must
+            # not claim the node of an earlier product.
             self._part_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, self._part)
             self.work[self._part] += Work(forward=flops, bytes=size)
         else:

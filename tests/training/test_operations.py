@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tcl_hf import TCLConfig, TCLForPreTraining
-from tcl_hf.training.operations import LOSSES, Step, StepCounter, Work, empty_model, run_step, typical_masked, updates
+from tcl_hf.training.operations import LOSSES, Step, StepCounter, Work, empty_model, run_step, updates
 
 PAIRS, TOKENS, MASKED = 4, 7, 4
-WIDTH, INNER, STATES = 24, 96, 17  # of the image encoder in `small_patches`, which has 16 patches
+WIDTH, INNER, STATES = 24, 96, 17  # `small_patches`: image encoder, with 16 patches
 TEXT_WIDTH, TEXT_INNER = 32, 48
 ALBEF = {"cma_weight": 1, "imc_weight": 0, "lmi_weight": 0}
 CMA = ALBEF | {"itm_weight": 0, "mlm_weight": 0}
@@ -26,32 +26,24 @@ def step() -> Step:
     return run_step(small_patches(), PAIRS, TOKENS)
 
 
-def real_step(checkpointing: bool = False, attention: str = "sdpa", patch_dropout: float = 0.0) -> tuple[int, int]:
-    """Return the bytes that a real step keeps for its backward pass, and its operations."""
+def kept_by_a_real_step(config: TCLConfig, checkpointing: bool = False) -> int:
+    """Return the bytes that a step on real tensors keeps for its backward pass."""
     torch.manual_seed(0)
-    model = TCLForPreTraining(small_patches(patch_dropout=patch_dropout)).train()
-    model.set_attn_implementation(attention)
+    model = TCLForPreTraining(config).train()
     if checkpointing:
         model.activation_checkpointing_enable()
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
     def note(tensor):
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    batch = training_batch(PAIRS, TOKENS)
-    batch["image_ids"] = torch.arange(PAIRS)
     # As many masked words as are typical: six masked words in a text of seven tokens are rarer than one in 500.
-    batch["mlm_positions"] = torch.arange(1, 1 + MASKED).repeat(PAIRS, 1)
-    with FlopCounterMode(display=False) as flops:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = model(**batch, alpha=0.4).loss
-        kept_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        if not checkpointing:
-            loss.backward()
-    return kept_bytes, flops.get_total_flops()
+    masked = torch.arange(1, 1 + MASKED).repeat(PAIRS, 1)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(**training_batch(PAIRS, TOKENS), image_ids=torch.arange(PAIRS), mlm_positions=masked, alpha=0.4)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
 
 
 def flops_of_torch(config: TCLConfig, pairs: int, tokens: int, masked: int) -> int:
@@ -115,43 +107,51 @@ def text_layer(rows: int, queries: int, num_states: int = 0) -> int:
     return own + cross + 2 * product(num_queries, width, TEXT_INNER)
 
 
-def test_parts_of_a_step_by_hand(step):
-    patches = product(PAIRS * 16, 3 * 8 * 8, WIDTH)
-    states = PAIRS * STATES
-    image_layer = 4 * product(states, WIDTH, WIDTH) + 2 * product(states, WIDTH, INNER)
-    image = patches + 2 * (image_layer + PAIRS * attention(STATES, STATES, WIDTH))
-    text = 2 * text_layer(2 * PAIRS, TOKENS)  # the texts as they are, and with masks
-    keys_and_values = 2 * 2 * product(states, WIDTH, TEXT_WIDTH)
+@pytest.mark.parametrize(("masked", "patch_dropout"), [(MASKED, 0), (0, 0), (TOKENS - 1, 0), (MASKED, 0.5)])
+def test_parts_of_a_step_by_hand(masked, patch_dropout):
+    patches, seen = product(PAIRS * 16, 3 * 8 * 8, WIDTH), 9 if patch_dropout else STATES  # seen by the student
 
-    def fusion(rows: int) -> int:
+    def image(states: int) -> int:
+        linear = 4 * product(PAIRS * states, WIDTH, WIDTH) + 2 * product(PAIRS * states, WIDTH, INNER)
+        return patches + 2 * (linear + PAIRS * attention(states, states, WIDTH))
+
+    def keys_and_values(states: int) -> int:
+        return 2 * 2 * product(PAIRS * states, WIDTH, TEXT_WIDTH)
+
+    def fusion(rows: int, states: int) -> int:
         """Two layers, of which the last one has the queries of [CLS] and the masked tokens alone."""
-        return text_layer(rows, TOKENS, STATES) + text_layer(rows, 1 + MASKED, STATES)
+        return text_layer(rows, TOKENS, states) + text_layer(rows, 1 + masked, states)
 
-    words = product(PAIRS * MASKED, TEXT_WIDTH, TEXT_WIDTH) + product(PAIRS * MASKED, TEXT_WIDTH, 80)
+    text = 2 * text_layer(2 * PAIRS, TOKENS)  # the texts as they are, and with masks
+    matches = product(3 * PAIRS, TEXT_WIDTH, 2)
+    words = product(PAIRS * masked, TEXT_WIDTH, TEXT_WIDTH) + product(PAIRS * masked, TEXT_WIDTH, 80)
     wholes = product(PAIRS, WIDTH, 16) + product(PAIRS, TEXT_WIDTH, 16)
-    locals_ = product(PAIRS * 16, WIDTH, 16) + product(PAIRS * (TOKENS - 1), TEXT_WIDTH, 16)
+    parts_of_wholes = product(PAIRS * 16, WIDTH, 16) + product(PAIRS * (TOKENS - 1), TEXT_WIDTH, 16)
     # CMA compares in two directions with the keys, as student and as teacher; IMC as student alone.
     to_keys = product(PAIRS, 16, PAIRS + 20)
     # LMI compares with all locals of the batch and computes their mean key at once; then each sample with its own.
     others = sum(2 * product(PAIRS, 16, PAIRS * number) for number in (16, TOKENS - 1))
     own = PAIRS * sum(product(1, 16, number) for number in (16, TOKENS - 1))
     in_batch = 3 * product(PAIRS, 16, PAIRS)  # the returned logits, and hard negatives in two directions
-    assert {part: (work.forward, work.backward) for part, work in step.work.items()} == {
-        "image encoder, student": (image, 2 * image - patches),  # pixels need no gradient
-        "image encoder, teacher": (image, 0),
+    expected = {
+        "image encoder, student": (image(seen), 2 * image(seen) - patches),  # pixels need no gradient
+        "image encoder, teacher": (image(STATES), 0),
         "text encoder, student": (text, 2 * text),
         "text encoder, teacher": (text, 0),
-        "keys and values of images, student": (keys_and_values, 2 * keys_and_values),
-        "keys and values of images, teacher": (keys_and_values, 0),
-        "fusion encoder, student": (fusion(4 * PAIRS), 2 * fusion(4 * PAIRS)),
-        "fusion encoder, teacher": (fusion(PAIRS), 0),
+        "keys and values of images, student": (keys_and_values(seen), 2 * keys_and_values(seen)),
+        "keys and values of images, teacher": (keys_and_values(STATES), 0),
+        "fusion encoder, student": (fusion(4 * PAIRS, seen), 2 * fusion(4 * PAIRS, seen)),
+        "fusion encoder, teacher": (fusion(PAIRS, STATES), 0),
         "language-model head, student": (words, 2 * words),
         "language-model head, teacher": (words, 0),
         "projections, student": (wholes, 2 * wholes),
-        "projections, teacher": (wholes + locals_, 0),
-        "matching head": (product(3 * PAIRS, TEXT_WIDTH, 2), 2 * product(3 * PAIRS, TEXT_WIDTH, 2)),
+        "projections, teacher": (wholes + parts_of_wholes, 0),
+        "matching head": (matches, 2 * matches),
         LOSSES: ((4 + 2) * to_keys + others + own + in_batch, (2 + 2) * to_keys + own),  # keys have no gradient
     }
+    work = run_step(small_patches(patch_dropout=patch_dropout), PAIRS, TOKENS, num_masked=masked).work
+    counted = {part: (work.forward, work.backward) for part, work in work.items()}
+    assert counted == {part: flops for part, flops in expected.items() if any(flops)}
 
 
 @pytest.mark.parametrize(
@@ -238,30 +238,20 @@ def test_updates_read_and_write_every_weight():
     assert work["AdamW"].intensity == 0
 
 
-def test_a_last_layer_with_fewer_queries_saves_all_but_keys_and_values_of_the_other_tokens():
-    every, used = (
-        run_step(small_patches(), PAIRS, TOKENS, num_masked=number).work["fusion encoder, student"].flops
-        for number in (TOKENS - 1, 3)
-    )
-    a_token = 4 * TEXT_WIDTH**2 + 2 * TEXT_WIDTH * TEXT_INNER  # queries and outputs of both attentions; feed-forward
-    a_token += 2 * (TOKENS + STATES) * TEXT_WIDTH
-    saved_tokens = 4 * PAIRS * (TOKENS - 1 - 3)
-    assert every - used == 3 * 2 * saved_tokens * a_token
-
-
-@pytest.mark.parametrize("batch", [(0, 7, 3), (4, 0, 0), (4, 7, 8), (4, 7, -1)])
+@pytest.mark.parametrize("batch", [(0, 7, 3), (4, 0, 0), (4, 0, None), (4, 7, 8), (4, 7, -1)])
 def test_sizes_that_do_not_make_a_batch_are_refused(batch):
     pairs, tokens, masked = batch
     with pytest.raises(ValueError, match="do not make a batch: choose"):
         run_step(small_patches(), pairs, tokens, num_masked=masked)
 
 
-def test_activations_and_operations_are_those_of_a_real_step(step):
-    activations, _ = real_step()
-    assert step.activations == pytest.approx(activations, rel=1e-3)
+@pytest.mark.parametrize("patch_dropout", [0, 0.5])
+def test_activations_and_operations_are_those_of_a_real_step(patch_dropout):
+    config = small_patches(patch_dropout=patch_dropout)
+    step = run_step(config, PAIRS, TOKENS)
+    assert step.activations == pytest.approx(kept_by_a_real_step(config), rel=1e-3)
     assert step.activations == sum(step.activations_by_part.values())
-    _, flops = real_step(attention="eager")  # torch's counter leaves out the fused attention of the CPU
-    assert step.flops == flops
+    assert step.flops == flops_of_torch(config, PAIRS, TOKENS, MASKED)
 
 
 def test_activations_of_the_encoders_by_hand():
@@ -278,35 +268,18 @@ def test_activations_of_the_encoders_by_hand():
     pixels = PAIRS * 3 * 32 * 32
     last_norm = WIDTH + 2
     assert kept["image encoder, student"] == 4 * (pixels + states * (2 * layer(WIDTH, INNER) + last_norm))
-    width, tokens = TEXT_WIDTH, 2 * PAIRS * TOKENS  # of the texts as they are, and with masks
+    width, tokens = TEXT_WIDTH, 2 * PAIRS * TOKENS  # texts as they are, and with masks
     embeddings = (width + 2) + width  # norm and dropout
     dropout = 2 * width  # in each layer
     padding = 2 * tokens * TOKENS  # each layer makes its own mask of what each token may see
-    ids = tokens + TOKENS + 1  # of words, positions and the type
+    ids = tokens + TOKENS + 1  # word ids, positions and the type
     floats = tokens * (embeddings + 2 * (layer(width, TEXT_INNER) + dropout)) + padding
     assert kept["text encoder, student"] == 4 * floats + 8 * ids
 
 
-def test_patches_that_are_dropped_are_not_counted(step):
-    activations, _ = real_step(patch_dropout=0.5)
-    _, flops = real_step(attention="eager", patch_dropout=0.5)
-    planned = run_step(small_patches(patch_dropout=0.5), PAIRS, TOKENS)
-    assert planned.activations == pytest.approx(activations, rel=1e-3)
-    assert planned.flops == flops
-    # By hand: 8 patches fewer in the student's image encoder and its attention, in the keys and values of the fusion
-    # layers, and in what attends to them. The backward pass has twice the operations of the forward pass.
-    layers, dropped = 2, 8
-    encoder = layers * dropped * (4 * product(1, WIDTH, WIDTH) + 2 * product(1, WIDTH, INNER))
-    encoder += layers * (attention(STATES, STATES, WIDTH) - attention(STATES - dropped, STATES - dropped, WIDTH))
-    keys_and_values = layers * 2 * product(dropped, WIDTH, TEXT_WIDTH)
-    queries = TOKENS + 1 + typical_masked(small_patches(), TOKENS)  # of both fusion layers
-    attending = 4 * attention(queries, dropped, TEXT_WIDTH)  # four texts to an image
-    assert step.flops - planned.flops == 3 * PAIRS * (encoder + keys_and_values + attending)
-
-
 def test_checkpointing_keeps_what_a_real_step_keeps_and_one_layer(step):
-    activations, _ = real_step(checkpointing=True)
-    whole, _ = real_step()
+    activations = kept_by_a_real_step(small_patches(), checkpointing=True)
+    whole = kept_by_a_real_step(small_patches())
     planned = run_step(small_patches(), PAIRS, TOKENS, checkpointing=True)
     assert planned.activations == pytest.approx(activations, rel=1e-3)
     assert planned.flops < step.flops / 2  # the forward pass alone

@@ -523,11 +523,11 @@ def limits(told: dict[str, list[dict[str, Any]]]) -> str:
     from pretrain_step import random_batch
 
     from tcl_hf import TCLConfig
-    from tcl_hf.training.operations import operations
+    from tcl_hf.training.operations import run_step
 
     config = TCLConfig()
     masked = random_batch(config, 4, LENGTH)["mlm_positions"].shape[1]
-    flops = sum(work.flops for work in operations(config, 4, LENGTH, masked).values())
+    flops = run_step(config, 4, LENGTH, num_masked=masked).flops
     products, copies = zip(*(answer["numbers"] for answer in told[MACHINE]), strict=True)
     around = [statistics.mean(pair) for pair in zip(products[::2], products[1::2], strict=True)]
     shares = [flops / a["seconds"] / product for a, product in zip(told[OURS], around, strict=True)]

@@ -1,28 +1,44 @@
-"""Operations and bytes of a pre-training step by part, in closed form from its config.
+"""Operations, bytes and activations of a pre-training step by part, counted while the step runs on fake tensors.
 
-A step is a list of matrix products, and a few passes over all weights. Products count `2 * rows * inner * columns`
-operations, as everywhere; an elementwise operation counts as none. Bytes are the least that must move: each product
-reads its two operands and writes its result once, and what lies between two products is done on the way. Attention
-scores never leave the chip, as in fused kernels; they are counted as computed once.
+Fake tensors have shapes but no content, so that a step of any size runs within seconds and needs no memory.
 
-Shapes: B pairs, L tokens of a text, M masked ones, P states of an image (class token and patches), K keys.
+A matrix product counts as `2 * rows * inner * columns` operations, as in `torch.utils.flop_counter`; elementwise work
+counts as none. Bytes are the least that must move: a product reads its operands once and writes its result once, and
+the elementwise work between two products happens on the way. Attention is one kernel that reads queries, keys and
+values and writes its output, so that its scores never leave the chip. Its backward pass counts as two forward passes,
+without the scores that a fused kernel computes again.
 """
 
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
-from ..models.configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..models.configuration_tcl import TCLConfig
+from ..models.modeling_tcl import TCLForPreTraining
 
 FLOAT = 4  # bytes of a float32
+# These concern the forward pass: weights, gradients and the moments of AdamW are float32 in any case.
+HALF_PRECISION = ("bf16", "fp16")
+LOSSES = "losses"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a part of a step takes at least.
+    """The least that a part of a step computes and moves.
 
     Args:
         forward, backward: floating-point operations of its matrix products.
-        bytes: read and written, forward and backward together.
+        bytes: bytes read and written, forward and backward together.
     """
 
     forward: int = 0
@@ -32,9 +48,6 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.forward + other.forward, self.backward + other.backward, self.bytes + other.bytes)
 
-    def __mul__(self, times: int) -> "Work":
-        return Work(self.forward * times, self.backward * times, self.bytes * times)
-
     @property
     def flops(self) -> int:
         """Operations of forward and backward."""
@@ -42,222 +55,283 @@ class Work:
 
     @property
     def intensity(self) -> float:
-        """Operations for each byte; 0 where nothing moves."""
+        """Operations per byte; 0 where nothing moves."""
         return self.flops / self.bytes if self.bytes else 0.0
 
 
-@dataclass(frozen=True)
-class FusedRows:
-    """Rows of the fusion encoder.
+@dataclass
+class Step:
+    """Counts of one training step of one process.
 
     Args:
-        rows: pairs of a text and an image.
-        images: rows of keys and values that they read; texts of the same image that are neighbours share them.
-        queries: tokens of each whose last states are used: so many run through the last layer, whose self-attention
-            has keys and values of all tokens nevertheless.
+        num_masked: masked tokens of each text.
+        work: operations and bytes by part, without the parts that compute no product.
+        activations_by_part: bytes that each part keeps for the backward pass, half-precision copies of weights
+            included. A tensor counts for the part that keeps it first.
+        largest_layer: the most bytes that one layer keeps. Under activation checkpointing a step keeps them besides,
+            while the layer is computed again.
     """
 
-    rows: int
-    images: int
-    queries: int
+    num_masked: int
+    work: dict[str, Work]
+    activations_by_part: dict[str, int]
+    largest_layer: int
+
+    @property
+    def activations(self) -> int:
+        """Bytes that all parts keep."""
+        return sum(self.activations_by_part.values())
+
+    @property
+    def flops(self) -> int:
+        """Operations of forward and backward, the teacher's forward included."""
+        return sum(work.flops for work in self.work.values())
 
 
-NOTHING = Work()
+def run_step(
+    config: TCLConfig,
+    batch_size: int,
+    num_tokens: int,
+    mixed_precision: str = "no",
+    num_masked: int | None = None,
+    checkpointing: bool = False,
+) -> Step:
+    """Run a step of one process on fake tensors, and count.
 
-
-def operations(
-    config: TCLConfig, num_pairs: int, num_tokens: int, num_masked: int, bytes_per_number: int = FLOAT
-) -> dict[str, Work]:
-    """What the matrix products of one process' step take, by part; parts that the weights leave out are not there.
-
-    The operations equal those that `torch.utils.flop_counter` counts with eager attention. Gradient checkpointing,
-    which computes the forward a second time, and padding are not considered.
+    Attention dropout is left out, because the fast kernels that are counted keep no attention weights for it.
 
     Args:
-        config: sizes, and the weights of the objectives.
-        num_pairs: images, and texts (B).
+        batch_size: pairs (B).
         num_tokens: tokens of each text, [CLS] included (L).
-        num_masked: masked tokens of each text, as `mlm_positions` has columns (M).
-        bytes_per_number: of weights and states, 2 under bf16 autocast; similarities are float32 in any precision.
+        mixed_precision: "no", "bf16" or "fp16".
+        num_masked: masked tokens of each text (M); `typical_masked` if None.
+        checkpointing: keep only what activation checkpointing keeps. Then only the forward pass runs, so that no
+            operation is counted twice.
 
     Raises:
-        ValueError: if there is no pair or token, or more masked tokens than there are.
+        ValueError: if there are fewer pairs or tokens than one, or more masked tokens than tokens.
     """
-    if num_pairs < 1 or num_tokens < 1 or not 0 <= num_masked <= num_tokens:
+    num_masked = typical_masked(config, num_tokens) if num_masked is None else num_masked
+    if batch_size < 1 or num_tokens < 1 or not 0 <= num_masked <= num_tokens:
         raise ValueError(
-            f"num_pairs={num_pairs}, num_tokens={num_tokens} and num_masked={num_masked} are no batch: choose 1 or "
-            "more pairs and tokens, and no more masked tokens than tokens."
+            f"batch_size={batch_size}, num_tokens={num_tokens} and num_masked={num_masked} do not make a batch: "
+            "choose at least one pair and one token, and at most as many masked tokens as tokens."
         )
-    vision, text = cast(TCLVisionConfig, config.vision_config), cast(TCLTextConfig, config.text_config)
-    contrasts = bool(config.cma_weight or config.imc_weight or config.lmi_weight)
-    matches, predicts = bool(config.itm_weight), bool(config.mlm_weight)
-    compares = contrasts or matches
-    distils = predicts and config.alpha > 0
-    student_texts = num_pairs * (compares + predicts)  # texts as they are, and with masks
-    teacher_texts = num_pairs * (compares + distils)
-    num_patches = (vision.image_size // vision.patch_size) ** 2
-    num_states = {"student": 1 + kept_patches(num_patches, config.patch_dropout), "teacher": 1 + num_patches}
+    config = copy.deepcopy(config)
+    config.text_config.attention_probs_dropout_prob = 0.0
+    model = empty_model(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        model.tie_weights()
+        model.update_teacher()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        batch = _batch(config, batch_size, num_tokens, num_masked)
+        counter = StepCounter(model)
+        with counter.counting():
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision in HALF_PRECISION):
+                loss = model(**batch, alpha=config.alpha).loss
+            if loss is not None and not checkpointing:
+                loss.backward()
+    return Step(
+        num_masked,
+        {part: work for part, work in counter.work.items() if work.flops},
+        {part: size for part, size in counter.activations.items() if size},
+        counter.largest_layer,
+    )
 
-    # What the fusion encoder sees: one true pair and two hard negatives for ITM, masked texts for MLM. Of all rows, as
-    # many tokens leave the last layer: [CLS] and the masked ones, or [CLS] as many times.
-    queries = 1 + num_masked * predicts
-    student_rows = FusedRows(num_pairs * (3 * matches + predicts), num_pairs * (1 + matches), queries)
-    teacher_rows = FusedRows(num_pairs * distils, num_pairs, queries)
 
-    parts = {
-        "image encoder, student": image_encoder(vision, num_pairs, num_states["student"]),
-        "image encoder, teacher": image_encoder(vision, num_pairs, num_states["teacher"], taught=True)
-        * (compares or distils),
-        "text encoder, student": text_encoder(text, student_texts, num_tokens),
-        "text encoder, teacher": text_encoder(text, teacher_texts, num_tokens, taught=True),
+def empty_model(config: TCLConfig) -> TCLForPreTraining:
+    """Build the model to pre-train on the meta device: its weights have shapes and no content."""
+    with torch.device("meta"):
+        return TCLForPreTraining(copy.deepcopy(config))
+
+
+def typical_masked(config: TCLConfig, num_tokens: int) -> int:
+    """Return the number of masked tokens that the fullest of some tens of texts has.
+
+    The collator pads the masked positions of the other texts to it.
+    """
+    words, share = max(0, num_tokens - 1), config.mlm_probability
+    return min(words, math.ceil(words * share + 2.5 * math.sqrt(words * share * (1 - share))))
+
+
+def _batch(config: TCLConfig, batch_size: int, num_tokens: int, num_masked: int) -> dict[str, Tensor]:
+    """Make the tensors that the collator makes, for texts without padding."""
+    size = config.vision_config.image_size
+    pixels = torch.empty(batch_size, config.vision_config.num_channels, size, size)
+    ids = torch.zeros(batch_size, num_tokens, dtype=torch.long)
+    return {
+        "pixel_values": pixels,
+        "pixel_values_augmented": torch.empty_like(pixels),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mlm_input_ids": torch.zeros_like(ids),
+        "mlm_labels": torch.zeros_like(ids),
+        "mlm_positions": torch.zeros(batch_size, num_masked, dtype=torch.long),
+        "image_ids": torch.zeros(batch_size, dtype=torch.long),
     }
-    for name, rows, gradients in (("student", student_rows, 2), ("teacher", teacher_rows, 0)):
-        keys_and_values = product(num_pairs * num_states[name], vision.hidden_size, text.hidden_size, gradients) * 2
-        parts[f"keys and values of images, {name}"] = keys_and_values * (text.num_fusion_layers * bool(rows.rows))
-        parts[f"fusion encoder, {name}"] = fusion_encoder(text, rows, num_tokens, num_states[name], gradients)
-    parts |= {
-        "matching head": product(3 * num_pairs, text.hidden_size, 2) * matches,
-        "language-model head, student": language_model_head(text, num_pairs * num_masked) * predicts,
-        "language-model head, teacher": language_model_head(text, num_pairs * num_masked, gradients=0) * distils,
-        "projections, student": projections(config, num_pairs, num_pairs * compares, gradients=2 * contrasts),
-        "projections, teacher": projections(config, num_pairs, num_pairs * compares, gradients=0)
-        * (compares or distils)
-        + projections(config, num_pairs * num_patches, num_pairs * (num_tokens - 1), gradients=0)
-        * bool(config.lmi_weight),
-    }
-    parts = {name: Work(w.forward, w.backward, w.bytes * bytes_per_number // FLOAT) for name, w in parts.items()}
-
-    def similarities(num_keys: int, gradients: int = 1) -> Work:
-        """Of the features of one modality with keys; no gradient reaches the keys, which are the teacher's."""
-        return product(num_pairs, config.projection_dim, num_keys, gradients)
-
-    def locals_of_all(num_locals: int) -> Work:
-        """Of the features with all locals, and the gradient beside it at once; and of each with its own."""
-        own = product(1, config.projection_dim, num_locals, gradients=1) * num_pairs
-        return similarities(num_pairs * num_locals, gradients=0) * 2 + own
-
-    num_keys = num_pairs + config.queue_size
-    parts |= {
-        # Both directions, student and teacher.
-        "CMA": (similarities(num_keys) + similarities(num_keys, gradients=0)) * (2 * bool(config.cma_weight)),
-        "IMC": similarities(num_keys) * (2 * bool(config.imc_weight)),
-        "LMI": (locals_of_all(config.local_grid**2) + locals_of_all(num_tokens - 1)) * bool(config.lmi_weight),
-        # The logits that are returned, and those that hard negatives are drawn from, in both directions.
-        "similarities in the batch": similarities(num_pairs, gradients=0) * (compares + 2 * matches),
-    }
-    return {name: work for name, work in parts.items() if work.flops}
 
 
 def updates(num_trained: int, num_taught: int) -> dict[str, Work]:
-    """The passes over all weights of a step, in float32: the teacher's update and AdamW, by numbers of parameters."""
+    """Return the work of the teacher's update and of AdamW, which pass over all weights in float32.
+
+    Args:
+        num_trained, num_taught: parameters of the student and of the teacher.
+    """
     return {
         "teacher's update": Work(bytes=(2 + 1) * FLOAT * num_taught),  # reads teacher and student
         "AdamW": Work(bytes=(4 + 3) * FLOAT * num_trained),  # reads weight, gradient, two moments; writes all but one
     }
 
 
-def product(rows: int, inner: int, columns: int, gradients: int = 2) -> Work:
-    """A product (rows, inner) x (inner, columns), and as many as it has operands with a gradient.
+def modules_by_part(model: TCLForPreTraining) -> dict[str, list[nn.Module]]:
+    """Return the modules of each part of a step.
 
-    Each gradient is a product of the result's gradient with the other operand: the same three matrices.
+    None of them calls another, and what runs outside them belongs to the losses.
     """
-    flops = 2 * rows * inner * columns
-    if not flops:
-        return NOTHING
-    moved = rows * inner + inner * columns + rows * columns
-    return Work(flops, gradients * flops, (1 + gradients) * FLOAT * moved)
+    modules = {}
+    for name, owner in (("student", model), ("teacher", model.teacher)):
+        text = owner.tcl.text_model
+        attentions = [layer.cross_attn for layer in text.fusion_layers if hasattr(layer.cross_attn, "k_proj")]
+        modules[name] = {
+            "image encoder": [owner.tcl.vision_model],
+            "text encoder": [text.embeddings, *text.layers[: text.config.fusion_layer]],
+            "keys and values of images": [linear for a in attentions for linear in (a.k_proj, a.v_proj)],
+            "fusion encoder": [*text.fusion_layers],
+            "language-model head": [owner.lm_head],
+            "projections": [owner.tcl.visual_projection, owner.tcl.text_projection],
+        }
+    parts = {f"{part}, {name}": modules[name][part] for part in modules["student"] for name in modules}
+    return parts | {"matching head": [model.itm_head]}
 
 
-def attention(rows: int, queries: int, keys: int, width: int, gradients: int = 2, key_rows: int = 0) -> Work:
-    """Scores of `queries` with `keys` in each row, and the values they weight; `gradients` is 2 or 0.
-
-    The width is that of all heads together. With `key_rows` several rows of queries share one of keys and values.
-    Backward reads queries, keys, values, output and its gradient, and writes three gradients: twice the forward.
-    """
-    flops = 2 * (2 * rows * queries * keys * width)
-    moved = 2 * (rows * queries + (key_rows or rows) * keys) * width
-    return Work(flops, gradients * flops, (1 + gradients) * FLOAT * moved)
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-def image_encoder(config: TCLVisionConfig, num_images: int, num_states: int, taught: bool = False) -> Work:
-    """All patches of the images, then layers on the states of each, the class token's and those of patches."""
-    gradients = 0 if taught else 2
-    width, inner = config.hidden_size, config.intermediate_size
-    num_patches = (config.image_size // config.patch_size) ** 2
-    states = num_images * num_states
-    patches = product(
-        num_images * num_patches,
-        config.num_channels * config.patch_size**2,
-        width,
-        gradients=0 if taught else 1,  # pixels need none
-    )
-    layer = (
-        product(states, width, width, gradients) * 4  # queries, keys, values, output
-        + attention(num_images, num_states, num_states, width, gradients)
-        + product(states, width, inner, gradients)
-        + product(states, inner, width, gradients)
-    )
-    return patches + layer * config.num_hidden_layers
+def _attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
+    return 2 * sdpa_flop_count(query.shape, key.shape, value.shape)
 
 
-def text_encoder(config: TCLTextConfig, num_texts: int, num_tokens: int, taught: bool = False) -> Work:
-    """The first layers of the text model on texts of L tokens."""
-    layer = text_layer(config, num_texts, num_tokens, num_tokens, gradients=0 if taught else 2)
-    return layer * config.fusion_layer
-
-
-def fusion_encoder(
-    config: TCLTextConfig, fused: FusedRows, num_tokens: int, num_states: int, gradients: int = 2
-) -> Work:
-    """The other layers, on rows of L tokens each with an image of P states; keys and values of images not included."""
-    if not fused.rows or not config.num_fusion_layers:
-        return NOTHING
-    layer, last = (
-        text_layer(config, fused.rows, queries, num_tokens, num_states, gradients, fused.images)
-        for queries in (num_tokens, fused.queries)
-    )
-    return layer * (config.num_fusion_layers - 1) + last
-
-
-def text_layer(
-    config: TCLTextConfig,
-    rows: int,
-    queries: int,
-    num_tokens: int,
-    num_states: int = 0,
-    gradients: int = 2,
-    num_images: int = 0,
-) -> Work:
-    """A layer of the text model on rows of L tokens, of which only some have queries and go on from there.
+@dataclass(frozen=True)
+class _Product:
+    """A kernel that computes matrix products.
 
     Args:
-        queries: tokens of a row that attend and are fed forward.
-        num_tokens: tokens of a row that have keys and values (L).
-        num_states: states of the image that the queries attend to (P); 0 for a layer without cross-attention.
-        num_images: rows of keys and values that the rows attend to; as many as these if 0.
+        flops: operations, from its arguments.
+        operands: positions of the arguments that it reads. Biases and the sums of attention weights are small, and do
+            not count.
+        num_results: the number of its first results that count; gradients of biases and the like do not.
     """
-    width, inner = config.hidden_size, config.intermediate_size
-    work = (
-        product(rows * num_tokens, width, width, gradients) * 2  # keys, values
-        + product(rows * queries, width, width, gradients) * 2  # queries, output
-        + attention(rows, queries, num_tokens, width, gradients)
-        + product(rows * queries, width, inner, gradients)
-        + product(rows * queries, inner, width, gradients)
-    )
-    if num_states:
-        work += product(rows * queries, width, width, gradients) * 2  # queries, output
-        work += attention(rows, queries, num_states, width, gradients, num_images)
-    return work
+
+    flops: Callable[..., int]
+    operands: slice
+    num_results: int = 1
 
 
-def language_model_head(config: TCLTextConfig, num_words: int, gradients: int = 2) -> Work:
-    """From states to logits over the vocabulary, for so many words."""
-    width = config.hidden_size
-    return product(num_words, width, width, gradients) + product(num_words, width, config.vocab_size, gradients)
+aten = torch.ops.aten
+PRODUCTS = {
+    aten.mm: _Product(flop_registry[aten.mm], slice(0, 2)),
+    aten.bmm: _Product(flop_registry[aten.bmm], slice(0, 2)),
+    aten.addmm: _Product(flop_registry[aten.addmm], slice(1, 3)),
+    aten.baddbmm: _Product(flop_registry[aten.baddbmm], slice(1, 3)),
+    aten.convolution: _Product(flop_registry[aten.convolution], slice(0, 2)),
+    # The first two arguments are the output's gradient and the pixels, which need no gradient themselves.
+    aten.convolution_backward: _Product(flop_registry[aten.convolution_backward], slice(0, 2), 2),
+    # torch has no formula for the attention kernel of the CPU.
+    aten._scaled_dot_product_flash_attention_for_cpu: _Product(_attention_flops, slice(0, 3)),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _Product(_attention_backward_flops, slice(0, 5), 3),
+}
 
 
-def projections(config: TCLConfig, num_image_states: int, num_text_states: int, gradients: int) -> Work:
-    """Of states of both modalities to the space in which they are compared."""
-    vision, text = cast(TCLVisionConfig, config.vision_config), cast(TCLTextConfig, config.text_config)
-    image = product(num_image_states, vision.hidden_size, config.projection_dim, gradients)
-    return image + product(num_text_states, text.hidden_size, config.projection_dim, gradients)
+class StepCounter(TorchDispatchMode):
+    """Counts the products that run within `counting` and the tensors that autograd keeps, by part.
+
+    A product of the backward pass belongs to the part whose forward pass made its autograd node. torch's
+    `ModuleTracker` cannot separate the parts: the image states have several users, and a module counts as running
+    until the gradients of all its inputs are complete.
+
+    Attributes:
+        work: operations and bytes by part.
+        activations: bytes by part, without parameters and buffers.
+        largest_layer: the most bytes that one layer keeps.
+    """
+
+    def __init__(self, model: TCLForPreTraining):
+        super().__init__()
+        self._modules = modules_by_part(model)
+        self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self.work = dict.fromkeys((*self._modules, LOSSES), Work())
+        self.activations = dict.fromkeys(self.work, 0)
+        self.largest_layer = 0
+        self._part = LOSSES  # the part at work
+        self._part_of_node: dict[int, str] = {}  # by sequence number
+        self._seen = {_memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._alive: list[Tensor] = []  # otherwise the address of freed memory could be seen a second time
+        self._before_layer = 0
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count everything that runs in the context."""
+        handles = [layer.register_forward_pre_hook(self._enter_layer) for layer in self._layers]
+        handles += [layer.register_forward_hook(self._leave_layer) for layer in self._layers]
+        for part, modules in self._modules.items():
+            for module in modules:
+                handles.append(module.register_forward_pre_hook(self._set_part(part)))
+                handles.append(module.register_forward_hook(self._set_part(LOSSES)))
+        with self, torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+            yield
+        for handle in handles:
+            handle.remove()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        product = PRODUCTS.get(function.overloadpacket)
+        if product is None:
+            return result
+        results = result if isinstance(result, tuple) else (result,)
+        flops = product.flops(*args, **kwargs, out_val=result)
+        moved = (*args[product.operands], *results[: product.num_results])
+        size = sum(_bytes_of(tensor) for tensor in moved if tensor is not None)
+        node = torch._C._current_autograd_node()
+        if node is None:
+            # The node of this product, if it has one, is the newest. A product without a node, as in the teacher, must
+            # not claim the node of an earlier product.
+            self._part_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, self._part)
+            self.work[self._part] += Work(forward=flops, bytes=size)
+        else:
+            self.work[self._part_of_node[node._sequence_nr()]] += Work(backward=flops, bytes=size)
+        return result
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        memory = _memory_of(tensor)
+        if memory not in self._seen:
+            self._seen.add(memory)
+            self._alive.append(tensor)
+            self.activations[self._part] += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def _set_part(self, part: str) -> Callable[..., None]:
+        def hook(*_) -> None:
+            self._part = part
+
+        return hook
+
+    def _enter_layer(self, *_) -> None:
+        self._before_layer = sum(self.activations.values())
+
+    def _leave_layer(self, *_) -> None:
+        self.largest_layer = max(self.largest_layer, sum(self.activations.values()) - self._before_layer)
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """The bytes of a tensor, without the repetitions of an expanded one, whose stride is 0."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return tensor.element_size() * math.prod(sizes)
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """The address of a tensor's memory, which views of it share."""
+    return tensor.untyped_storage()._cdata

@@ -1,66 +1,29 @@
-"""The planner's numbers against closed forms and against real models: what it counts is what is there."""
+"""Plans against closed forms and against real models."""
 
 import json
+import runpy
 import struct
 import sys
 
 import pytest
 import torch
 from helpers import ROOT, small_patches, training_batch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tcl_hf import TCLConfig, TCLForPreTraining
+from tcl_hf.training.operations import Step, Work, empty_model, run_step, updates
 from tcl_hf.training.planning import (
     PlanArguments,
-    Step,
     bytes_on_disk,
     count_parameters,
-    empty_model,
+    describe_operations,
     memory_per_gpu,
-    run_step,
     throughput,
-    typical_masked,
 )
-
-SCRIPTS = ROOT / "scripts"
-PAIRS, TOKENS = 4, 7
 
 
 def linear(rows: int, columns: int) -> int:
+    """Parameters of a linear layer."""
     return rows * columns + rows
-
-
-@pytest.fixture(scope="module")
-def step() -> Step:
-    return run_step(small_patches(), PAIRS, TOKENS)
-
-
-def real_step(checkpointing: bool = False, attention: str = "sdpa", patch_dropout: float = 0.0) -> tuple[int, int]:
-    """Bytes that a real step keeps for its backward pass, and its operations."""
-    torch.manual_seed(0)
-    model = TCLForPreTraining(small_patches(patch_dropout=patch_dropout)).train()
-    model.set_attn_implementation(attention)
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def note(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    batch = training_batch(PAIRS, TOKENS)
-    batch["image_ids"] = torch.arange(PAIRS)
-    # As many masked words as the planner supposes: all six of a text of seven tokens would be rarer than one in 500.
-    batch["mlm_positions"] = torch.arange(1, 5).repeat(PAIRS, 1)
-    with FlopCounterMode(display=False) as flops:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = model(**batch, alpha=0.4).loss
-        kept_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        if not checkpointing:
-            loss.backward()
-    return kept_bytes, flops.get_total_flops()
 
 
 def test_parts_of_the_base_model_by_hand():
@@ -87,76 +50,15 @@ def test_parts_of_the_base_model_by_hand():
 def test_parameters_are_those_of_a_real_model():
     real, counted = TCLForPreTraining(small_patches()), count_parameters(empty_model(small_patches()))
     trained = {id(p): p.numel() for p in real.parameters() if p.requires_grad}
-    kept_still = {id(p): p.numel() for p in real.parameters() if not p.requires_grad}
+    frozen = {id(p): p.numel() for p in real.parameters() if not p.requires_grad}
     assert counted["student"] == sum(trained.values())
-    assert counted["teacher"] == sum(kept_still.values())
-
-
-def test_activations_and_operations_are_those_of_a_real_step(step):
-    activations, _ = real_step()
-    assert step.activations == pytest.approx(activations, rel=1e-3)
-    assert step.activations == sum(step.activations_by_part.values())
-    _, flops = real_step(attention="eager")  # PyTorch's counter passes over the products of the CPU's fused attention
-    assert step.flops == flops
-
-
-def test_activations_of_the_encoders_by_hand():
-    """In float32, with dropout in the texts: on a CPU its masks are float32 too. Attention keeps no weights."""
-    config = small_patches(text_config={"hidden_dropout_prob": 0.1})
-    kept = run_step(config, PAIRS, TOKENS).activations_by_part
-
-    def layer(width: int, inner: int, heads: int = 4) -> int:
-        """Floats of a state: two norms' inputs, means and deviations; what attention reads, its queries, keys, values,
-        result and a sum for each head; what feed-forward reads, before and after its activation."""
-        return 2 * (width + 2) + (width + 3 * width + width + heads) + (width + 2 * inner)
-
-    width, inner, states = 24, 96, PAIRS * 17
-    pixels = PAIRS * 3 * 32 * 32
-    last_norm = width + 2
-    assert kept["image encoder"] == 4 * (pixels + states * (2 * layer(width, inner) + last_norm))
-    width, inner, tokens = 32, 48, 2 * PAIRS * TOKENS  # of texts as they are, and with masks
-    embeddings = (width + 2) + width  # norm and dropout
-    dropout = 2 * width  # of each layer
-    padding = 2 * tokens * TOKENS  # what each token may see, made anew by each layer
-    ids = tokens + TOKENS + 1  # of words, positions and the type
-    floats = tokens * (embeddings + 2 * (layer(width, inner) + dropout)) + padding
-    assert kept["text encoder"] == 4 * floats + 8 * ids
-
-
-def test_patches_that_are_dropped_are_not_counted(step):
-    activations, _ = real_step(patch_dropout=0.5)
-    _, flops = real_step(attention="eager", patch_dropout=0.5)
-    planned = run_step(small_patches(patch_dropout=0.5), PAIRS, TOKENS)
-    assert planned.activations == pytest.approx(activations, rel=1e-3)
-    assert planned.flops == flops
-    # By hand, forward and twice that backward: 8 patches less in the student's image encoder and its attention, and in
-    # the keys and values of the fusion layers and what attends to them.
-    width, inner, text_width, layers = 24, 96, 32, 2
-    encoder = layers * 2 * 8 * (4 * width * width + 2 * width * inner) + layers * 2 * 2 * width * (17**2 - 9**2)
-    keys_and_values = layers * 2 * 8 * 2 * width * text_width
-    queries = TOKENS + 1 + typical_masked(small_patches(), TOKENS)  # of both fusion layers
-    attending = 4 * 2 * 2 * 8 * text_width * queries  # four texts to an image
-    assert step.flops - planned.flops == 3 * PAIRS * (encoder + keys_and_values + attending)
-
-
-def test_checkpointing_keeps_what_a_real_step_keeps_and_one_layer(step):
-    activations, _ = real_step(checkpointing=True)
-    whole, _ = real_step()
-    assert activations < step.activations_checkpointed < whole
-    num_layers = 2 + 4  # a layer keeps about as much as another of its kind; fusion layers, half of these, the most
-    assert step.activations_checkpointed - activations < 3 * whole / num_layers
-
-
-def test_half_precision_keeps_less_and_copies_of_the_weights():
-    config, large = small_patches(), 64
-    full, half = (run_step(config, large, TOKENS, precision).activations for precision in ("no", "bf16"))
-    assert 0.4 * full < half < 0.85 * full
+    assert counted["teacher"] == sum(frozen.values())
 
 
 def test_saved_files_are_as_large_as_planned(tmp_path):
     model = TCLForPreTraining(small_patches())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    model.train()(**training_batch(PAIRS, TOKENS), alpha=0.4).loss.backward()
+    model.train()(**training_batch(), alpha=0.4).loss.backward()
     optimizer.step()
     model.save_pretrained(tmp_path)
     file = (tmp_path / "model.safetensors").read_bytes()
@@ -180,8 +82,8 @@ def test_memory_of_one_gpu_and_of_shares_by_hand():
     assert [sharded[part] * 8 for part in ("weights", "gradients", "AdamW", "teacher")] == pytest.approx(
         [student, student, 2 * student, teacher], abs=8
     )
-    assert sharded["queues"] == queues  # whole on each
-    # Gathered: what lies outside layers, of student and teacher, and two of the largest layers (here of fusion).
+    assert sharded["queues"] == queues  # each GPU has the whole queues
+    # Gathered are the weights outside the layers of student and teacher, and two of the largest layers (fusion layers).
     size, inner, image = 32, 48, 24
     layer = 4 * linear(size, size) + linear(inner, size) + linear(size, inner) + 4 * size
     cross = 2 * linear(size, size) + 2 * linear(size, image) + 2 * size
@@ -191,20 +93,44 @@ def test_memory_of_one_gpu_and_of_shares_by_hand():
 
 
 def test_throughput_is_measured_or_follows_from_a_stated_utilisation():
-    step = Step(0, 0, flops=200 * 10**12)  # of 100 samples: 2 TFLOP each
+    step = Step(0, {"all": Work(forward=200 * 10**12)}, {}, 0)  # 100 samples of 2 TFLOP each
     assert throughput(step, 100, PlanArguments(num_gpus=8, gpu_tflops=300, utilisation=0.5)) == pytest.approx(600)
     assert throughput(step, 100, PlanArguments(samples_per_second=50)) == 50
     assert throughput(step, 100, PlanArguments()) == 0
 
 
 def test_the_script_prints_a_plan_of_a_recipe(capsys, monkeypatch):
-    import runpy
-
     argv = ["plan.py", "--recipe", "openmoji", "--num_samples", "86400"]
     monkeypatch.setattr(sys, "argv", [*argv, "--samples_per_second", "60", "--num_gpus", "2", "--operations", "true"])
-    runpy.run_path(str(SCRIPTS / "plan.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "scripts" / "plan.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "| student | " in printed
     assert "60 samples a second (measured), 5.2 million a day." in printed
     assert "60 epochs of 86,400 pairs: 1.0 days." in printed
     assert "| part | forward GFLOP |" in printed and "| activations | GB |" in printed
+
+
+def test_the_table_adds_up_and_shows_what_bounds_a_part():
+    config = TCLConfig()
+    plan = PlanArguments(gpu_tflops=1.0, gpu_bandwidth=20.0)  # 50 operations per byte
+    table = describe_operations(config, 4, 25, "no", plan).split("\n\n")[1]
+    rows = [[cell.strip(" <").replace(",", "") for cell in line.split("|")[1:-1]] for line in table.split("\n")[2:]]
+    *parts, step = rows
+    parameters = count_parameters(empty_model(config))
+    work = run_step(config, 4, 25).work | updates(parameters["student"], parameters["teacher"])
+    assert [row[0] for row in parts] == [name.replace(",", "") for name in work]
+
+    def as_shown(number: float):
+        return pytest.approx(number, rel=6e-3, abs=1e-3)
+
+    for row, part in zip(parts, work.values(), strict=True):
+        *numbers, bound = row[1:]
+        forward, backward, share, gigabytes, intensity, milliseconds = (float(n.rstrip("%")) for n in numbers)
+        assert (forward, backward, gigabytes) == as_shown((part.forward / 1e9, part.backward / 1e9, part.bytes / 1e9))
+        assert share == pytest.approx(100 * part.flops / sum(other.flops for other in work.values()), abs=0.06)
+        assert intensity == pytest.approx(part.flops / part.bytes, abs=0.6)
+        assert bound == ("arithmetic" if part.flops / part.bytes > 50 else "memory")
+        assert milliseconds == as_shown(max(part.flops / 1e9, part.bytes / 2e7))
+    assert {row[-1] for row in parts} == {"arithmetic", "memory"}
+    for column in (1, 2, 4, 6):
+        assert float(step[column]) == pytest.approx(sum(float(row[column]) for row in parts), rel=1e-2)

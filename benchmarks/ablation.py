@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from tcl_hf import TCLConfig, TCLForPreTraining
-from tcl_hf.models import encoders, modeling_tcl
+from tcl_hf.models import attention, encoders, modeling_tcl
 from tcl_hf.models.momentum import MomentumTeacher
 from tcl_hf.training.allocation import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 from tcl_hf.training.optimization import parameter_groups
@@ -71,13 +71,13 @@ def eager_attention(step: Step) -> Iterator[None]:
 @contextlib.contextmanager
 def pytorch_s_attention_with_dropout(step: Step) -> Iterator[None]:
     """Its plain kernel, which it has for dropout on a CPU: also for the layers that would run ours."""
-    sdpa = encoders.ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with replaced(encoders, "eager_attention_forward", sdpa):
+    sdpa = attention.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with replaced(attention, "eager_attention_forward", sdpa):
         yield
 
 
 def pytorch_s_dropout(step: Step) -> AbstractContextManager:
-    return replaced(encoders, "drop", F.dropout)
+    return replaced(attention, "drop", F.dropout)
 
 
 @contextlib.contextmanager
@@ -120,10 +120,10 @@ def whole_last_layer(step: Step) -> Iterator[None]:
     """Every token of the last fusion layer, of which some are taken."""
     fuse = encoders.TCLTextModel.fuse
 
-    def all_tokens(self, *args: Any, positions: Tensor | None = None, **what: Any) -> Any:
+    def all_tokens(self, *args: Any, token_index: Tensor | None = None, **what: Any) -> Any:
         output = fuse(self, *args, **what)
-        if positions is not None:
-            output.last_hidden_state = encoders.select_tokens(output.last_hidden_state, positions)
+        if token_index is not None:
+            output.last_hidden_state = encoders.select_tokens(output.last_hidden_state, token_index)
         return output
 
     with replaced(encoders.TCLTextModel, "fuse", all_tokens):
@@ -145,7 +145,7 @@ def textbook_lmi(step: Step) -> AbstractContextManager:
 def teacher_by_tensor(step: Step) -> AbstractContextManager:
     def update(self: MomentumTeacher, student: torch.nn.Module, momentum: float) -> None:
         with torch.no_grad():
-            for own, theirs in zip(*self._pairs(student), strict=True):
+            for own, theirs in zip(*self.parameters_and_targets(student), strict=True):
                 own.data = own.data * momentum + theirs.data * (1 - momentum)
 
     return replaced(MomentumTeacher, "update", update)

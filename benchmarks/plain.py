@@ -23,9 +23,10 @@ from torch.nn import functional as F
 
 from tcl_hf import TCLConfig, TCLTextConfig, TCLVisionConfig
 from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedPairs
+from tcl_hf.models.configuration_tcl import MAX_TEMPERATURE, MIN_TEMPERATURE
 from tcl_hf.models.losses import NO_IMAGE_ID
-from tcl_hf.models.modeling_tcl import MATCHES, MAX_TEMPERATURE, MIN_TEMPERATURE, TCLLossOutput
-from tcl_hf.models.modeling_tcl_tasks import TCLRankedAnswers
+from tcl_hf.models.modeling_tcl import MATCHES
+from tcl_hf.models.outputs import TCLLossOutput, TCLRankedAnswers
 
 # Layers
 

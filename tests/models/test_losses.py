@@ -108,7 +108,7 @@ def test_imc_of_two_orthogonal_keys_is_a_softplus(tau):
 
 
 def slow_lmi(features, local_features, tau, mask):
-    """Each positive alone against all locals of the other rows."""
+    """Each positive against all locals of the other rows, one at a time."""
     per_sample = []
     for i in range(len(features)):
         others = 0.0
@@ -193,7 +193,7 @@ def test_lmi_survives_the_lowest_temperature():
 
 
 def test_lmi_holds_no_tensor_larger_than_the_similarity():
-    """N x N x L numbers, where the plain way takes N x L x (1 + N L)."""
+    """It holds N x N x L numbers; the textbook's way takes N x L x (1 + N L)."""
     number, parts = 64, 16
     sizes = []
 
@@ -408,7 +408,7 @@ def test_drawn_pairs_have_the_own_image_where_the_label_says(drawn_pairs):
 
 
 def test_drawn_others_follow_the_softmax_without_the_own(drawn_pairs):
-    """One other by the softmax; two by the softmax and then by that of those left: by a chi-square test."""
+    """One other image by the softmax; a second one by the softmax of those that are left: by a chi-square test."""
     first, second, labels, logits = drawn_pairs
     for row in range(N):
         share = logits[row].exp() * (torch.arange(N) != row)

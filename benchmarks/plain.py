@@ -1,13 +1,14 @@
-"""TCL as a textbook would write it: the slow, obvious version that the benchmarks compare ours with.
+"""TCL as a textbook would write it: the slow, obvious version with which the benchmarks compare ours.
 
-Every formula stands here in the form in which the paper gives it. Attention writes out its weights; an image's keys
-and values are projected again for each text that reads it; true pairs, negative pairs and masked texts go through the
-fusion encoder one after the other; every token is given logits of all words, masked or not; LMI lays out all its
-logits; hard negatives are drawn sample by sample. It has what is fair to expect of any PyTorch code: whole batches, all
-heads at once, no copies that its formulas do not need. `tests/test_plain.py` holds it equal to ours.
+Every formula has the form that it has in the paper. Attention weights are computed explicitly; an image's keys and
+values are projected again for each text that reads it; true pairs, negative pairs and masked texts pass through the
+fusion encoder one after the other; logits are computed for every token, masked or not; all logits of LMI are in memory
+at once; hard negatives are drawn sample by sample. The code is as efficient as one may expect of any PyTorch code: it
+computes whole batches and all heads at once, and makes no copies that its formulas do not need.
+`tests/benchmarks/test_plain.py` compares its results with ours.
 
-Parameters and buffers have our names, so `PlainTCL(config).load_state_dict(ours.state_dict())` is all it takes; it has
-no starting values of its own. The queues are row-major, Q x D (the original's are D x Q).
+Parameters and buffers have our names, so that `PlainTCL(config).load_state_dict(ours.state_dict())` loads our weights;
+it draws no starting values. The queues are row-major, Q x D (the original's are D x Q).
 
 Reading order: layers, encoders, losses, the pre-training step; then features, re-ranked retrieval, and answers to
 questions. Shapes: N texts, as many images (B in retrieval), P patches, L tokens, D feature dimensions, K keys, V words.
@@ -32,7 +33,7 @@ from tcl_hf.models.outputs import TCLLossOutput, TCLRankedAnswers
 
 
 class Attention(nn.Module):
-    """Multi-head attention from states to sources, which are the states themselves or an image's."""
+    """Multi-head attention from states to sources, which are the states themselves or those of an image."""
 
     def __init__(self, width: int, source_width: int, num_heads: int, dropout: float):
         super().__init__()
@@ -59,7 +60,7 @@ class Attention(nn.Module):
 
 
 def additive_mask(mask: Tensor, causal: bool = False) -> Tensor:
-    """0 where a token may be seen and the lowest number elsewhere (N, 1, 1 or L, L), of a mask of 1 and 0 (N, L)."""
+    """A mask (N, 1, 1 or L, L) to add to scores: 0 for tokens, the lowest number for padding (0 in the mask (N, L))."""
     visible = mask[:, None, None, :].bool()
     if causal:
         length = mask.shape[1]
@@ -245,7 +246,7 @@ class Queue(nn.Module):
         size = len(self.ids)
         if size == 0:
             return
-        # Of a batch larger than the queue the last rows stay.
+        # If the batch is larger than the queue, its last rows are kept.
         rows = (self.cursor + torch.arange(len(ids), device=ids.device))[-size:] % size
         self.image[rows], self.text[rows], self.ids[rows] = image[-size:], text[-size:], ids[-size:]
         self.cursor = (self.cursor + len(ids)) % size
@@ -255,7 +256,7 @@ class Queue(nn.Module):
 
 
 def positive_targets(ids: Tensor, queue_ids: Tensor) -> Tensor:
-    """Targets (N, N + Q) over the batch and the queue: the own sample, and others of the same image, share the mass."""
+    """Targets (N, N + Q) over batch and queue: the sample itself and others of the same image share the mass."""
     key_ids = torch.cat([ids, queue_ids])
     positive = (ids[:, None] == key_ids) & (ids[:, None] != NO_IMAGE_ID)
     positive[:, : len(ids)].fill_diagonal_(True)
@@ -274,7 +275,7 @@ def pool_locals(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:
 
 
 def plain_lmi_loss(features: Tensor, local_features: Tensor, temperature: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Local mutual information: a cross-entropy for each local, [it | all locals of the other rows], whose class is 0.
+    """Local mutual information: a cross-entropy over [the local | all locals of the other rows] with class 0.
 
     Args:
         features: student features of whole samples (N, D).
@@ -301,7 +302,7 @@ def plain_lmi_loss(features: Tensor, local_features: Tensor, temperature: Tensor
 
 
 def mlm_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor, alpha: float) -> Tensor:
-    """Masked language modelling on logits (N, L, V) of all tokens, means over those with a label (N, L)."""
+    """Masked language modelling on logits (N, L, V) of all tokens: the mean over tokens with a label (N, L)."""
     num_masked = (labels != -100).sum().clamp(min=1)
     hard = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
     soft = -(teacher_logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)  # (N, L)
@@ -312,7 +313,7 @@ def mlm_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor, alpha: floa
 def draw_negatives(logits: Tensor, excluded: Tensor) -> Tensor:
     """For each row of logits (N, M) a column (N,), drawn from its softmax without the excluded columns (N, M).
 
-    A row without any other column gets 0, which means nothing.
+    A row whose columns are all excluded gets 0, which is meaningless.
     """
     p = logits.masked_fill(excluded, -torch.inf).softmax(-1)
     nothing_left = excluded.all(-1).tolist()
@@ -335,16 +336,18 @@ class PlainTCL(nn.Module):
         self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
         self.lm_head = LMHead(config.text_config)
         self.teacher = nn.ModuleDict({"tcl": copy.deepcopy(self.tcl), "lm_head": copy.deepcopy(self.lm_head)})
-        for owner in (self, self.teacher):  # each predicts words with the embeddings it reads them by
+        for owner in (self, self.teacher):  # the last weights of each head are the word embeddings
             tcl, lm_head = owner.get_submodule("tcl"), owner.get_submodule("lm_head")
             lm_head.decoder.weight = tcl.text_model.embeddings.word_embeddings.weight
         self.teacher.requires_grad_(False)
-        self.tcl.temperature = nn.Parameter(torch.tensor(float(config.temperature_init_value)))  # no copy of it
+        self.tcl.temperature = nn.Parameter(
+            torch.tensor(float(config.temperature_init_value))
+        )  # added here, so that the teacher has none
         self.queue = Queue(config.queue_size, config.projection_dim)
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """Move the teacher a step towards the student, and keep the temperature in its range; once for each step."""
+        """Move the teacher a step towards the student, and keep the temperature in its range; called once a step."""
         self.tcl.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
         m = self.config.momentum
         for name, p_m in self.teacher.named_parameters():
@@ -374,7 +377,8 @@ class PlainTCL(nn.Module):
         Args:
             mlm_positions: not used; every token is predicted.
             alpha: share of the teacher's soft targets; the config's if None.
-            negative_image, negative_text: rows of the batch (N,) to pair each text and each image with; drawn if None.
+            negative_image, negative_text: a negative image for each text and a negative text for each image, as rows
+                of the batch (N,); drawn if None.
 
         The other arguments are those of `TCLForPreTraining`.
         """
@@ -416,14 +420,14 @@ class PlainTCL(nn.Module):
         loss_lmi_image = plain_lmi_loss(image, regions, temperature)
         loss_lmi_text = plain_lmi_loss(text, tokens, temperature, attention_mask[:, 1:])
 
-        # ITM: true pairs, and for each text an image and for each image a text that is similar and not its own
+        # ITM: true pairs, and for each text a similar image and for each image a similar text that do not belong to it
         excluded = (image_ids[:, None] == image_ids) & (image_ids != NO_IMAGE_ID)
         excluded = excluded.fill_diagonal_(True)
         if negative_image is None:
             negative_image = draw_negatives(text @ teacher_image.mT / temperature, excluded)
         if negative_text is None:
             negative_text = draw_negatives(image @ teacher_text.mT / temperature, excluded)
-        rows = (~excluded.all(-1)).nonzero().flatten()  # all N, but for those that all others share the image with
+        rows = (~excluded.all(-1)).nonzero().flatten()  # all N, except for those whose image all others share
         text_rows = torch.cat([rows, negative_text[rows]])  # (2 N,)
         image_rows = torch.cat([negative_image[rows], rows])
         true_pairs = self.match(text_states, attention_mask, image_states)  # (N, 2)
@@ -518,7 +522,7 @@ def plain_rerank(
 
 
 class PlainAnswerDecoder(nn.Module):
-    """A causal text model with a language-model head, which reads a fused question as its image.
+    """A causal text model with a language-model head, which reads a fused question in place of an image.
 
     It takes the config and the state of `TCLForQuestionAnswering.text_decoder`.
     """
@@ -552,9 +556,9 @@ def plain_rank_answers(
 
     Args:
         question_states: states of N questions fused with their images (N, P, width).
-        question_mask: their tokens (N, P).
+        question_mask: 1 for tokens of the questions, 0 for padding (N, P).
         candidate_ids: token ids of C answers (C, L), [CLS] to [SEP], padded.
-        candidate_mask: their tokens (C, L).
+        candidate_mask: 1 for tokens of the candidates, 0 for padding (C, L).
     """
     num_questions, k = len(question_states), min(k, len(candidate_ids))
     start = candidate_ids[:1, :1].expand(num_questions, 1)

@@ -17,6 +17,7 @@ questions. Shapes: N texts, as many images (B in retrieval), P patches, L tokens
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +212,16 @@ class LMHead(nn.Module):
         return self.decoder(self.layer_norm(self.activation(self.dense(states))))
 
 
+@dataclass
+class Encoded:
+    """States and features of a batch."""
+
+    image_states: Tensor  # (N, 1 + P, width)
+    text_states: Tensor  # (N, L, width)
+    image: Tensor  # (N, D)
+    text: Tensor  # (N, D)
+
+
 class Encoders(nn.Module):
     """Vision encoder, text and fusion encoder, and the projections of both to one space."""
 
@@ -228,6 +239,13 @@ class Encoders(nn.Module):
     def text_features(self, states: Tensor) -> Tensor:
         """L2-normalised features (..., D) of text states (..., width)."""
         return F.normalize(self.text_projection(states), dim=-1)
+
+    def encode(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """Encode images and texts, without fusing them."""
+        image_states = self.vision_model(pixel_values)
+        text_states = self.text_model.encode(input_ids, attention_mask)
+        image, text = self.image_features(image_states[:, 0]), self.text_features(text_states[:, 0])
+        return Encoded(image_states, text_states, image, text)
 
 
 class Queue(nn.Module):
@@ -382,78 +400,39 @@ class PlainTCL(nn.Module):
 
         The other arguments are those of `TCLForPreTraining`.
         """
-        config, student, teacher, temperature = self.config, self.tcl, self.teacher["tcl"], self.tcl.temperature
-        num_pairs, device = len(input_ids), input_ids.device
+        config, temperature = self.config, self.tcl.temperature
         alpha = config.alpha if alpha is None else alpha
         if image_ids is None:
-            image_ids = torch.full((num_pairs,), NO_IMAGE_ID, device=device)
+            image_ids = torch.full((len(input_ids),), NO_IMAGE_ID, device=input_ids.device)
 
         # View a of the images is the student's, view b the teacher's; the texts differ by their dropout.
-        image_states = student.vision_model(pixel_values)  # (N, 1 + P, width)
-        text_states = student.text_model.encode(input_ids, attention_mask)  # (N, L, width)
-        image = student.image_features(image_states[:, 0])  # (N, D)
-        text = student.text_features(text_states[:, 0])
+        student = self.tcl.encode(pixel_values, input_ids, attention_mask)
         with torch.no_grad():
-            teacher_image_states = teacher.vision_model(pixel_values_augmented)
-            teacher_text_states = teacher.text_model.encode(input_ids, attention_mask)
-            teacher_image = teacher.image_features(teacher_image_states[:, 0])
-            teacher_text = teacher.text_features(teacher_text_states[:, 0])
-
-            image_keys = torch.cat([teacher_image, self.queue.image])  # (K, D)
-            text_keys = torch.cat([teacher_text, self.queue.text])
+            teacher = self.teacher["tcl"].encode(pixel_values_augmented, input_ids, attention_mask)
+            image_keys = torch.cat([teacher.image, self.queue.image])  # (K, D)
+            text_keys = torch.cat([teacher.text, self.queue.text])
             hard = positive_targets(image_ids, self.queue.ids)  # (N, K)
-            soft_i2t = F.softmax(teacher_image @ text_keys.mT / temperature, dim=-1)
-            soft_t2i = F.softmax(teacher_text @ image_keys.mT / temperature, dim=-1)
-
-            grid = tuple(side // config.vision_config.patch_size for side in pixel_values_augmented.shape[-2:])
-            patches = teacher.image_features(teacher_image_states[:, 1:])  # (N, P, D)
-            regions = pool_locals(patches, grid, config.local_grid)
-            tokens = teacher.text_features(teacher_text_states[:, 1:])  # (N, L - 1, D)
+            soft_i2t = F.softmax(teacher.image @ text_keys.mT / temperature, dim=-1)
+            soft_t2i = F.softmax(teacher.text @ image_keys.mT / temperature, dim=-1)
 
         # CMA: across modalities
-        loss_i2t = contrastive_loss(image, text_keys, (1 - alpha) * hard + alpha * soft_i2t, temperature)
-        loss_t2i = contrastive_loss(text, image_keys, (1 - alpha) * hard + alpha * soft_t2i, temperature)
+        loss_i2t = contrastive_loss(student.image, text_keys, (1 - alpha) * hard + alpha * soft_i2t, temperature)
+        loss_t2i = contrastive_loss(student.text, image_keys, (1 - alpha) * hard + alpha * soft_t2i, temperature)
         # IMC: within a modality
-        loss_i2i = contrastive_loss(image, image_keys, hard, temperature)
-        loss_t2t = contrastive_loss(text, text_keys, hard, temperature)
-        # LMI: wholes and their parts
-        loss_lmi_image = plain_lmi_loss(image, regions, temperature)
-        loss_lmi_text = plain_lmi_loss(text, tokens, temperature, attention_mask[:, 1:])
-
-        # ITM: true pairs, and for each text a similar image and for each image a similar text that do not belong to it
-        excluded = (image_ids[:, None] == image_ids) & (image_ids != NO_IMAGE_ID)
-        excluded = excluded.fill_diagonal_(True)
-        if negative_image is None:
-            negative_image = draw_negatives(text @ teacher_image.mT / temperature, excluded)
-        if negative_text is None:
-            negative_text = draw_negatives(image @ teacher_text.mT / temperature, excluded)
-        rows = (~excluded.all(-1)).nonzero().flatten()  # all N, except for those whose image all others share
-        text_rows = torch.cat([rows, negative_text[rows]])  # (2 N,)
-        image_rows = torch.cat([negative_image[rows], rows])
-        true_pairs = self.match(text_states, attention_mask, image_states)  # (N, 2)
-        negative_pairs = self.match(text_states[text_rows], attention_mask[text_rows], image_states[image_rows])
-        labels = torch.zeros(num_pairs + len(negative_pairs), dtype=torch.long, device=device)
-        labels[:num_pairs] = MATCHES
-        loss_itm = F.cross_entropy(torch.cat([true_pairs, negative_pairs]), labels)
-
-        # MLM: texts with masked tokens, through both encoders again
-        masked_states = student.text_model.encode(mlm_input_ids, attention_mask)
-        logits = self.lm_head(student.text_model.fuse(masked_states, attention_mask, image_states))  # (N, L, V)
-        with torch.no_grad():
-            masked_states = teacher.text_model.encode(mlm_input_ids, attention_mask)
-            fused = teacher.text_model.fuse(masked_states, attention_mask, teacher_image_states)
-            teacher_logits = self.teacher["lm_head"](fused)
-        loss_mlm = mlm_loss(logits, mlm_labels, teacher_logits, alpha)
-
-        if self.training:
-            self.queue.push(teacher_image, teacher_text, image_ids)
+        loss_i2i = contrastive_loss(student.image, image_keys, hard, temperature)
+        loss_t2t = contrastive_loss(student.text, text_keys, hard, temperature)
+        grid = tuple(side // config.vision_config.patch_size for side in pixel_values_augmented.shape[-2:])
+        loss_lmi_image, loss_lmi_text = self._lmi_losses(student, teacher, grid, attention_mask)
+        negatives = (negative_image, negative_text)
         losses = {
             "cma": (loss_i2t + loss_t2i) / 2,
             "imc": (loss_i2i + loss_t2t) / 2,
             "lmi": (loss_lmi_image + loss_lmi_text) / 2,
-            "itm": loss_itm,
-            "mlm": loss_mlm,
+            "itm": self._itm_loss(student, teacher, attention_mask, image_ids, *negatives),
+            "mlm": self._mlm_loss(student, teacher, attention_mask, mlm_input_ids, mlm_labels, alpha),
         }
+        if self.training:
+            self.queue.push(teacher.image, teacher.text, image_ids)
         return TCLLossOutput(
             loss=sum(getattr(config, f"{name}_weight") * loss for name, loss in losses.items()),
             **{f"loss_{name}": loss for name, loss in losses.items()},
@@ -463,9 +442,67 @@ class PlainTCL(nn.Module):
             loss_t2t=loss_t2t,
             loss_lmi_image=loss_lmi_image,
             loss_lmi_text=loss_lmi_text,
-            image_embeds=image,
-            text_embeds=text,
+            image_embeds=student.image,
+            text_embeds=student.text,
         )
+
+    def _lmi_losses(
+        self, student: Encoded, teacher: Encoded, grid: tuple[int, ...], attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """LMI: images with their regions, and texts with their tokens."""
+        tcl = self.teacher["tcl"]
+        with torch.no_grad():
+            patches = tcl.image_features(teacher.image_states[:, 1:])  # (N, P, D)
+            regions = pool_locals(patches, grid, self.config.local_grid)
+            tokens = tcl.text_features(teacher.text_states[:, 1:])  # (N, L - 1, D)
+        loss_image = plain_lmi_loss(student.image, regions, self.tcl.temperature)
+        return loss_image, plain_lmi_loss(student.text, tokens, self.tcl.temperature, attention_mask[:, 1:])
+
+    def _itm_loss(
+        self,
+        student: Encoded,
+        teacher: Encoded,
+        attention_mask: Tensor,
+        image_ids: Tensor,
+        negative_image: Tensor | None,
+        negative_text: Tensor | None,
+    ) -> Tensor:
+        """ITM: true pairs, and each text with a similar image and each image with a similar text of another pair."""
+        excluded = (image_ids[:, None] == image_ids) & (image_ids != NO_IMAGE_ID)
+        excluded = excluded.fill_diagonal_(True)
+        if negative_image is None:
+            negative_image = draw_negatives(student.text @ teacher.image.mT / self.tcl.temperature, excluded)
+        if negative_text is None:
+            negative_text = draw_negatives(student.image @ teacher.text.mT / self.tcl.temperature, excluded)
+        rows = (~excluded.all(-1)).nonzero().flatten()  # all N, except for those whose image all others share
+        text_rows = torch.cat([rows, negative_text[rows]])  # (2 N,)
+        image_rows = torch.cat([negative_image[rows], rows])
+        texts, images = student.text_states, student.image_states
+        true_pairs = self.match(texts, attention_mask, images)  # (N, 2)
+        negative_pairs = self.match(texts[text_rows], attention_mask[text_rows], images[image_rows])
+        labels = torch.zeros(len(true_pairs) + len(negative_pairs), dtype=torch.long, device=texts.device)
+        labels[: len(true_pairs)] = MATCHES
+        return F.cross_entropy(torch.cat([true_pairs, negative_pairs]), labels)
+
+    def _mlm_loss(
+        self,
+        student: Encoded,
+        teacher: Encoded,
+        attention_mask: Tensor,
+        mlm_input_ids: Tensor,
+        mlm_labels: Tensor,
+        alpha: float,
+    ) -> Tensor:
+        """MLM: texts with masked tokens, through both encoders again."""
+        text_model = self.tcl.text_model
+        masked_states = text_model.encode(mlm_input_ids, attention_mask)
+        logits = self.lm_head(text_model.fuse(masked_states, attention_mask, student.image_states))  # (N, L, V)
+        with torch.no_grad():
+            text_model = self.teacher["tcl"].text_model
+            masked_states = text_model.encode(mlm_input_ids, attention_mask)
+            fused = text_model.fuse(masked_states, attention_mask, teacher.image_states)
+            teacher_logits = self.teacher["lm_head"](fused)
+        return mlm_loss(logits, mlm_labels, teacher_logits, alpha)
 
 
 # Features, retrieval and answers

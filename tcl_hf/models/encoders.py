@@ -45,6 +45,10 @@ class TCLPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["temperature", "queue.image", "queue.text"]
     # Every class opens every checkpoint of a whole model, whatever heads were saved with it.
     _keys_to_ignore_on_load_unexpected = [r"^(teacher|queue|itm_head|lm_head|cls_head|ta_head|text_decoder)\."]
+    # For model cards and repositories on the Hub.
+    task = "pretraining"  # the task on the card of a model of which only the class is known
+    pipeline_tag: str | None = None  # the Hub's name for the ability of the class, where it has one
+    auto_model: str | None = None  # the Auto class that opens it from a repository, if transformers registers none
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,7 +108,7 @@ class TCLPreTrainedModel(PreTrainedModel):
             fitted = model.fit_state_dict(state_dict)
             if any(fitted.get(name) is not entry for name, entry in state_dict.items()):
                 checkpoint_files = (
-                    None  # or weights that stay on disk (`device_map`) would be read without being fitted
+                    None  # else weights that stay on disk (`device_map`) would be read without being fitted
                 )
             state_dict = fitted
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)

@@ -61,6 +61,8 @@ def features_of(states: Tensor, projection: nn.Module) -> Tensor:
 class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
     """The two encoders of TCL, projected to one space: features of images and texts, and their fusion."""
 
+    pipeline_tag = "zero-shot-image-classification"
+
     def __init__(self, config: TCLConfig):
         super().__init__(config)
         self.vision_model = TCLVisionModel._from_config(config.vision_config)
@@ -308,9 +310,11 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
     For training it holds queues of the momentum teacher's features.
     """
 
+    task = "retrieval"
+    pipeline_tag = "zero-shot-image-classification"
     loss_names: tuple[str, ...] = ("loss", "loss_cma", "loss_imc", "loss_lmi", "loss_itm")
     contrasts = True
-    drops_patches = False  # fine-tuning reads images as they will be used, all their patches
+    drops_patches = False  # fine-tuning reads all patches, as inference does
 
     def __init__(self, config: TCLConfig, **taught_heads: nn.Module):
         """Build the model; `taught_heads` are heads of a subclass, which the teacher copies as it does the encoders."""
@@ -600,6 +604,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
 class TCLForPreTraining(PredictsWords, TCLForImageTextRetrieval):
     """TCL as it is pre-trained: retrieval plus masked language modelling."""
 
+    task = "pretraining"
     loss_names = (*TCLForImageTextRetrieval.loss_names, "loss_mlm")
     drops_patches = True  # in train mode, the share `config.patch_dropout` of them
 
@@ -671,6 +676,7 @@ class TCLForPreTraining(PredictsWords, TCLForImageTextRetrieval):
 class TCLForMaskedLM(PredictsWords, TCLPreTrainedModel):
     """TCL with its language-model head: fill in the masked words of a text about an image."""
 
+    pipeline_tag = "zero-shot-image-classification"  # its encoders open as TCLModel
     loss_names = ("loss",)
     accepts_loss_kwargs = False
 

@@ -59,6 +59,7 @@ def _check_images_per_text(config: TCLConfig, images_per_text: int) -> None:
 class _FusedClassifier(TCLTaughtModel):
     """Classifies texts about one or several images by the fused state of [CLS]."""
 
+    auto_model = "AutoModelForSequenceClassification"
     labels: tuple[str, ...]
     images_per_text = 1
 
@@ -164,6 +165,7 @@ def _fused(
 class TCLForVisualEntailment(_FusedClassifier):
     """TCL for visual entailment (SNLI-VE): an image entails a text, contradicts it, or neither."""
 
+    task = "visual_entailment"
     labels = ENTAILMENT_LABELS
 
 
@@ -174,6 +176,7 @@ class TCLForVisualReasoning(_FusedClassifier):
     share the projections to keys and values.
     """
 
+    task = "visual_reasoning"
     labels = REASONING_LABELS
     images_per_text = 2
 
@@ -184,6 +187,8 @@ class TCLForTextAssignment(TCLTaughtModel):
     It has no momentum teacher.
     """
 
+    task = "text_assignment"
+    auto_model = "AutoModelForSequenceClassification"
     has_teacher = False
 
     def __init__(self, config: TCLConfig):
@@ -348,6 +353,8 @@ class TCLForQuestionAnswering(TCLTaughtModel):
     `rank_answers` chooses among given answers, `generate` writes one.
     """
 
+    task = "question_answering"
+    pipeline_tag = "visual-question-answering"
     # Flash attention cannot mask the padding of questions where answers have another length.
     _supports_flash_attn = False
     # The decoder ties its own weights; they are named here so that the teacher's are tied too.

@@ -256,7 +256,7 @@ def answer_loss(
     return (weights * per_token.view_as(labels).sum(-1)).sum() / num_questions
 
 
-def draw_image_pairs(image: Tensor, temperature: float = 0.07) -> tuple[Tensor, Tensor, Tensor]:
+def draw_two_images(image: Tensor, temperature: float = 0.07) -> tuple[Tensor, Tensor, Tensor]:
     """Draw two images for each text of a batch, and label to which of them, if any, the text belongs.
 
     With probability 2/3 one of them is the text's own image, first (label 0) or second (label 1); else neither is

@@ -23,7 +23,7 @@ from .attention import KeyValue
 from .configuration_tcl import TCLConfig, TCLTextConfig
 from .encoders import PredictsWords, TCLLMHead, TCLTextModel, TCLTextPreTrainedModel
 from .fitting import fill_decoder, shape_of
-from .losses import answer_loss, classification_loss, draw_image_pairs
+from .losses import answer_loss, classification_loss, draw_two_images
 from .modeling_tcl import TCLModel, TCLTaughtModel, has_no_share
 from .outputs import TCLQuestionAnsweringOutput, TCLRankedAnswers
 
@@ -239,7 +239,7 @@ class TCLForTextAssignment(TCLTaughtModel):
                     "second_image_index."
                 )
             with torch.no_grad():
-                drawn = draw_image_pairs(self.tcl.image_features(states[:, 0]))
+                drawn = draw_two_images(self.tcl.image_features(states[:, 0]))
             first_image_index, second_image_index, labels = drawn
         images = (states[first_image_index], states[second_image_index])
         fused = self.tcl.text_model(input_ids, attention_mask, encoder_hidden_states=images)

@@ -35,7 +35,7 @@ from tcl_hf import (
     TCLTextModel,
 )
 from tcl_hf.models.checksums import CHECKSUMS
-from tcl_hf.models.losses import draw_image_pairs
+from tcl_hf.models.losses import draw_two_images
 from tcl_hf.training.trainer_callback import TCLMomentumCallback
 
 CLASSIFIERS = [TCLForVisualEntailment, TCLForVisualReasoning]
@@ -150,7 +150,7 @@ def test_the_decoders_words_are_tied_in_student_and_teacher(tmp_path):
 
 
 @pytest.mark.parametrize("model_class", [TCLForVisualReasoning, TCLForTextAssignment])
-def test_fusion_layers_of_two_images_are_pairs_with_one_projection(model_class):
+def test_fusion_layers_are_doubled_for_two_images_with_one_projection(model_class):
     layers = model_class(config_of()).tcl.text_model.layers
     assert len(layers) == FUSION_LAYER + 2 * 2
     assert [hasattr(layer, "cross_attn") for layer in layers] == [False] * 2 + [True] * 4
@@ -689,8 +689,8 @@ def test_text_assignment_reads_the_named_images_of_each_text():
         output = model(ids, batch["pixel_values"], mask, first, second, labels)
         losses = []
         for row in range(4):
-            pair = [model.tcl.encode_image(batch["pixel_values"][i[row], None]) for i in (first, second)]
-            fused = model.tcl.text_model(ids[row : row + 1], mask[row : row + 1], encoder_hidden_states=tuple(pair))
+            images = [model.tcl.encode_image(batch["pixel_values"][i[row], None]) for i in (first, second)]
+            fused = model.tcl.text_model(ids[row : row + 1], mask[row : row + 1], encoder_hidden_states=tuple(images))
             logits = model.ta_head(fused.last_hidden_state[:, 0])
             torch.testing.assert_close(output.logits[row : row + 1], logits, rtol=1e-4, atol=1e-5)
             if labels[row] >= 0:
@@ -698,14 +698,14 @@ def test_text_assignment_reads_the_named_images_of_each_text():
     torch.testing.assert_close(output.loss, sum(losses) / 3)
 
 
-def test_text_assignment_draws_pairs_by_its_own_image_features():
+def test_text_assignment_draws_images_by_its_own_image_features():
     model = stirred(TCLForTextAssignment).train()
     batch = questions_of(model.config, 4)
     torch.manual_seed(7)
     drawn = model(**batch).loss
     features = model.tcl.get_image_features(batch["pixel_values"]).pooler_output
     torch.manual_seed(7)
-    first, second, labels = draw_image_pairs(features)
+    first, second, labels = draw_two_images(features)
     given = model(**batch, first_image_index=first, second_image_index=second, labels=labels).loss
     torch.testing.assert_close(drawn, given)
     torch.manual_seed(8)
@@ -726,7 +726,7 @@ def test_text_assignment_trains_on_batches_with_too_few_images(number):
             assert output.loss.item() == 0
 
 
-def test_half_a_pair_and_pairs_of_unequal_batches_are_refused():
+def test_one_index_without_the_other_and_unequal_batches_are_refused():
     model = TCLForTextAssignment(config_of())
     batch = questions_of(model.config, 3)
     with pytest.raises(ValueError, match="both first_image_index and second_image_index"):
@@ -968,8 +968,8 @@ def test_beams_find_an_answer_at_least_as_probable_as_the_greedy_one(writer):
             first = (
                 writer.text_decoder(torch.tensor([[CLS]]), encoder_hidden_states=states).logits[0, 0].log_softmax(-1)
             )
-            pairs = torch.stack([torch.full((80,), CLS), torch.arange(80)], dim=1)
-            second = writer.text_decoder(pairs, encoder_hidden_states=states.expand(80, -1, -1)).logits[:, 1]
+            starts = torch.stack([torch.full((80,), CLS), torch.arange(80)], dim=1)
+            second = writer.text_decoder(starts, encoder_hidden_states=states.expand(80, -1, -1)).logits[:, 1]
             best = int((first[:, None] + second.log_softmax(-1)).argmax())
             assert written[question].tolist() == [CLS, best // 80, best % 80]
 

@@ -21,7 +21,6 @@ from original import replaced
 from plain import draw_negatives, plain_lmi_loss
 from pretrain_step import SIZES, random_batch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from tcl_hf import TCLConfig, TCLForPreTraining
@@ -75,10 +74,6 @@ def pytorch_s_attention_with_dropout(step: Step) -> Iterator[None]:
     sdpa = attention.ALL_ATTENTION_FUNCTIONS["sdpa"]
     with replaced(attention, "eager_attention_forward", sdpa):
         yield
-
-
-def pytorch_s_dropout(step: Step) -> AbstractContextManager:
-    return replaced(attention, "drop", F.dropout)
 
 
 @contextlib.contextmanager
@@ -181,7 +176,6 @@ def memory_given_back(step: Step) -> Iterator[None]:
 OFF: dict[str, Callable[[Step], AbstractContextManager]] = {
     "fused attention kernel (eager in its place)": eager_attention,
     "own attention kernel where there is dropout": pytorch_s_attention_with_dropout,
-    "own dropout": pytorch_s_dropout,
     "texts of an image as neighbours (all gathered)": all_rows_copied,
     "keys and values once for an image": projected_for_every_row,
     "last layer for used tokens alone": whole_last_layer,

@@ -15,21 +15,6 @@ from .configuration_tcl import TCLTextConfig, TCLVisionConfig
 KeyValue = tuple[Tensor, Tensor]
 
 
-def drop(states: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout, as `F.dropout`; on a CPU from 31 random bits a number, which are drawn in a third of its time."""
-    if not training or not 0 < p < 1 or states.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(states, p, training)
-    kept = torch.empty(states.shape, dtype=torch.int32, device=states.device).random_() >= round(p * 2**31)
-    return states * (kept / (1 - p)).to(states.dtype)
-
-
-class TCLDropout(nn.Dropout):
-    """A module for `drop`."""
-
-    def forward(self, states: Tensor) -> Tensor:
-        return drop(states, self.p, self.training)
-
-
 def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -52,7 +37,7 @@ def eager_attention_forward(
     elif attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    output = drop(weights, dropout, module.training) @ value
+    output = F.dropout(weights, dropout, module.training) @ value
     return output.transpose(1, 2).contiguous(), weights
 
 

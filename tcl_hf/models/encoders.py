@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelO
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import can_return_tuple
 
-from .attention import KeyValue, TCLAttention, TCLDropout
+from .attention import KeyValue, TCLAttention
 from .checksums import verify_checksums, write_checksums
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
 from .fitting import fit_shapes, part_of, repeat_fusion_layers, resize_positions
@@ -286,7 +286,7 @@ class TCLTextEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = TCLDropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, num_past: int = 0) -> Tensor:
         """Embed token ids (N, L), or words already embedded (N, L, D), as (N, L, D); the token type is always 0.
@@ -325,7 +325,7 @@ class TCLTextLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = TCLDropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def project_image(self, image_states: Tensor) -> KeyValue:
         """Project image states (B, P, D) to the keys and values of this layer.

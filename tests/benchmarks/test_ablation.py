@@ -11,9 +11,8 @@ from helpers import small_patches, training_batch
 from tcl_hf.data.collators import masked_positions
 
 # Without these, draws have the same distribution, but differ.
-RANDOM = ["own dropout", "own attention kernel where there is dropout", "negatives without a loop"]
+RANDOM = ["own attention kernel where there is dropout", "negatives without a loop"]
 REPLACED = {  # the function that is called where an optimization is off, and not where it is on
-    "own dropout": "torch.nn.functional.dropout",
     "own attention kernel where there is dropout": "torch.nn.functional.scaled_dot_product_attention",
     "LMI by one logsumexp": "ablation.plain_lmi_loss",
     "negatives without a loop": "ablation.draw_negatives",
@@ -22,7 +21,7 @@ REPLACED = {  # the function that is called where an optimization is off, and no
 
 @pytest.fixture
 def step(request):
-    """A step without dropout, except for the optimizations of dropout."""
+    """A step without dropout, except for the kernel that is used with dropout."""
     torch.manual_seed(0)
     dropout = 0.3 if request.node.callspec.params["name"].startswith("own") else 0.0
     config = small_patches(text_config={"attention_probs_dropout_prob": dropout, "hidden_dropout_prob": dropout})

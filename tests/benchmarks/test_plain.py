@@ -189,7 +189,6 @@ def test_dropout_stands_where_ours_has_it(drawn, monkeypatch):
     """Scaling in place of dropout shows that both have dropout in the same places with the same share."""
     scaled = lambda x, p=0.5, training=True, inplace=False: x * (1 - p) if training else x  # noqa: E731
     monkeypatch.setattr("torch.nn.functional.dropout", scaled)
-    monkeypatch.setattr("tcl_hf.models.attention.drop", scaled)
     dropout = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
     ours, plain = ours_and_plain(text_config=dropout, vision_config={"attention_dropout": 0.1})
     ours.set_attn_implementation("eager")

@@ -33,7 +33,6 @@ from tcl_hf import (
     TCLVisionModel,
 )
 from tcl_hf.data.collators import masked_positions
-from tcl_hf.models.attention import drop
 from tcl_hf.models.checksums import CHECKSUMS
 from tcl_hf.models.fitting import resize_positions
 from tcl_hf.training.engine import shard
@@ -440,31 +439,6 @@ def test_a_backend_that_needs_all_queries_gets_them():
     model.config.text_config._attn_implementation = "flash_of_a_test"
     assert torch.equal(model.match(states, batch["attention_mask"], images), expected)
     assert lengths == [7, 7, 7, 7]  # self- and cross-attention of two layers
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_keeps_the_right_share_and_scales_it(p):
-    """The count is within five standard deviations; what is kept is scaled, in the gradient too."""
-    torch.manual_seed(0)
-    states, size = torch.full((400, 500), 2.0, requires_grad=True), 400 * 500
-    dropped = drop(states, p, training=True)
-    kept = dropped != 0
-    assert abs(kept.sum().item() - size * (1 - p)) < 5 * (size * p * (1 - p)) ** 0.5
-    torch.testing.assert_close(dropped[kept], torch.full((int(kept.sum()),), 2 / (1 - p)))
-    (gradient,) = torch.autograd.grad(dropped.sum(), states)
-    torch.testing.assert_close(gradient, kept / (1 - p))
-    columns = kept.float().mean(0)  # any place is as likely as another, and each call draws anew
-    assert columns.std().item() == pytest.approx((p * (1 - p) / 400) ** 0.5, rel=0.2)
-    assert not torch.equal(drop(states, p, training=True) != 0, kept)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_leaves_what_it_must_not_touch(dtype):
-    states = torch.randn(4, 5, dtype=dtype)
-    assert drop(states, 0.5, training=False) is states
-    assert torch.equal(drop(states, 0.0, training=True), states)
-    assert drop(states, 0.3, training=True).dtype == dtype
-    assert drop(states, 1.0, training=True).abs().sum() == 0
 
 
 def test_dropout_of_attention_is_the_same_for_sdpa_and_eager_on_a_cpu():

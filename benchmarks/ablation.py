@@ -1,8 +1,9 @@
-"""What each of our ways gives: a pre-training step with one of them off at a time: `python benchmarks/ablation.py`.
+"""The gain from each of our optimizations: a pre-training step with one of them off: `python benchmarks/ablation.py`.
 
-One model and one batch, in one process; the ways take turns, round after round, each beside the whole in its round. The
-numbers stay those of the whole to rounding (tests compare them), but for the random draws. Below are the opt-in ways,
-which change the result: bf16, patch dropout and, with `--compile`, the compiler, whose first steps do not count.
+One process has one model and one batch. The optimizations take turns, round after round, and each step with one of them
+off is timed right after a step with all of them on. Both compute the same numbers up to rounding (tests compare them),
+except for random draws. Options that change the result come last: bf16, patch dropout and, with `--compile`, the
+compiler, whose first steps do not count.
 """
 
 import argparse
@@ -20,11 +21,10 @@ from original import replaced
 from plain import draw_negatives, plain_lmi_loss
 from pretrain_step import SIZES, random_batch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from tcl_hf import TCLConfig, TCLForPreTraining
-from tcl_hf.models import encoders, modeling_tcl
+from tcl_hf.models import attention, encoders, modeling_tcl
 from tcl_hf.models.momentum import MomentumTeacher
 from tcl_hf.training.allocation import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 from tcl_hf.training.optimization import parameter_groups
@@ -33,7 +33,7 @@ M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 class Step:
-    """A training step of ours, and what it stands on."""
+    """A training step of ours, with its model, batch and optimizers."""
 
     def __init__(self, config: TCLConfig, batch: dict[str, Tensor]):
         self.model = TCLForPreTraining(config).train()
@@ -47,7 +47,7 @@ class Step:
         self.precision: AbstractContextManager = contextlib.nullcontext()
 
     def run(self) -> float:
-        """Seconds of a step."""
+        """Take a step, and return its seconds."""
         start = time.perf_counter()
         self.model.update_teacher()
         with self.precision:
@@ -58,7 +58,7 @@ class Step:
         return time.perf_counter() - start
 
 
-# Ways that are off
+# Optimizations that are switched off within a block
 
 
 @contextlib.contextmanager
@@ -70,60 +70,56 @@ def eager_attention(step: Step) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pytorch_s_attention_with_dropout(step: Step) -> Iterator[None]:
-    """Its plain kernel, which it has for dropout on a CPU: also for the layers that would run ours."""
-    sdpa = encoders.ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with replaced(encoders, "eager_attention_forward", sdpa):
+    """Use PyTorch's plain kernel for attention with dropout on CPUs, where ours would run."""
+    sdpa = attention.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with replaced(attention, "eager_attention_forward", sdpa):
         yield
-
-
-def pytorch_s_dropout(step: Step) -> AbstractContextManager:
-    return replaced(encoders, "drop", F.dropout)
 
 
 @contextlib.contextmanager
 def all_rows_copied(step: Step) -> Iterator[None]:
-    """Keys and values gathered for every pair."""
+    """Gather keys and values for every row of texts."""
     fuse = encoders.TCLTextModel.fuse
 
-    def with_index(self, states: Tensor, mask: Tensor, images: Any, index: Tensor | None = None, **what: Any) -> Any:
+    def with_index(self, states: Tensor, mask: Tensor, images: Any, index: Tensor | None = None, **options: Any) -> Any:
         num_images = images[0][0].shape[0]
-        own = len(states) - (0 if index is None else len(index))
-        rows = torch.arange(num_images).repeat_interleave(own // num_images)
-        return fuse(self, states, mask, images, rows if index is None else torch.cat([rows, index]), **what)
+        num_neighbours = len(states) - (0 if index is None else len(index))
+        rows = torch.arange(num_images).repeat_interleave(num_neighbours // num_images)
+        return fuse(self, states, mask, images, rows if index is None else torch.cat([rows, index]), **options)
 
     with replaced(encoders.TCLTextModel, "fuse", with_index):
         yield
 
 
 @contextlib.contextmanager
-def projected_for_every_pair(step: Step) -> Iterator[None]:
-    """Keys and values made of image states that are repeated for every pair."""
+def projected_for_every_row(step: Step) -> Iterator[None]:
+    """Repeat the image states for every row of texts, and project each to keys and values."""
     fuse = encoders.TCLTextModel.fuse
 
-    def of_pairs(self, states: Tensor, mask: Tensor, images: Any, index: Tensor | None = None, **what: Any) -> Any:
-        own = len(states) - (0 if index is None else len(index))
-        rows = torch.arange(len(images)).repeat_interleave(own // len(images))
+    def fuse_rows(self, states: Tensor, mask: Tensor, images: Any, index: Tensor | None = None, **options: Any) -> Any:
+        num_neighbours = len(states) - (0 if index is None else len(index))
+        rows = torch.arange(len(images)).repeat_interleave(num_neighbours // len(images))
         rows = rows if index is None else torch.cat([rows, index])
-        return fuse(self, states, mask, self.project_images(images[rows]), **what)
+        return fuse(self, states, mask, self.project_images(images[rows]), **options)
 
     def fuse_states(
-        self, states: Tensor, mask: Tensor, images: Tensor, index: Tensor | None = None, **what: Any
+        self, states: Tensor, mask: Tensor, images: Tensor, index: Tensor | None = None, **options: Any
     ) -> Any:
-        return self.text_model.fuse(states, mask, images, index, **what)
+        return self.text_model.fuse(states, mask, images, index, **options)
 
-    with replaced(encoders.TCLTextModel, "fuse", of_pairs), replaced(modeling_tcl.TCLModel, "fuse", fuse_states):
+    with replaced(encoders.TCLTextModel, "fuse", fuse_rows), replaced(modeling_tcl.TCLModel, "fuse", fuse_states):
         yield
 
 
 @contextlib.contextmanager
 def whole_last_layer(step: Step) -> Iterator[None]:
-    """Every token of the last fusion layer, of which some are taken."""
+    """Compute every token of the last fusion layer, and select some afterwards."""
     fuse = encoders.TCLTextModel.fuse
 
-    def all_tokens(self, *args: Any, positions: Tensor | None = None, **what: Any) -> Any:
-        output = fuse(self, *args, **what)
-        if positions is not None:
-            output.last_hidden_state = encoders.select_tokens(output.last_hidden_state, positions)
+    def all_tokens(self, *args: Any, token_index: Tensor | None = None, **options: Any) -> Any:
+        output = fuse(self, *args, **options)
+        if token_index is not None:
+            output.last_hidden_state = encoders.select_tokens(output.last_hidden_state, token_index)
         return output
 
     with replaced(encoders.TCLTextModel, "fuse", all_tokens):
@@ -132,7 +128,7 @@ def whole_last_layer(step: Step) -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_words_predicted(step: Step) -> Iterator[None]:
-    """Logits of every token, and so of the last layer too."""
+    """Compute the logits of every token, for which the last layer computes every token too."""
     positions = step.batch.pop("mlm_positions")
     yield
     step.batch["mlm_positions"] = positions
@@ -145,8 +141,8 @@ def textbook_lmi(step: Step) -> AbstractContextManager:
 def teacher_by_tensor(step: Step) -> AbstractContextManager:
     def update(self: MomentumTeacher, student: torch.nn.Module, momentum: float) -> None:
         with torch.no_grad():
-            for own, theirs in zip(*self._pairs(student), strict=True):
-                own.data = own.data * momentum + theirs.data * (1 - momentum)
+            for parameter, target in zip(*self.parameters_and_targets(student), strict=True):
+                parameter.data = parameter.data * momentum + target.data * (1 - momentum)
 
     return replaced(MomentumTeacher, "update", update)
 
@@ -167,7 +163,7 @@ def adamw_in_a_loop(step: Step) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_given_back(step: Step) -> Iterator[None]:
-    """As glibc does after some large blocks were freed: it then keeps blocks up to 32 MiB, and 64 MiB at the end."""
+    """Set glibc as it sets itself once large blocks were freed: it keeps blocks up to 32 MiB, and 64 MiB at the end."""
     if keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 65536)
@@ -180,9 +176,8 @@ def memory_given_back(step: Step) -> Iterator[None]:
 OFF: dict[str, Callable[[Step], AbstractContextManager]] = {
     "fused attention kernel (eager in its place)": eager_attention,
     "own attention kernel where there is dropout": pytorch_s_attention_with_dropout,
-    "own dropout": pytorch_s_dropout,
     "texts of an image as neighbours (all gathered)": all_rows_copied,
-    "keys and values once for an image": projected_for_every_pair,
+    "keys and values once for an image": projected_for_every_row,
     "last layer for used tokens alone": whole_last_layer,
     "masked words alone predicted": all_words_predicted,
     "LMI by one logsumexp": textbook_lmi,
@@ -193,7 +188,7 @@ OFF: dict[str, Callable[[Step], AbstractContextManager]] = {
 }
 
 
-# Ways that change the result
+# Options that change the result
 
 
 @contextlib.contextmanager
@@ -232,8 +227,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--length", type=int, default=25, help="tokens of a text")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="+", help="ways whose names contain one of these words")
-    parser.add_argument("--compile", action="store_true", help="time the compiled forward too; minutes to compile")
+    parser.add_argument("--only", nargs="+", help="only those whose names contain one of these words")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time the compiled forward; compiling takes minutes"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     keep_freed_memory()  # as `train` does
@@ -254,8 +251,8 @@ def main() -> None:
     every = [whole for values in seconds.values() for whole, _ in values]
     print(f"{args.size}, {args.pairs} pairs of {args.length} tokens, {torch.get_num_threads()} threads, float32")
     print(f"all on: {statistics.median(every):.3f} s ({min(every):.3f} to {max(every):.3f})\n")
-    for title, chosen in (("off", OFF), ("on, with another result", ways.keys() - OFF.keys())):
-        print(f"| {title} | s | time of the whole step, times (least to most) |\n|---|---:|---|")
+    for title, chosen in (("off", OFF), ("on, which changes the result", ways.keys() - OFF.keys())):
+        print(f"| {title} | s | ratio to the step with all on (least to most) |\n|---|---:|---|")
         for name in ways:
             if name in chosen:
                 ratios = [other / whole for whole, other in seconds[name]]

@@ -1,9 +1,9 @@
-"""How long a checkpoint of the base model stops training, against writing as many bytes to the same disk.
+"""How long a checkpoint of the base model stops training, compared with writing as many bytes to the same disk.
 
 `python benchmarks/checkpoint.py [--folder FOLDER] [--repeats 5]`: the paper's model with its teacher, queues and
-AdamW's states, on the CPU. In turn the bytes alone are written in large blocks and flushed to the disk, and the
-checkpoint is saved as training saves it: written, hashed, flushed and renamed. The one before is removed while training
-goes on; here that is waited for outside the measurement.
+AdamW's states, on the CPU. In turn, random bytes are written in large blocks and flushed to the disk, and a checkpoint
+is saved as training saves it: written, hashed, flushed and renamed. Training removes the previous checkpoint in the
+background; the benchmark waits for this outside the measurement.
 """
 
 import argparse
@@ -25,7 +25,7 @@ BLOCK = 2**26
 
 
 def write_raw(path: Path, num_bytes: int) -> float:
-    """Seconds to write random bytes and have the disk keep them."""
+    """Write random bytes and flush them to the disk, and return the seconds."""
     block = memoryview(os.urandom(min(BLOCK, num_bytes)))
     os.sync()
     start = time.perf_counter()
@@ -53,9 +53,9 @@ def base_model() -> Accelerator:
 
 
 def main() -> None:
-    """Write both in turn, and print the ratio of each pair."""
+    """Write both in turn, and print the ratios of their times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="on the disk to measure; a temporary folder is made in it")
+    parser.add_argument("--folder", help="folder on the disk to measure, in which a temporary folder is made")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     accelerator = base_model()
@@ -76,9 +76,9 @@ def main() -> None:
             while any(folder.rglob("*.tmp")):
                 time.sleep(0.1)
     ratios = [one / other for one, other in zip(blocked, raw, strict=True)]
-    print(f"{num_bytes / 1e9:.2f} GB, {args.repeats} pairs\n| | median | least | most |\n|---|---|---|---|")
-    for what, values in (("raw, s", raw), ("checkpoint, s", blocked), ("ratio of a pair", ratios)):
-        print(f"| {what} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
+    print(f"{num_bytes / 1e9:.2f} GB, {args.repeats} rounds\n| | median | least | most |\n|---|---|---|---|")
+    for title, values in (("raw, s", raw), ("checkpoint, s", blocked), ("ratio in a round", ratios)):
+        print(f"| {title} | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
 
 
 if __name__ == "__main__":

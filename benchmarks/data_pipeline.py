@@ -1,9 +1,10 @@
 """Time decoding and two augmented views of JPEGs: `python benchmarks/data_pipeline.py [--images 8] [--rounds 30]`.
 
-The package's pipeline against the plain composition of PIL and torchvision with the same operations, in turns, on one
-thread and in CPU seconds, so that a busy machine disturbs little. The photos are made from a seed: smooth random fields
-with noise, 500 x 375 pixels, JPEG quality 90. Both draw the same random numbers, and the views are compared before
-they are timed. Prints images per second of one core, and milliseconds of each part in a view that has it.
+The package's pipeline is compared with a plain composition of PIL and torchvision with the same operations. They take
+turns on one thread, and CPU seconds are measured, because other jobs on the machine disturb these least. The photos are
+made from a seed: smooth random fields with noise, 500 x 375 pixels, JPEG quality 90. Both draw the same random numbers,
+and the views are compared before they are timed. The benchmark prints images per second of one core, and the
+milliseconds of each part in a view that has it.
 """
 
 import argparse
@@ -28,7 +29,7 @@ BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
 def photo(seed: int, width: int = 500, height: int = 375) -> bytes:
-    """A JPEG with the spectrum of a photo, more or less: coarse shapes strong, fine ones weak, and noise."""
+    """A JPEG with roughly the spectrum of a photo: strong coarse shapes, weak fine ones, and noise."""
     random = np.random.default_rng(seed)
     pixels = random.normal(128, 5, (height, width, 3))
     for cells, strength in ((3, 60), (8, 35), (25, 20), (80, 12), (200, 6)):
@@ -84,7 +85,7 @@ def plain_operation(image: Image.Image, name: str, sign: int) -> Image.Image:
 
 
 class PlainAugmentation:
-    """Views by the composition that a textbook would write."""
+    """Views by the composition that a textbook would use."""
 
     def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]):
         self.crop = transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=BICUBIC)
@@ -102,7 +103,7 @@ class PlainAugmentation:
 
     def __call__(self, image: Image.Image, num_views: int) -> list[torch.Tensor]:
         image = image.convert("RGB")
-        # All crops first, as our pipeline draws them.
+        # All crops come first, in the order in which our pipeline draws them.
         crops = [self.crop(image) for _ in range(num_views)]
         return [self.rest(crop) for crop in crops]
 
@@ -124,7 +125,7 @@ def seeded(augmentation: Callable, file: bytes, seed: int) -> list[torch.Tensor]
 
 
 def parts(file: bytes) -> dict[str, tuple[Callable[[], object], Callable[[], object], float]]:
-    """Of every part the plain way, ours, and how often an image with two views has it."""
+    """For each part: the plain function, ours, and how often an image with two views has it."""
     image = Image.open(io.BytesIO(file)).convert("RGB")
     box = (60, 20, 390, 350)
     view = image.crop(box).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -138,7 +139,7 @@ def parts(file: bytes) -> dict[str, tuple[Callable[[], object], Callable[[], obj
     def crop() -> Image.Image:
         return F.resized_crop(image, box[1], box[0], box[3] - box[1], box[2] - box[0], [SIZE, SIZE], BICUBIC)
 
-    # Ours work in place: each gets a copy, the cost of which (a fifth of a millisecond at most) counts as theirs.
+    # Our functions work in place, so each gets a copy, which costs a fifth of a millisecond at most and is timed.
     table = {
         "decode": (decode, decode, 1.0),
         "crop and resize": (crop, crop, 2.0),
@@ -162,7 +163,7 @@ def parts(file: bytes) -> dict[str, tuple[Callable[[], object], Callable[[], obj
 
 
 def row(name: str, plain: list[float], own: list[float], scale: float, note: str = "") -> str:
-    """A line of the table: medians with the spread from the 10th to the 90th percentile, and the median ratio."""
+    """A line of the table: medians with the range from the 10th to the 90th percentile, and the median ratio."""
     cells = []
     for values in (plain, own):
         low, *_, high = statistics.quantiles(values, n=10)
@@ -175,7 +176,7 @@ def row(name: str, plain: list[float], own: list[float], scale: float, note: str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=30, help="times that every image is augmented")
+    parser.add_argument("--rounds", type=int, default=30, help="how often every image is augmented")
     args = parser.parse_args()
     torch.set_num_threads(1)
     files = [photo(seed) for seed in range(args.images)]
@@ -188,7 +189,7 @@ def main() -> None:
     print(f"{len(files)} JPEGs of {sum(map(len, files)) / len(files) / 1024:.0f} KiB, two views of {SIZE} pixels")
     print(f"largest difference between views of the same random numbers: {furthest:.1e} (a grey level is 0.014)")
 
-    # A round is all images under seeds of its own, plain and ours in turns.
+    # A round augments all images with new seeds, by the plain pipeline and by ours in turn.
     rounds: list[tuple[float, float]] = []
     for number in range(args.rounds):
         seconds = [0.0, 0.0]

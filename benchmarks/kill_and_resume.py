@@ -1,8 +1,8 @@
-"""Kill small runs at random moments, resume them, and compare with runs that were never killed.
+"""Kill small runs at random moments, resume them, and compare them with runs that were never killed.
 
 `python benchmarks/kill_and_resume.py --kills 30`: map-style and streamed data, one and two processes, `kill -9` and
-`kill -TERM` in turn, saves included. It tells whether the logged losses are the same bit for bit, whether each sample
-was seen exactly once in an epoch, and whether a checkpoint could not be read.
+`kill -TERM` in turn, also while a checkpoint is being saved. It prints whether the logged losses are the same bit for
+bit, whether each sample was read exactly once in an epoch, and how many checkpoints could not be read.
 """
 
 import argparse
@@ -28,14 +28,17 @@ PREEMPTED = 75  # exit code after SIGTERM
 
 
 def train_child(folder: Path, streaming: bool, resume: bool) -> None:
-    """Train a tiny model, and note which samples each step saw."""
+    """Train a tiny model, and record the samples of each step."""
     import torch
     import torch.distributed as dist
 
-    from tcl_hf import TCLConfig, TCLForPreTraining, TCLImageProcessorPil, TCLProcessor, training
+    from tcl_hf import TCLConfig, TCLForPreTraining, TCLImageProcessorPil, TCLProcessor
     from tcl_hf.data.collators import TCLPreTrainingCollator
     from tcl_hf.data.pairs import load_pairs
     from tcl_hf.data.tokenizer import train_tokenizer
+    from tcl_hf.training.arguments import TCLTrainingArguments
+    from tcl_hf.training.log import MetricsLog
+    from tcl_hf.training.loop import train
 
     tokenizer = train_tokenizer([f"word{i}" for i in range(NUM_SAMPLES)], vocab_size=300)
     processor = TCLProcessor(TCLImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
@@ -50,18 +53,18 @@ def train_child(folder: Path, streaming: bool, resume: bool) -> None:
     model = TCLForPreTraining(config)
     last: list[list[int]] = []
     model.register_forward_pre_hook(lambda m, a, kwargs: last.append(kwargs["image_ids"].tolist()), with_kwargs=True)
-    write = training.MetricsLog.write
+    write = MetricsLog.write
 
-    def write_and_note(self, line):
+    def write_and_record(self, line):
         rank = dist.get_rank() if dist.is_initialized() else 0
         with (folder / SEEN.format(rank)).open("a") as file:
             file.write(json.dumps({"step": line["step"], "ids": last[-1]}) + "\n")
         write(self, line)
 
-    training.MetricsLog.write = write_and_note
+    MetricsLog.write = write_and_record
     pairs = load_pairs(str(folder.parent / "data"), streaming=streaming)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    args = training.TrainingArguments(
+    args = TCLTrainingArguments(
         output_dir=str(folder),
         max_steps=EPOCHS * NUM_SAMPLES // BATCH // world,
         num_train_epochs=EPOCHS,
@@ -73,7 +76,7 @@ def train_child(folder: Path, streaming: bool, resume: bool) -> None:
         save_steps=3,
         resume=resume,
     )
-    training.train(model, pairs, TCLPreTrainingCollator(processor, with_image_ids=True), processor, args)
+    train(model, pairs, TCLPreTrainingCollator(processor, with_image_ids=True), processor, args)
 
 
 def write_data(folder: Path) -> None:
@@ -97,7 +100,7 @@ def write_data(folder: Path) -> None:
 
 
 def start(folder: Path, streaming: bool, processes: int, resume: bool) -> list[subprocess.Popen]:
-    """Start the processes of a run in one process group, without a launcher, which would start groups of its own."""
+    """Start the processes of a run in one process group, without a launcher, which would start more groups."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", str(folder)]
     command += ["--streaming"] * streaming + ["--resume"] * resume
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
@@ -110,14 +113,14 @@ def start(folder: Path, streaming: bool, processes: int, resume: bool) -> list[s
     started: list[subprocess.Popen] = []
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         for rank in range(processes):
-            own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
-            group = started[0].pid if started else 0  # 0 makes one
-            started.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, process_group=group))
+            variables = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
+            group = started[0].pid if started else 0  # 0 makes a new group
+            started.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=group))
     return started
 
 
 def finish(folder: Path, streaming: bool, processes: int, resume: bool) -> None:
-    """Run to the end."""
+    """Start or resume a run, and wait for its end."""
     codes = [child.wait() for child in start(folder, streaming, processes, resume)]
     if any(codes):
         sys.exit(f"{folder} failed: see {folder}.log")
@@ -132,7 +135,7 @@ def steps_done(folder: Path) -> int:
 
 
 def can_resume(folder: Path) -> bool:
-    """Whether there is a checkpoint; if not, the folder is emptied for a run from the start."""
+    """Whether there is a checkpoint. If not, the folder is emptied for a run from the start."""
     if any((folder / "checkpoints").glob("step-????????")):
         return True
     shutil.rmtree(folder, ignore_errors=True)
@@ -156,12 +159,12 @@ def kill_once(
     def running() -> bool:
         return all(child.poll() is None for child in children)
 
-    # The lines of the run before are there until the new one has dropped those beyond its checkpoint.
+    # The log has the lines of the previous run until the new run drops those beyond its checkpoint.
     while running() and (not metrics.exists() or metrics.stat().st_mtime_ns == before):
         time.sleep(0.002)
     while running() and steps_done(folder) < target:
         time.sleep(0.002)
-    time.sleep(draw.uniform(0, 0.3))  # a few steps, saves between them
+    time.sleep(draw.uniform(0, 0.3))  # a few steps, with saves between them
     was_running = running()
     if was_running:
         os.killpg(children[0].pid, with_signal)
@@ -175,13 +178,13 @@ def kill_once(
 
 
 def curve(folder: Path) -> list[dict]:
-    """The logged lines but for their speed."""
+    """The logged lines without their speed."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in lines]
 
 
 def visits(folder: Path, processes: int) -> list[collections.Counter]:
-    """How often each sample was seen in each epoch, by the last run of each step."""
+    """How often each sample was read in each epoch, counting for each step the last run that took it."""
     steps: dict[tuple[int, int], list[int]] = {}
     for rank in range(processes):
         for text in (folder / SEEN.format(rank)).read_text().splitlines():
@@ -219,9 +222,9 @@ def main() -> None:
         for kill in range(number, args.kills, len(cases)):
             with_signal = (signal.SIGKILL, signal.SIGTERM)[kill // len(cases) % 2]
             kills_left = len(range(kill, args.kills, len(cases)))
-            what = kill_once(folder, streaming, processes, with_signal, kills_left, draw)
-            print(f"{name}: {with_signal.name}, {what}", flush=True)
-            good = good and "FAILED" not in what
+            outcome = kill_once(folder, streaming, processes, with_signal, kills_left, draw)
+            print(f"{name}: {with_signal.name}, {outcome}", flush=True)
+            good = good and "FAILED" not in outcome
         if not (folder / "model.safetensors").exists():
             finish(folder, streaming, processes, can_resume(folder))
         same = curve(folder) == curve(root / f"{name}-whole")

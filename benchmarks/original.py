@@ -1,25 +1,26 @@
 """Time ours against the original code on the same work: `python benchmarks/original.py --checkout FOLDER`.
 
-A pre-training step, re-ranked retrieval, ranking of answers and features, at the base size with the same weights
-(ours, converted) and inputs, in float32 on the CPU. Values are compared before anything is timed: losses of a step and
-the norms of all gradients (dropout 0, same negatives and masked words), matching scores, probabilities of answers,
-features. Each side has a process of its own for each work, both with as many threads; they compute in turn.
+The works are a pre-training step, re-ranked retrieval, ranking of answers, and features, at the base size with the same
+weights (ours, converted) and inputs, in float32 on the CPU. Values are compared before anything is timed: the losses of
+a step and the norms of all gradients (with dropout 0 and the same negatives and masked words), matching scores,
+probabilities of answers, and features. Each side has a process of its own for each work, with the same number of
+threads; they compute in turn.
 
-Nothing of the original is part of this repository. Its code, https://github.com/uta-smile/TCL (figures are of commit
-74a3e4f), is cloned to FOLDER. It needs, besides torch, numpy and yaml, which ours has: transformers 4.30.2 with
-tokenizers 0.13.3, huggingface_hub below 1.0 and requests (with urllib3, certifi, charset-normalizer), and timm 0.4.9.
-`pip install --no-deps --target PACKAGES ...` puts them where they do not replace ours, for `--packages PACKAGES`;
-`--python` names another interpreter that has them.
+No part of the original is in this repository. Clone its code, https://github.com/uta-smile/TCL (the published figures
+are of commit 74a3e4f), to FOLDER. Besides torch, numpy and yaml, which ours needs too, it needs transformers 4.30.2
+with tokenizers 0.13.3, huggingface_hub below 1.0 and requests (with urllib3, certifi, charset-normalizer), and timm
+0.4.9.
+Install them by `pip install --no-deps --target PACKAGES ...`, where they do not replace ours, and pass
+`--packages PACKAGES`; or pass another interpreter that has them as `--python`.
 
-The original's files are left as they are. From outside,
-- transformers' decorator of docstrings takes an argument that it had in the original's days;
-- `from_pretrained` of its BERT makes the model from its config, and downloads no weights that are then replaced;
+The original's files are not changed. The benchmark changes from outside that
+- transformers' decorator of docstrings takes an argument that it took in the version of the original;
+- `from_pretrained` of its BERT makes the model from its config, without downloading weights that are then replaced;
 - its modules of data sets, which are not used, and ruamel_yaml are empty;
-- one process is a process group (gloo), which its queues need;
-- its evaluation of retrieval is given encoded states, so that it times the scoring alone; it runs as one of
-  `--shares` processes would, a share of its loops at a time, and the time is that of all pairs at the same pace: every
-  pair costs it the same;
-- for the comparison of values, dropout is 0 and negatives and masked words are given.
+- the process is a process group of one (gloo), which its queues need;
+- its evaluation of retrieval gets encoded states, so that only scoring is timed. A run computes one of `--shares`
+  shares of its loops, and its time is scaled to that of all pairs, because every pair takes the same time;
+- for the comparison of values, dropout is 0, and negatives and masked words are given.
 """
 
 import argparse
@@ -40,8 +41,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ALPHA = 0.4  # of the losses' soft targets
-PAIRS, LENGTH = 4, 25  # of a pre-training step
+ALPHA = 0.4  # the share of soft targets in the losses
+PAIRS, LENGTH = 4, 25  # the size of a pre-training step
 IMAGES, TEXTS, K_RETRIEVAL, MAX_TOKENS = 40, 200, 16, 30
 QUESTIONS, QUESTION_LENGTH, CANDIDATES, K_ANSWERS = 2, 14, 3128, 128
 FEATURE_IMAGES, FEATURE_TEXTS = 8, 32
@@ -117,7 +118,7 @@ class OurStep:
 
 
 class OurReranking:
-    """Matching scores of the candidates of images and texts that are encoded."""
+    """Matching scores of the candidates of images and texts, from their encoded states."""
 
     def __init__(self, file: Path):
         from tcl_hf import TCLConfig, TCLForImageTextRetrieval
@@ -153,7 +154,7 @@ class OurReranking:
 
 
 class OurAnswers:
-    """Ranking of answers to questions that are read."""
+    """Ranking of answers to questions, from the questions' encoded states."""
 
     def __init__(self, file: Path):
         from tcl_hf import TCLConfig, TCLForQuestionAnswering
@@ -161,7 +162,7 @@ class OurAnswers:
         config = TCLConfig(use_momentum_teacher=False)
         self.model = TCLForQuestionAnswering(config).eval()
         text = config.text_config
-        # Mostly one token, as the answers of VQA; first tokens all differ, so that the k best are never a tie.
+        # Mostly one token, as the answers of VQA. All first tokens differ, so that the k best are never tied.
         counts = torch.multinomial(torch.tensor([0.7, 0.2, 0.06, 0.02, 0.01, 0.01]), CANDIDATES, replacement=True) + 1
         ids = torch.randint(1000, text.vocab_size, (CANDIDATES, 8))
         ids[:, 0] = 101
@@ -216,7 +217,7 @@ def num_patches(config: Any) -> int:
 
 
 def save_work(file: Path, model: nn.Module, **inputs: Any) -> None:
-    """Write a model, by the original's names, and its inputs for the other side."""
+    """Write a model, in the original's names, and its inputs for the other side."""
     from tcl_hf.sharing.convert import to_original
 
     torch.save({"model": to_original(model), "inputs": inputs}, file)
@@ -226,7 +227,7 @@ def save_work(file: Path, model: nn.Module, **inputs: Any) -> None:
 
 
 class OriginalCode:
-    """The original's modules, and what each of its works is read from."""
+    """The original's modules, its recipes, and models filled with our weights."""
 
     def __init__(self, checkout: Path):
         self.checkout = checkout
@@ -244,20 +245,20 @@ class OriginalCode:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
     def config(self, name: str, **fields: Any) -> dict[str, Any]:
-        """One of its recipes, for images of our size."""
+        """One of the original's recipes, for images of our size."""
         import yaml
 
         recipe = yaml.safe_load((self.checkout / "configs" / f"{name}.yaml").read_text())
-        recipe["optimizer"]["lr"] = float(recipe["optimizer"]["lr"])  # "1e-4" is a string to this reader
+        recipe["optimizer"]["lr"] = float(recipe["optimizer"]["lr"])  # yaml reads "1e-4" as a string
         return recipe | {"bert_config": str(self.checkout / recipe["bert_config"]), "image_res": 256} | fields
 
     def load(self, model: nn.Module, file: Path) -> dict[str, Any]:
-        """Fill a model with the weights of ours, and return the inputs. Only teachers and queues may lack."""
+        """Fill a model with our weights, and return the inputs. Only teachers and queues may be missing."""
         work = torch.load(file, mmap=True)
         result = model.load_state_dict(work["model"], strict=False)
         missing = [name for name in result.missing_keys if "_m." not in name and "queue" not in name]
         if missing or result.unexpected_keys:
-            raise RuntimeError(f"The models differ: without a value {missing}, unknown {result.unexpected_keys}.")
+            raise RuntimeError(f"The models differ: missing are {missing}, unexpected {result.unexpected_keys}.")
         return {name: copied(value) for name, value in work["inputs"].items()}
 
 
@@ -267,7 +268,7 @@ def copied(value: Any) -> Any:
 
 
 class OriginalStep:
-    """A pre-training step, as the loop of its Pretrain.py takes it."""
+    """A pre-training step, as in the loop of the original's Pretrain.py."""
 
     def __init__(self, code: OriginalCode, file: Path):
         import models.model_pretrain as modeling
@@ -314,7 +315,7 @@ class OriginalStep:
 
 
 class OriginalReranking:
-    """Its `evaluation` of retrieval, given encoded states."""
+    """The original's `evaluation` of retrieval, on encoded states."""
 
     def __init__(self, code: OriginalCode, file: Path, shares: int):
         import Retrieval
@@ -323,7 +324,7 @@ class OriginalReranking:
         self.model = Retrieval.ALBEF(config=config).eval()
         self.inputs, self.shares = code.load(self.model, file), shares
         self.evaluation, self.utils = Retrieval.evaluation, Retrieval.utils
-        Retrieval.args = SimpleNamespace(distributed=False)  # its main sets it
+        Retrieval.args = SimpleNamespace(distributed=False)  # set by its main function otherwise
 
     def values(self) -> dict[str, Any]:
         return self._score(0, 16)["values"]
@@ -332,7 +333,7 @@ class OriginalReranking:
         return self._score(number % self.shares, self.shares)
 
     def _score(self, share: int, shares: int) -> dict[str, Any]:
-        """Scores of one of so many shares, and the seconds of all pairs at its pace."""
+        """The scores of one of several shares, and the seconds that all pairs would take at the same speed."""
         text_states, mask = self.inputs["text_states"], self.inputs["attention_mask"]
 
         def tokenizer(rows: list[int], **kwargs: Any) -> Any:
@@ -366,7 +367,7 @@ class OriginalReranking:
 
 
 class OriginalAnswers:
-    """Its `rank_answer`."""
+    """The original's `rank_answer`."""
 
     def __init__(self, code: OriginalCode, file: Path):
         from models.model_vqa import ALBEF
@@ -386,7 +387,7 @@ class OriginalAnswers:
 
 
 class OriginalFeatures:
-    """Features, as its evaluation computes them."""
+    """Features, as in the original's evaluation."""
 
     def __init__(self, code: OriginalCode, file: Path):
         from models.model_retrieval import ALBEF
@@ -408,12 +409,12 @@ class OriginalFeatures:
         return timed_features(start, middle, time.perf_counter(), image, text)
 
 
-# --- What both sides share ---
+# --- Both sides ---
 
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any):
-    """An attribute with another value within a `with` block."""
+    """Give an attribute another value within a `with` block."""
     kept = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -424,7 +425,7 @@ def replaced(owner: Any, name: str, value: Any):
 
 @contextmanager
 def without_dropout(model: nn.Module):
-    """All dropout 0 within a `with` block: that of modules, and of our attention, which has a number."""
+    """Set all dropout to 0 within a `with` block: that of modules, and that of our attention, which is a number."""
     kept = []
     for module in model.modules():
         name = "p" if isinstance(module, nn.Dropout) else "dropout"
@@ -439,7 +440,7 @@ def without_dropout(model: nn.Module):
 
 
 def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """What a step keeps, in bytes: summed over the tensors, each once. The teacher is what has no gradient."""
+    """The bytes that a step keeps, each tensor counted once. The teacher's parameters are those without gradient."""
     parameters = list(model.parameters())
     tensors = {
         "weights": [p for p in parameters if p.requires_grad],
@@ -448,11 +449,11 @@ def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         "AdamW": [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)],
         "queues": list(model.buffers()),
     }
-    return {name: sum(value.numel() * value.element_size() for value in own) for name, own in tensors.items()}
+    return {name: sum(value.numel() * value.element_size() for value in part) for name, part in tensors.items()}
 
 
 def scored_pairs(scores: Tensor) -> dict[str, float]:
-    """The scores (I, T) of the pairs that have one."""
+    """The scores of those pairs of a matrix (I, T) that have one."""
     return {f"image {i}, text {t}": scores[i, t].item() for i, t in (scores != NOT_SCORED).nonzero().tolist()}
 
 
@@ -473,15 +474,15 @@ def timed_features(start: float, middle: float, end: float, image: Tensor, text:
 
 
 def peak_bytes() -> int:
-    """The largest resident memory that this process had."""
+    """The peak of this process's resident memory."""
     unit = 1024 if sys.platform == "linux" else 1  # kilobytes, or bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def answer_requests(args: argparse.Namespace) -> None:
-    """A side's process: it prepares its work, then answers each line of JSON with one."""
+    """The process of a side: prepare the work, then answer each line of JSON with another."""
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the original prints
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discard what the original prints
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -521,7 +522,7 @@ class Side:
         python, environment = sys.executable, os.environ | {"PYTHONWARNINGS": "ignore"}
         if name == "original":
             python = args.python or python
-            environment.pop("PYTHONPATH", None)  # ours are other versions of the same packages
+            environment.pop("PYTHONPATH", None)  # it has other versions of the same packages
             if args.packages:
                 environment["PYTHONPATH"] = str(Path(args.packages).resolve())
         command = [python, __file__, "--side", name, "--only", part, "--file", str(file)]
@@ -548,29 +549,31 @@ class Side:
 
 
 def largest_difference(ours: dict[str, Any], original: dict[str, Any]) -> float:
-    """The largest difference of two sides' values; where they are lists, of their elements.
+    """The largest difference between the values of both sides, or between their elements where values are lists.
 
     Raises:
-        SystemExit: for a value that ours lacks, one that differs by more than 1e-5 of it or of 1, or a norm of a
-            gradient by more than 1e-4 of it.
+        SystemExit: if ours lacks a value, if a value differs by more than 1e-5, relative where it is above 1, or if the
+            norm of a gradient differs by more than a relative 1e-4.
     """
     largest = 0.0
     for name, expected in original.items():
         if name not in ours:
-            raise SystemExit(f"The original gives '{name}' and ours does not: they do not do the same work.")
+            raise SystemExit(f"The original gives '{name}' and ours does not: both do not do the same work.")
         pairs = zip(ours[name], expected, strict=True) if isinstance(expected, list) else [(ours[name], expected)]
-        for own, other in pairs:
+        for value, other in pairs:
             is_norm = name.startswith("gradient ")
             bound = 1e-4 * abs(other) + 1e-6 if is_norm else 1e-5 * max(abs(other), 1)
-            if not abs(own - other) <= bound:
-                raise SystemExit(f"{name} is {own!r} and with the original {other!r}: they do not do the same work.")
+            if not abs(value - other) <= bound:
+                raise SystemExit(
+                    f"{name} is {value!r} in ours and {other!r} in the original: both do not do the same work."
+                )
             if not is_norm:
-                largest = max(largest, abs(own - other))
+                largest = max(largest, abs(value - other))
     return largest
 
 
 def seconds_row(title: str, original: list[float], ours: list[float], difference: float) -> str:
-    """A line of the table: medians, and the ratios of runs that followed each other."""
+    """A line of the table: medians, and the ratios of consecutive runs."""
     ratios = [theirs / own for theirs, own in zip(original, ours, strict=True)]
     cells = [f"{statistics.median(x):.3f} ({min(x):.3f} to {max(x):.3f})" for x in (original, ours)]
     cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
@@ -581,7 +584,10 @@ def memory_rows(original: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """Lines of the table of a step's memory."""
     for name, side in (("original", original), ("ours", ours)):
         if side["peak"] <= side["before the steps"]:
-            raise SystemExit(f"The peak of {name} was reached before the steps, and says nothing about them.")
+            raise SystemExit(
+                f"The peak of {name} was reached before the steps, so that their memory cannot be measured: "
+                "increase PAIRS."
+            )
     rows = [("peak", original["peak"], ours["peak"])]
     rows += [(name, original["held"][name], ours["held"][name]) for name in ours["held"]]
     rest = [side["peak"] - sum(side["held"].values()) for side in (original, ours)]
@@ -598,19 +604,21 @@ def measure(part: str, args: argparse.Namespace) -> tuple[list[str], list[str]]:
         ours = Side("ours", part, file, args)
         original = Side("original", part, file, args)
     if ours.ready["threads"] != original.ready["threads"]:
-        raise SystemExit(f"The sides have other numbers of threads, {ours.ready} and {original.ready}: use --threads.")
+        raise SystemExit(
+            f"The sides have different numbers of threads, {ours.ready} and {original.ready}: set --threads."
+        )
     reference = ours.ask("values")
     difference = largest_difference(reference, original.ask("values"))
     if part != "step":
         runs = [(original.ask(number), ours.ask(number)) for number in range(args.repeats)]
         difference = max([difference, *(largest_difference(reference, theirs["values"]) for theirs, _ in runs)])
     else:
-        original.ask(0), ours.ask(0)  # the first one allocates
+        original.ask(0), ours.ask(0)  # the first step allocates memory
         runs = [(original.ask(number), ours.ask(number)) for number in range(args.repeats)]
     memory = memory_rows(original.ask("memory"), ours.ask("memory")) if part == "step" else []
     original.close()
     ours.close()
-    print(f"{TITLES[part]}: {args.repeats} pairs of runs, {ours.ready}", file=sys.stderr)
+    print(f"{TITLES[part]}: {args.repeats} runs of each side, {ours.ready}", file=sys.stderr)
 
     def row(title: str, pick: Any) -> str:
         return seconds_row(title, [pick(theirs) for theirs, _ in runs], [pick(own) for _, own in runs], difference)
@@ -625,11 +633,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkout", required=True, help="folder with the original's code")
     parser.add_argument("--packages", help="folder with its dependencies")
-    parser.add_argument("--python", help="interpreter with its dependencies; this one if left out")
+    parser.add_argument("--python", help="interpreter with its dependencies; by default this one")
     parser.add_argument("--only", default=",".join(TITLES), help=f"some of {','.join(TITLES)}")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--shares", type=int, default=4, help="of the original's re-ranking; a run times one")
-    parser.add_argument("--threads", type=int, default=0, help="of each side; 0 for PyTorch's choice")
+    parser.add_argument(
+        "--shares", type=int, default=4, help="shares of the original's re-ranking, of which a run times one"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="threads of each side; 0 for PyTorch's choice")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--file", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -637,10 +647,10 @@ def main() -> None:
         answer_requests(args)
         return
     if not (Path(args.checkout) / "models" / "model_pretrain.py").is_file():
-        parser.error(f"{args.checkout} holds no models/model_pretrain.py: clone the original's code to it.")
+        parser.error(f"--checkout {args.checkout} has no models/model_pretrain.py: clone the original's code to it.")
     parts = args.only.split(",")
     if unknown := set(parts) - set(TITLES):
-        parser.error(f"There is no work '{sorted(unknown)[0]}': choose some of {', '.join(TITLES)}.")
+        parser.error(f"--only '{sorted(unknown)[0]}' is not a work: choose some of {', '.join(TITLES)}.")
     tables = [measure(part, args) for part in parts]
     print("| work | original, s | ours, s | times faster | largest difference |\n|---|---|---|---|---|")
     print("\n".join(line for times, _ in tables for line in times))

@@ -1,13 +1,14 @@
-"""TCL as a textbook would write it: the slow, obvious version that the benchmarks compare ours with.
+"""TCL as a textbook would write it: the slow, obvious version with which the benchmarks compare ours.
 
-Every formula stands here in the form in which the paper gives it. Attention writes out its weights; an image's keys
-and values are projected again for each text that reads it; true pairs, negative pairs and masked texts go through the
-fusion encoder one after the other; every token is given logits of all words, masked or not; LMI lays out all its
-logits; hard negatives are drawn sample by sample. It has what is fair to expect of any PyTorch code: whole batches, all
-heads at once, no copies that its formulas do not need. `tests/test_plain.py` holds it equal to ours.
+Every formula has the form that it has in the paper. Attention weights are computed explicitly; an image's keys and
+values are projected again for each text that reads it; true pairs, negative pairs and masked texts pass through the
+fusion encoder one after the other; logits are computed for every token, masked or not; all logits of LMI are in memory
+at once; hard negatives are drawn sample by sample. The code is as efficient as one may expect of any PyTorch code: it
+computes whole batches and all heads at once, and makes no copies that its formulas do not need.
+`tests/benchmarks/test_plain.py` compares its results with ours.
 
-Parameters and buffers have our names, so `PlainTCL(config).load_state_dict(ours.state_dict())` is all it takes; it has
-no starting values of its own. The queues are row-major, Q x D (the original's are D x Q).
+Parameters and buffers have our names, so that `PlainTCL(config).load_state_dict(ours.state_dict())` loads our weights;
+it draws no starting values. The queues are row-major, Q x D (the original's are D x Q).
 
 Reading order: layers, encoders, losses, the pre-training step; then features, re-ranked retrieval, and answers to
 questions. Shapes: N texts, as many images (B in retrieval), P patches, L tokens, D feature dimensions, K keys, V words.
@@ -16,22 +17,24 @@ questions. Shapes: N texts, as many images (B in retrieval), P patches, L tokens
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tcl_hf import TCLConfig, TCLTextConfig, TCLVisionConfig
-from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedSamples
+from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedPairs
+from tcl_hf.models.configuration_tcl import MAX_TEMPERATURE, MIN_TEMPERATURE
 from tcl_hf.models.losses import NO_IMAGE_ID
-from tcl_hf.models.modeling_tcl import MATCHES, MAX_TEMPERATURE, MIN_TEMPERATURE, TCLLossOutput
-from tcl_hf.models.modeling_tcl_tasks import TCLRankedAnswers
+from tcl_hf.models.modeling_tcl import MATCHES
+from tcl_hf.models.outputs import TCLLossOutput, TCLRankedAnswers
 
 # Layers
 
 
 class Attention(nn.Module):
-    """Multi-head attention from states to sources, which are the states themselves or an image's."""
+    """Multi-head attention from states to sources, which are the states themselves or those of an image."""
 
     def __init__(self, width: int, source_width: int, num_heads: int, dropout: float):
         super().__init__()
@@ -58,7 +61,7 @@ class Attention(nn.Module):
 
 
 def additive_mask(mask: Tensor, causal: bool = False) -> Tensor:
-    """0 where a token may be seen and the lowest number elsewhere (N, 1, 1 or L, L), of a mask of 1 and 0 (N, L)."""
+    """A mask (N, 1, 1 or L, L) to add to scores: 0 for tokens, the lowest number for padding (0 in the mask (N, L))."""
     visible = mask[:, None, None, :].bool()
     if causal:
         length = mask.shape[1]
@@ -209,6 +212,16 @@ class LMHead(nn.Module):
         return self.decoder(self.layer_norm(self.activation(self.dense(states))))
 
 
+@dataclass
+class Encoded:
+    """States and features of a batch."""
+
+    image_states: Tensor  # (N, 1 + P, width)
+    text_states: Tensor  # (N, L, width)
+    image: Tensor  # (N, D)
+    text: Tensor  # (N, D)
+
+
 class Encoders(nn.Module):
     """Vision encoder, text and fusion encoder, and the projections of both to one space."""
 
@@ -227,6 +240,13 @@ class Encoders(nn.Module):
         """L2-normalised features (..., D) of text states (..., width)."""
         return F.normalize(self.text_projection(states), dim=-1)
 
+    def encode(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Encoded:
+        """Encode images and texts, without fusing them."""
+        image_states = self.vision_model(pixel_values)
+        text_states = self.text_model.encode(input_ids, attention_mask)
+        image, text = self.image_features(image_states[:, 0]), self.text_features(text_states[:, 0])
+        return Encoded(image_states, text_states, image, text)
+
 
 class Queue(nn.Module):
     """The teacher's most recent features and their image ids; a push overwrites the oldest rows."""
@@ -244,7 +264,7 @@ class Queue(nn.Module):
         size = len(self.ids)
         if size == 0:
             return
-        # Of a batch larger than the queue the last rows stay.
+        # If the batch is larger than the queue, its last rows are kept.
         rows = (self.cursor + torch.arange(len(ids), device=ids.device))[-size:] % size
         self.image[rows], self.text[rows], self.ids[rows] = image[-size:], text[-size:], ids[-size:]
         self.cursor = (self.cursor + len(ids)) % size
@@ -254,7 +274,7 @@ class Queue(nn.Module):
 
 
 def positive_targets(ids: Tensor, queue_ids: Tensor) -> Tensor:
-    """Targets (N, N + Q) over the batch and the queue: the own sample, and others of the same image, share the mass."""
+    """Targets (N, N + Q) over batch and queue: the sample itself and others of the same image share the mass."""
     key_ids = torch.cat([ids, queue_ids])
     positive = (ids[:, None] == key_ids) & (ids[:, None] != NO_IMAGE_ID)
     positive[:, : len(ids)].fill_diagonal_(True)
@@ -273,7 +293,7 @@ def pool_locals(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:
 
 
 def plain_lmi_loss(features: Tensor, local_features: Tensor, temperature: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Local mutual information: a cross-entropy for each local, [it | all locals of the other rows], whose class is 0.
+    """Local mutual information: a cross-entropy over [the local | all locals of the other rows] with class 0.
 
     Args:
         features: student features of whole samples (N, D).
@@ -300,7 +320,7 @@ def plain_lmi_loss(features: Tensor, local_features: Tensor, temperature: Tensor
 
 
 def mlm_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor, alpha: float) -> Tensor:
-    """Masked language modelling on logits (N, L, V) of all tokens, means over those with a label (N, L)."""
+    """Masked language modelling on logits (N, L, V) of all tokens: the mean over tokens with a label (N, L)."""
     num_masked = (labels != -100).sum().clamp(min=1)
     hard = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
     soft = -(teacher_logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)  # (N, L)
@@ -311,7 +331,7 @@ def mlm_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor, alpha: floa
 def draw_negatives(logits: Tensor, excluded: Tensor) -> Tensor:
     """For each row of logits (N, M) a column (N,), drawn from its softmax without the excluded columns (N, M).
 
-    A row without any other column gets 0, which means nothing.
+    A row whose columns are all excluded gets 0, which is meaningless.
     """
     p = logits.masked_fill(excluded, -torch.inf).softmax(-1)
     nothing_left = excluded.all(-1).tolist()
@@ -334,16 +354,18 @@ class PlainTCL(nn.Module):
         self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
         self.lm_head = LMHead(config.text_config)
         self.teacher = nn.ModuleDict({"tcl": copy.deepcopy(self.tcl), "lm_head": copy.deepcopy(self.lm_head)})
-        for owner in (self, self.teacher):  # each predicts words with the embeddings it reads them by
+        for owner in (self, self.teacher):  # the last weights of each head are the word embeddings
             tcl, lm_head = owner.get_submodule("tcl"), owner.get_submodule("lm_head")
             lm_head.decoder.weight = tcl.text_model.embeddings.word_embeddings.weight
         self.teacher.requires_grad_(False)
-        self.tcl.temperature = nn.Parameter(torch.tensor(float(config.temperature_init_value)))  # no copy of it
+        self.tcl.temperature = nn.Parameter(
+            torch.tensor(float(config.temperature_init_value))
+        )  # added here, so that the teacher has none
         self.queue = Queue(config.queue_size, config.projection_dim)
 
     @torch.no_grad()
     def update_teacher(self) -> None:
-        """Move the teacher a step towards the student, and keep the temperature in its range; once for each step."""
+        """Move the teacher a step towards the student, and keep the temperature in its range; called once a step."""
         self.tcl.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
         m = self.config.momentum
         for name, p_m in self.teacher.named_parameters():
@@ -373,82 +395,44 @@ class PlainTCL(nn.Module):
         Args:
             mlm_positions: not used; every token is predicted.
             alpha: share of the teacher's soft targets; the config's if None.
-            negative_image, negative_text: rows of the batch (N,) to pair each text and each image with; drawn if None.
+            negative_image, negative_text: a negative image for each text and a negative text for each image, as rows
+                of the batch (N,); drawn if None.
 
         The other arguments are those of `TCLForPreTraining`.
         """
-        config, student, teacher, temperature = self.config, self.tcl, self.teacher["tcl"], self.tcl.temperature
-        num_pairs, device = len(input_ids), input_ids.device
+        config, temperature = self.config, self.tcl.temperature
         alpha = config.alpha if alpha is None else alpha
         if image_ids is None:
-            image_ids = torch.full((num_pairs,), NO_IMAGE_ID, device=device)
+            image_ids = torch.full((len(input_ids),), NO_IMAGE_ID, device=input_ids.device)
 
         # View a of the images is the student's, view b the teacher's; the texts differ by their dropout.
-        image_states = student.vision_model(pixel_values)  # (N, 1 + P, width)
-        text_states = student.text_model.encode(input_ids, attention_mask)  # (N, L, width)
-        image = student.image_features(image_states[:, 0])  # (N, D)
-        text = student.text_features(text_states[:, 0])
+        student = self.tcl.encode(pixel_values, input_ids, attention_mask)
         with torch.no_grad():
-            teacher_image_states = teacher.vision_model(pixel_values_augmented)
-            teacher_text_states = teacher.text_model.encode(input_ids, attention_mask)
-            teacher_image = teacher.image_features(teacher_image_states[:, 0])
-            teacher_text = teacher.text_features(teacher_text_states[:, 0])
-
-            image_keys = torch.cat([teacher_image, self.queue.image])  # (K, D)
-            text_keys = torch.cat([teacher_text, self.queue.text])
+            teacher = self.teacher["tcl"].encode(pixel_values_augmented, input_ids, attention_mask)
+            image_keys = torch.cat([teacher.image, self.queue.image])  # (K, D)
+            text_keys = torch.cat([teacher.text, self.queue.text])
             hard = positive_targets(image_ids, self.queue.ids)  # (N, K)
-            soft_i2t = F.softmax(teacher_image @ text_keys.mT / temperature, dim=-1)
-            soft_t2i = F.softmax(teacher_text @ image_keys.mT / temperature, dim=-1)
-
-            grid = tuple(side // config.vision_config.patch_size for side in pixel_values_augmented.shape[-2:])
-            patches = teacher.image_features(teacher_image_states[:, 1:])  # (N, P, D)
-            regions = pool_locals(patches, grid, config.local_grid)
-            tokens = teacher.text_features(teacher_text_states[:, 1:])  # (N, L - 1, D)
+            soft_i2t = F.softmax(teacher.image @ text_keys.mT / temperature, dim=-1)
+            soft_t2i = F.softmax(teacher.text @ image_keys.mT / temperature, dim=-1)
 
         # CMA: across modalities
-        loss_i2t = contrastive_loss(image, text_keys, (1 - alpha) * hard + alpha * soft_i2t, temperature)
-        loss_t2i = contrastive_loss(text, image_keys, (1 - alpha) * hard + alpha * soft_t2i, temperature)
+        loss_i2t = contrastive_loss(student.image, text_keys, (1 - alpha) * hard + alpha * soft_i2t, temperature)
+        loss_t2i = contrastive_loss(student.text, image_keys, (1 - alpha) * hard + alpha * soft_t2i, temperature)
         # IMC: within a modality
-        loss_i2i = contrastive_loss(image, image_keys, hard, temperature)
-        loss_t2t = contrastive_loss(text, text_keys, hard, temperature)
-        # LMI: wholes and their parts
-        loss_lmi_image = plain_lmi_loss(image, regions, temperature)
-        loss_lmi_text = plain_lmi_loss(text, tokens, temperature, attention_mask[:, 1:])
-
-        # ITM: true pairs, and for each text an image and for each image a text that is similar and not its own
-        excluded = (image_ids[:, None] == image_ids) & (image_ids != NO_IMAGE_ID)
-        excluded = excluded.fill_diagonal_(True)
-        if negative_image is None:
-            negative_image = draw_negatives(text @ teacher_image.mT / temperature, excluded)
-        if negative_text is None:
-            negative_text = draw_negatives(image @ teacher_text.mT / temperature, excluded)
-        rows = (~excluded.all(-1)).nonzero().flatten()  # all N, but for those that all others share the image with
-        text_rows = torch.cat([rows, negative_text[rows]])  # (2 N,)
-        image_rows = torch.cat([negative_image[rows], rows])
-        true_pairs = self.match(text_states, attention_mask, image_states)  # (N, 2)
-        negative_pairs = self.match(text_states[text_rows], attention_mask[text_rows], image_states[image_rows])
-        labels = torch.zeros(num_pairs + len(negative_pairs), dtype=torch.long, device=device)
-        labels[:num_pairs] = MATCHES
-        loss_itm = F.cross_entropy(torch.cat([true_pairs, negative_pairs]), labels)
-
-        # MLM: texts with masked tokens, through both encoders again
-        masked_states = student.text_model.encode(mlm_input_ids, attention_mask)
-        logits = self.lm_head(student.text_model.fuse(masked_states, attention_mask, image_states))  # (N, L, V)
-        with torch.no_grad():
-            masked_states = teacher.text_model.encode(mlm_input_ids, attention_mask)
-            fused = teacher.text_model.fuse(masked_states, attention_mask, teacher_image_states)
-            teacher_logits = self.teacher["lm_head"](fused)
-        loss_mlm = mlm_loss(logits, mlm_labels, teacher_logits, alpha)
-
-        if self.training:
-            self.queue.push(teacher_image, teacher_text, image_ids)
+        loss_i2i = contrastive_loss(student.image, image_keys, hard, temperature)
+        loss_t2t = contrastive_loss(student.text, text_keys, hard, temperature)
+        grid = tuple(side // config.vision_config.patch_size for side in pixel_values_augmented.shape[-2:])
+        loss_lmi_image, loss_lmi_text = self._lmi_losses(student, teacher, grid, attention_mask)
+        negatives = (negative_image, negative_text)
         losses = {
             "cma": (loss_i2t + loss_t2i) / 2,
             "imc": (loss_i2i + loss_t2t) / 2,
             "lmi": (loss_lmi_image + loss_lmi_text) / 2,
-            "itm": loss_itm,
-            "mlm": loss_mlm,
+            "itm": self._itm_loss(student, teacher, attention_mask, image_ids, *negatives),
+            "mlm": self._mlm_loss(student, teacher, attention_mask, mlm_input_ids, mlm_labels, alpha),
         }
+        if self.training:
+            self.queue.push(teacher.image, teacher.text, image_ids)
         return TCLLossOutput(
             loss=sum(getattr(config, f"{name}_weight") * loss for name, loss in losses.items()),
             **{f"loss_{name}": loss for name, loss in losses.items()},
@@ -458,9 +442,67 @@ class PlainTCL(nn.Module):
             loss_t2t=loss_t2t,
             loss_lmi_image=loss_lmi_image,
             loss_lmi_text=loss_lmi_text,
-            image_embeds=image,
-            text_embeds=text,
+            image_embeds=student.image,
+            text_embeds=student.text,
         )
+
+    def _lmi_losses(
+        self, student: Encoded, teacher: Encoded, grid: tuple[int, ...], attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """LMI: images with their regions, and texts with their tokens."""
+        tcl = self.teacher["tcl"]
+        with torch.no_grad():
+            patches = tcl.image_features(teacher.image_states[:, 1:])  # (N, P, D)
+            regions = pool_locals(patches, grid, self.config.local_grid)
+            tokens = tcl.text_features(teacher.text_states[:, 1:])  # (N, L - 1, D)
+        loss_image = plain_lmi_loss(student.image, regions, self.tcl.temperature)
+        return loss_image, plain_lmi_loss(student.text, tokens, self.tcl.temperature, attention_mask[:, 1:])
+
+    def _itm_loss(
+        self,
+        student: Encoded,
+        teacher: Encoded,
+        attention_mask: Tensor,
+        image_ids: Tensor,
+        negative_image: Tensor | None,
+        negative_text: Tensor | None,
+    ) -> Tensor:
+        """ITM: true pairs, and each text with a similar image and each image with a similar text of another pair."""
+        excluded = (image_ids[:, None] == image_ids) & (image_ids != NO_IMAGE_ID)
+        excluded = excluded.fill_diagonal_(True)
+        if negative_image is None:
+            negative_image = draw_negatives(student.text @ teacher.image.mT / self.tcl.temperature, excluded)
+        if negative_text is None:
+            negative_text = draw_negatives(student.image @ teacher.text.mT / self.tcl.temperature, excluded)
+        rows = (~excluded.all(-1)).nonzero().flatten()  # all N, except for those whose image all others share
+        text_rows = torch.cat([rows, negative_text[rows]])  # (2 N,)
+        image_rows = torch.cat([negative_image[rows], rows])
+        texts, images = student.text_states, student.image_states
+        true_pairs = self.match(texts, attention_mask, images)  # (N, 2)
+        negative_pairs = self.match(texts[text_rows], attention_mask[text_rows], images[image_rows])
+        labels = torch.zeros(len(true_pairs) + len(negative_pairs), dtype=torch.long, device=texts.device)
+        labels[: len(true_pairs)] = MATCHES
+        return F.cross_entropy(torch.cat([true_pairs, negative_pairs]), labels)
+
+    def _mlm_loss(
+        self,
+        student: Encoded,
+        teacher: Encoded,
+        attention_mask: Tensor,
+        mlm_input_ids: Tensor,
+        mlm_labels: Tensor,
+        alpha: float,
+    ) -> Tensor:
+        """MLM: texts with masked tokens, through both encoders again."""
+        text_model = self.tcl.text_model
+        masked_states = text_model.encode(mlm_input_ids, attention_mask)
+        logits = self.lm_head(text_model.fuse(masked_states, attention_mask, student.image_states))  # (N, L, V)
+        with torch.no_grad():
+            text_model = self.teacher["tcl"].text_model
+            masked_states = text_model.encode(mlm_input_ids, attention_mask)
+            fused = text_model.fuse(masked_states, attention_mask, teacher.image_states)
+            teacher_logits = self.teacher["lm_head"](fused)
+        return mlm_loss(logits, mlm_labels, teacher_logits, alpha)
 
 
 # Features, retrieval and answers
@@ -517,7 +559,7 @@ def plain_rerank(
 
 
 class PlainAnswerDecoder(nn.Module):
-    """A causal text model with a language-model head, which reads a fused question as its image.
+    """A causal text model with a language-model head, which reads a fused question in place of an image.
 
     It takes the config and the state of `TCLForQuestionAnswering.text_decoder`.
     """
@@ -551,9 +593,9 @@ def plain_rank_answers(
 
     Args:
         question_states: states of N questions fused with their images (N, P, width).
-        question_mask: their tokens (N, P).
+        question_mask: 1 for tokens of the questions, 0 for padding (N, P).
         candidate_ids: token ids of C answers (C, L), [CLS] to [SEP], padded.
-        candidate_mask: their tokens (C, L).
+        candidate_mask: 1 for tokens of the candidates, 0 for padding (C, L).
     """
     num_questions, k = len(question_states), min(k, len(candidate_ids))
     start = candidate_ids[:1, :1].expand(num_questions, 1)

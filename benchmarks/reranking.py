@@ -1,10 +1,10 @@
-"""Time re-ranked retrieval against the plain two loops, on the same model and data: `python benchmarks/reranking.py`.
+"""Time re-ranked retrieval against two plain loops, on the same model and data: `python benchmarks/reranking.py`.
 
-The plain way (`plain.plain_rerank`) is that of the original: for each image its k texts, for each text its k images,
-every pair with keys and values of its own, all texts padded to the longest. Scores must agree; times are those of
-scoring, without encoding.
+The plain loops (`plain.plain_rerank`) are those of the original. They score k texts for each image, and k images for
+each text; keys and values are projected again for every pair, and all texts are padded to the longest. The scores must
+agree. Only scoring is timed, without encoding.
 
-Without `--model` and `--data` a random model of the small size reads random images and texts.
+Without `--model` and `--data`, a random model of the small size scores random images and texts.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedSamples, candidates, 
 from tcl_hf.models.processing_tcl import TCLProcessor
 
 
-def random_pairs(images: int, texts: int) -> tuple[TCLForImageTextRetrieval, EncodedSamples]:
-    """A 384-wide model with three fusion layers, and states as its encoders would give them."""
+def random_pairs(images: int, texts: int) -> tuple[TCLForImageTextRetrieval, EncodedPairs]:
+    """A model of width 384 with three fusion layers, and random states in place of those of its encoders."""
     torch.manual_seed(0)
     config = TCLConfig(
         vision_config={"hidden_size": 384, "num_hidden_layers": 1, "num_attention_heads": 6, "intermediate_size": 1536},

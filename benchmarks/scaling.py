@@ -18,7 +18,7 @@ WAYS = {"1 process, 1 thread": (1, 1), "2 processes, 1 thread each": (2, 1), "1 
 
 
 def pairs_per_second(processes: int, threads: int, steps: int, image_size: int) -> float:
-    """Train for so many steps; the median of the log's lines but the first."""
+    """Train for a number of steps, and return the median over the lines of the log, without the first."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--image_size", type=int, default=128, help="pixels; at 64 the workers that read need a core themselves"
+        "--image_size", type=int, default=128, help="pixels; at 64, the workers need a core of their own"
     )
     args = parser.parse_args()
     found: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -1,14 +1,14 @@
 """Time until work can start: `python benchmarks/start_up.py`.
 
-A fresh process imports torch and the two classes of transformers that every model and processor stands on, and then
-`tcl_hf`, which registers itself with transformers; another one imports transformers' CLIP in its place. Both are timed
-beyond what comes before, in the process that paid for it: a difference of two processes would drown in their spread. A
-third process, timed as a whole, is `scripts/pretrain.py --help`. They take turns; a first round, which compiles the
+A fresh process imports torch and the two base classes of transformers' models and processors, and then `tcl_hf`, which
+registers itself with transformers; a second process imports transformers' CLIP instead. Both imports are timed without
+those before them, inside the process, because the difference of two processes would be smaller than their variation. A
+third process, timed as a whole, runs `scripts/pretrain.py --help`. They take turns; the first round, which compiles the
 bytecode, does not count.
 
-Python's garbage collector looks through everything that torch and transformers have made whenever it happens to be due
-(about 0.2 s). Where that falls into the import it is part of its time, and is told beside it, as is the CPU time, which
-other jobs on the machine disturb least.
+Python's garbage collector searches all objects of torch and transformers when it happens to be due (about 0.2 s). If
+this happens during the import, it is part of the time; it is also printed separately, as is the CPU time, which other
+jobs on the machine disturb least.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BEYOND = {
 }
 SCRIPT = "scripts/pretrain.py --help"
 
-# Prints seconds of the base, then of what comes beyond it: elapsed, on the CPU, and collecting garbage.
+# Prints the seconds of the base, then those of the import after it: elapsed, on the CPU, and collecting garbage.
 PROGRAM = """
 import gc, time
 start = time.perf_counter()
@@ -49,8 +49,8 @@ print(elapsed - start, time.perf_counter() - elapsed, time.process_time() - cpu,
 
 
 def _run(*arguments: str) -> str:
-    """What a fresh Python prints."""
-    # Nothing of the Hub is needed; without this a slow network would be measured.
+    """Run a fresh Python, and return its output."""
+    # Nothing is needed from the Hub, and a slow network must not be measured.
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -72,7 +72,7 @@ def _round() -> Iterator[tuple[str, float]]:
 
 
 def measure(repeats: int) -> dict[str, list[float]]:
-    """Seconds by name, of `repeats` rounds; the base is timed twice in each."""
+    """Seconds by name in `repeats` rounds; each round times the base twice."""
     seconds = defaultdict(list)
     for number in tqdm(range(repeats + 1), desc="rounds"):
         for name, value in _round():
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     if args.repeats < 1:
-        parser.error(f"--repeats {args.repeats}: nothing to measure; pass 1 or more")
+        parser.error(f"--repeats {args.repeats}: there is nothing to measure; pass 1 or more")
     seconds = measure(args.repeats)
     print("| seconds | median | min | max |\n|---|---|---|---|")
     for name, values in seconds.items():

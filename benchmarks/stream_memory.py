@@ -1,8 +1,9 @@
-"""Memory of a long stream: `python benchmarks/stream_memory.py`. It should not grow.
+"""Memory of a long stream, which should not grow: `python benchmarks/stream_memory.py`.
 
 Small JPEGs with captions are written into tars in a temporary folder and read through the loader that training uses,
-decoding and augmentation included; nothing is trained. Every so many samples it prints the memory of this process and
-its workers: their resident sets (RSS), where pages they share count several times, and their shares of it (PSS).
+with decoding and augmentation; nothing is trained. Every 5,000 samples (`--every`) it prints the memory of this process
+and its workers: their resident sets (RSS), in which shared pages count several times, and their proportional sets
+(PSS), in which every page counts once.
 """
 
 import argparse

@@ -1,15 +1,15 @@
 """Ours beside its peers on the same work, in turns, in one run: `python benchmarks/suite.py [--only NAME ...]`.
 
 A work has contenders: ours, the plain reference (`plain.py`), and models of transformers with encoders of the same
-sizes, as far as they have the part. Each contender has a process of its own, which stays; they compute one after
-another, round after round, in an order drawn for each, so that a machine that gets slower does so for all and none is
-always first. A ratio is the median over the rounds of a peer's time by ours in the same round, with the least and the
-most.
+sizes, if they can do the work. Each contender has a process of its own for all rounds. They compute one after another,
+in an order that is drawn for each round, so that a machine that slows down affects all of them and none is always
+first. A ratio is a peer's time divided by ours in the same round; its median, least and most over the rounds are
+printed.
 
-In the rounds of the pre-training step the machine itself is measured too, before our step and after it: float32 matrix
-products, written to memory that is there, and the bandwidth of a copy.
+In the rounds of the pre-training step the machine is measured too, before our step and after it: float32 matrix
+products, written to memory that is already allocated, and the bandwidth of a copy.
 
-What each of our ways gives is in `ablation.py`; the original code is timed in `original.py`.
+The gain from each of our optimizations is measured in `ablation.py`; the original code is timed in `original.py`.
 """
 
 import argparse
@@ -39,11 +39,11 @@ ROOT = Path(__file__).parents[1]
 OURS, PLAIN, MACHINE = "ours", "plain", "machine"
 LENGTH, FEATURE_IMAGES, FEATURE_TEXTS = 25, 8, 32
 FUSED_IMAGES, FUSED_TEXTS = 4, 4  # texts of each image
-PART_OF_LOOPS = 4  # the plain loops of re-ranking run on one in so many images and texts, at the same pace
+PART_OF_LOOPS = 4  # the plain loops of re-ranking run on one in 4 images and texts, and their time is multiplied by 4
 
-LEAST_MEMORY = 2e7  # bytes; less is lost among what an allocator keeps and libraries load
+LEAST_MEMORY = 2e7  # bytes; less than this is below the noise of allocators and libraries
 
-Run = Callable[[], Any]  # does the work once; what it returns is compared where contenders must agree
+Run = Callable[[], Any]  # does the work once; the results are compared where contenders must agree
 
 
 @dataclass
@@ -51,13 +51,13 @@ class Work:
     """Something that several contenders can do.
 
     Args:
-        title: what, in a row of the table.
-        contenders: by name what prepares them; ours first.
-        repeats: rounds.
+        title: title in the table.
+        contenders: functions that prepare the contenders, by name; ours first.
+        repeats: number of rounds.
         agree: whether all contenders must return the same numbers.
-        memory: whether the peak memory of each is told.
+        memory: whether the peak memory of each is printed.
         trains: whether gradients are computed.
-        scale: what the time of a contender is multiplied with, where it does a share of the work.
+        scale: factor for the time of a contender that does only a share of the work, by name.
     """
 
     title: str
@@ -97,12 +97,12 @@ def training_step(size: str, pairs: int, name: str) -> Run:
 
     step.held = partial(bytes_of_updates, model)  # type: ignore[attr-defined]
     if name == OURS:
-        keep_freed_memory()  # as `train` does; what was freed until here does not hide in the memory before the step
+        keep_freed_memory()  # as `train` does; set last, so that memory freed before counts as free before the step
     return step
 
 
 def with_small_weights(model: nn.Module) -> nn.Module:
-    """The model with weights as large as those of ours."""
+    """The model with weights of the same scale as ours."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02)
@@ -115,7 +115,7 @@ def bytes_of_updates(model: nn.Module) -> int:
 
 
 def machine() -> Run:
-    """Operations a second of a float32 matrix product, and bytes a second of a copy, read and written."""
+    """Operations per second of a float32 matrix product, and bytes per second of a copy, read and written."""
     a, b = torch.randn(2, 2048, 2048).unbind()
     out = torch.empty_like(a)
     source = torch.randn(2**26)  # 256 MB
@@ -140,7 +140,7 @@ def machine() -> Run:
 
 
 def model_of(name: str) -> nn.Module:
-    """A model whose encoders have the base size: 12 image layers at 256 pixels, 6 for texts, and 6 that fuse."""
+    """A model with encoders of the base size: 12 layers for images of 256 pixels, 6 for texts, and 6 that fuse."""
     from plain import PlainTCL
     from transformers import (
         BlipConfig,
@@ -255,7 +255,7 @@ def reranking(name: str) -> Run:
 
 
 def best_scores(scores: Tensor, pairs: Any) -> Tensor:
-    """Of some images the scores of the texts most similar to them, which all ways compute."""
+    """The scores of some images with their most similar texts, which all contenders compute."""
     top = pairs.similarity().topk(8, dim=1).indices
     return scores.gather(1, top)[::PART_OF_LOOPS]
 
@@ -308,7 +308,7 @@ def views(name: str) -> Run:
 
 
 def loading(name: str) -> Run:
-    """A checkpoint of the base size with teacher and queues: ours compares its checksums, and reads safetensors."""
+    """Open a checkpoint of the base size with teacher and queues; ours compares checksums, and reads safetensors."""
     from plain import PlainTCL
 
     from tcl_hf import TCLConfig, TCLForPreTraining
@@ -377,12 +377,12 @@ WORKS = {
 
 
 def answer_requests(work: str, name: str) -> None:
-    """Prepare a contender, then do its work once for each line, and tell seconds, memory and numbers."""
+    """Prepare a contender, then do its work once for each line that is read, and print seconds, memory and numbers."""
     from original import peak_bytes
 
     torch.manual_seed(0)
     channel = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discard the output of libraries
     run = WORKS[work].contenders[name]()
     before, peak_before = resident_bytes(), peak_bytes()
     held = getattr(run, "held", int)
@@ -392,7 +392,7 @@ def answer_requests(work: str, name: str) -> None:
             start = time.perf_counter()
             found = run()
             answer: dict[str, Any] = {"seconds": time.perf_counter() - start}
-            # Nothing is known of a run whose peak was not above that of its preparation.
+            # The peak of a run is unknown where it was not above that of the preparation.
             answer["activations"] = peak_bytes() - before - held() if peak_bytes() > peak_before else 0
             if WORKS[work].agree or name == MACHINE:
                 answer["numbers"] = found.flatten().tolist() if isinstance(found, Tensor) else found
@@ -400,13 +400,13 @@ def answer_requests(work: str, name: str) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory that this process has now."""
+    """The resident memory of this process now."""
     pages = Path("/proc/self/statm").read_text().split()[1] if sys.platform == "linux" else "0"
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Contender:
-    """A process that does its work when asked; it says once that it is ready."""
+    """A process that prepares its work, prints once that it is ready, and does the work when asked."""
 
     def __init__(self, work: str, name: str):
         command = [sys.executable, __file__, "--child", work, name]
@@ -435,7 +435,7 @@ class Contender:
 
 
 def order_of(contenders: Iterable[str], number: int) -> list[str]:
-    """Who computes when in a round: drawn, but for the machine, which is measured just before ours and just after."""
+    """The order of a round: drawn at random, but the machine is measured just before ours and just after."""
     peers = [who for who in contenders if who != MACHINE]
     order = random.Random(number).sample(peers, len(peers))
     if MACHINE in contenders:
@@ -445,27 +445,27 @@ def order_of(contenders: Iterable[str], number: int) -> list[str]:
 
 
 def measure(name: str, repeats: int | None = None) -> dict[str, list[dict[str, Any]]]:
-    """What each contender of a work told in each round; a first round, which allocates, does not count."""
+    """The measurements of each contender of a work in each round, without the first round, which allocates memory."""
     work = WORKS[name]
     contenders = {who: Contender(name, who) for who in work.contenders}
     for contender in contenders.values():  # all prepare at once
         contender.read()
-    told: dict[str, list[dict[str, Any]]] = {who: [] for who in contenders}
+    measured: dict[str, list[dict[str, Any]]] = {who: [] for who in contenders}
     for number in range((repeats or work.repeats) + 1):
         for who in order_of(contenders, number):
             answer = contenders[who].ask()
             answer["seconds"] *= work.scale.get(who, 1.0)
             if number:
-                told[who].append(answer)
+                measured[who].append(answer)
     for contender in contenders.values():
         contender.close()
     if work.agree:
-        ours = torch.tensor(told[OURS][0]["numbers"])
-        for who, answers_ in told.items():
+        ours = torch.tensor(measured[OURS][0]["numbers"])
+        for who, runs in measured.items():
             torch.testing.assert_close(
-                torch.tensor(answers_[0]["numbers"]), ours, rtol=1e-4, atol=1e-5, msg=f"{name}: {who}"
+                torch.tensor(runs[0]["numbers"]), ours, rtol=1e-4, atol=1e-5, msg=f"{name}: {who}"
             )
-    return told
+    return measured
 
 
 # Tables
@@ -473,7 +473,7 @@ def measure(name: str, repeats: int | None = None) -> dict[str, list[dict[str, A
 
 @dataclass
 class Row:
-    """A peer beside ours."""
+    """A row of the table: a peer beside ours."""
 
     work: str
     peer: str
@@ -496,15 +496,15 @@ class Row:
         return " | ".join([self.work, self.peer, *seconds, ratio, *memory])
 
 
-def rows_of(name: str, told: dict[str, list[dict[str, Any]]]) -> list[Row]:
+def rows_of(name: str, measured: dict[str, list[dict[str, Any]]]) -> list[Row]:
     work = WORKS[name]
     rows = []
-    for who, answers_ in told.items():
+    for who, runs in measured.items():
         if who in (OURS, MACHINE):
             continue
-        row = Row(work.title, who, *([a["seconds"] for a in x] for x in (told[OURS], answers_)))
+        row = Row(work.title, who, *([a["seconds"] for a in x] for x in (measured[OURS], runs)))
         if work.memory:
-            row.ours_memory, row.theirs_memory = (max(a["activations"] for a in x) for x in (told[OURS], answers_))
+            row.ours_memory, row.theirs_memory = (max(a["activations"] for a in x) for x in (measured[OURS], runs))
         rows.append(row)
     return rows
 
@@ -518,8 +518,8 @@ def start_up_rows(repeats: int) -> list[Row]:
     return [Row("import, beyond torch and PreTrainedModel, ProcessorMixin", list(BEYOND)[1], own, theirs)]
 
 
-def limits(told: dict[str, list[dict[str, Any]]]) -> str:
-    """The machine's own speed in the rounds of the step, and the step's share of it."""
+def limits(measured: dict[str, list[dict[str, Any]]]) -> str:
+    """A paragraph with the machine's speed in the rounds of the step, and the share of it that the step reaches."""
     from pretrain_step import random_batch
 
     from tcl_hf import TCLConfig
@@ -527,10 +527,10 @@ def limits(told: dict[str, list[dict[str, Any]]]) -> str:
 
     config = TCLConfig()
     masked = random_batch(config, 4, LENGTH)["mlm_positions"].shape[1]
-    flops = run_step(config, 4, LENGTH, num_masked=masked).flops
-    products, copies = zip(*(answer["numbers"] for answer in told[MACHINE]), strict=True)
+    flops = sum(work.flops for work in operations(config, 4, LENGTH, masked).values())
+    products, copies = zip(*(answer["numbers"] for answer in measured[MACHINE]), strict=True)
     around = [statistics.mean(pair) for pair in zip(products[::2], products[1::2], strict=True)]
-    shares = [flops / a["seconds"] / product for a, product in zip(told[OURS], around, strict=True)]
+    shares = [flops / a["seconds"] / product for a, product in zip(measured[OURS], around, strict=True)]
     return (
         f"This machine in the rounds of the step: {statistics.median(products) / 1e9:.0f} GFLOP/s "
         f"({min(products) / 1e9:.0f} to {max(products) / 1e9:.0f}) of float32 matrix products, "
@@ -547,7 +547,7 @@ HEADER = (
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """How many times faster ours is than each peer, as bars on a logarithmic axis with the least and the most."""
+    """Plot how many times faster ours is than each peer, with the least and the most, on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -570,9 +570,9 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=[*WORKS, "start_up"], help="these works; all if not given")
-    parser.add_argument("--repeats", type=int, help="rounds of each work, in place of its own number")
-    parser.add_argument("--plot", type=Path, help="file of a picture of the ratios")
+    parser.add_argument("--only", nargs="+", choices=[*WORKS, "start_up"], help="only these works")
+    parser.add_argument("--repeats", type=int, help="rounds of each work, in place of its default")
+    parser.add_argument("--plot", type=Path, help="image file for a plot of the ratios")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
@@ -581,18 +581,18 @@ def main() -> None:
         return
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
-    chosen, rows, said = args.only or [*WORKS, "start_up"], [], ""
-    for name in tqdm(chosen, desc="works"):
+    works, rows, speed_of_machine = args.only or [*WORKS, "start_up"], [], ""
+    for name in tqdm(works, desc="works"):
         if name == "start_up":
             rows += start_up_rows(args.repeats or 3)
             continue
-        told = measure(name, args.repeats)
-        rows += rows_of(name, told)
-        if MACHINE in told:
-            said = limits(told)
+        measured = measure(name, args.repeats)
+        rows += rows_of(name, measured)
+        if MACHINE in measured:
+            speed_of_machine = limits(measured)
     cores = f"{platform.machine()}, {os.cpu_count()} cores"
     print(f"{date.today()}, {cores}, torch {torch.__version__}, float32\n")
-    print(said + "\n")
+    print(speed_of_machine + "\n")
     print(HEADER)
     for row in rows:
         print(f"| {row.cells()} |")

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.images import open_image
-from ..models.encoders import KeyValue
+from ..models.attention import KeyValue
 from ..models.losses import similarity as scaled_similarity
 from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval
 from ..models.processing_tcl import TCLProcessor

@@ -15,12 +15,12 @@ def write_checksums(folder: str | os.PathLike) -> None:
 
 
 def verify_checksums(folder: str | os.PathLike) -> None:
-    """Compare a folder's weight files with their checksums, where it has any.
+    """Compare a folder's weight files with their checksums, if it has checksums.
 
-    Safetensors carry none of their own: a flipped bit would load as another number.
+    Safetensors files have none inside: a flipped bit would load as another number.
 
     Raises:
-        OSError: if a file is not what was saved.
+        OSError: if a file is not the one that was saved.
     """
     sums = Path(folder) / CHECKSUMS
     if not sums.is_file():
@@ -30,8 +30,8 @@ def verify_checksums(folder: str | os.PathLike) -> None:
         path = Path(folder) / os.path.basename(name)
         if path.is_file() and checksum(path) != expected:
             raise OSError(
-                f"{path} is not the file that was saved: its checksum differs from {CHECKSUMS}. Get it again, or "
-                f"remove {CHECKSUMS} if you changed the weights yourself."
+                f"{path} is not the file that was saved: its checksum differs from {CHECKSUMS}. Download or copy it "
+                f"again, or remove {CHECKSUMS} if you changed the weights yourself."
             )
 
 

@@ -3,6 +3,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # the paper's code keeps tau in this range
+
 
 @strict
 class TCLVisionConfig(PreTrainedConfig):
@@ -46,8 +48,8 @@ class TCLTextConfig(PreTrainedConfig):
 
     Args:
         images_per_text: copies of each fusion layer, one after the other, which share their keys and values: with
-            several images per text, each copy reads another one (2 for NLVR2).
-        causal: a token sees those before it only, as in the decoder of answers.
+            several images per text, each copy reads a different image (2 for NLVR2).
+        causal: a token attends only to itself and to those before it, as in the decoder of answers.
         bos_token_id, eos_token_id: [CLS] and [SEP], with which answers begin and end.
 
     Raises:
@@ -100,26 +102,26 @@ class TCLConfig(PreTrainedConfig):
     """Configuration of TCL: two encoders, and how they are pre-trained.
 
     The total loss is the sum of the five objectives times their weights. The defaults are TCL's; ALBEF is
-    `cma_weight=1, imc_weight=0, lmi_weight=0`, and CMA alone is CLIP with a momentum queue. An objective of
+    `cma_weight=1, imc_weight=0, lmi_weight=0`, and CMA alone is CLIP with a momentum queue. An objective with
     weight 0 is not computed.
 
     Args:
         vision_config, text_config: dictionaries or configs of the encoders.
         projection_dim: width of the space in which images and texts are compared (paper: 256).
         temperature_init_value: starting value of tau, which divides every similarity (paper: 0.07).
-        momentum: share of the teacher kept at each update (paper: 0.995).
+        momentum: share of the teacher that each update keeps (paper: 0.995).
         queue_size: features of each modality kept as negatives (paper: 65,536); 0 for none.
         alpha: share of the teacher's soft targets (paper: 0.4).
         mlm_probability: share of the tokens masked (paper: 0.15).
-        patch_dropout: share of the patches that the student does not see in a step of pre-training, others for each
-            image (FLIP, arXiv 2212.00794: 0.5 and 0.75; the paper: none). The teacher, evaluation and
-            fine-tuning see all.
+        patch_dropout: share of the patches that the student does not read in a step of pre-training, drawn for each
+            image (FLIP, arXiv 2212.00794: 0.5 and 0.75; paper: 0). The teacher, evaluation and fine-tuning read all
+            patches.
         local_grid: patch features are averaged to `local_grid` x `local_grid` regions for LMI (paper: 4).
-        gather_negatives: whether LMI and ITM have the samples of all processes as negatives, gradients included; else
-            those of their own process, as the paper's code. (CMA and IMC have the keys of all processes.)
+        gather_negatives: whether LMI and ITM take negatives from the samples of all processes, with gradients; if not,
+            from their own process, as in the paper's code. (CMA and IMC always use the keys of all processes.)
         use_momentum_teacher: `False` leaves teacher and queues out of the heads, for inference at half the memory.
-        trained_on: what the weights have learned from, `{"task": ..., "data": [...]}` for each training; evaluation
-            states its protocol by it.
+        trained_on: the data that the weights were trained on, `{"task": ..., "data": [...]}` for each training, from
+            which evaluation derives its protocol.
 
     Raises:
         ValueError: for a weight, share or size outside its range.
@@ -154,17 +156,17 @@ class TCLConfig(PreTrainedConfig):
         """Make a config of its dictionary, as transformers does.
 
         Args:
-            image_size: pixels of a side of the images in place of the dictionary's. So a checkpoint opens at another
-                resolution, by any `from_pretrained`: its positions are resized.
+            image_size: pixels of a side of the images in place of the dictionary's. By this argument any
+                `from_pretrained` opens a checkpoint at another resolution, and resizes its positions.
 
         Raises:
-            ValueError: for the dictionary of another model, of which transformers would take what fits.
+            ValueError: for the dictionary of another model, from which transformers would take the fields that fit.
         """
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
                 f"{config_dict.get('_name_or_path') or 'The checkpoint'} holds a '{found}' model and not a TCL: "
-                "TCLModel.from_vision_text_pretrained starts a new TCL from encoders."
+                "use TCLModel.from_vision_text_pretrained to start a new TCL from encoders."
             )
         if image_size is not None:
             config_dict = config_dict | {
@@ -180,25 +182,25 @@ class TCLConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} is not a share: choose a number from 0 to 1.")
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(
-                f"patch_dropout={self.patch_dropout} leaves no patch or is no share: choose 0 to see all patches, or a "
-                "number below 1."
+                f"patch_dropout={self.patch_dropout} leaves no patch or is not a share: choose 0, which keeps all "
+                "patches, or a number between 0 and 1."
             )
         for name in ("cma_weight", "imc_weight", "lmi_weight", "itm_weight", "mlm_weight", "queue_size"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative: choose 0 to leave it out, or more.")
+                raise ValueError(f"{name}={getattr(self, name)} is negative: choose 0, which leaves it out, or more.")
         if self.projection_dim < 1 or self.local_grid < 1:
             raise ValueError(
                 f"projection_dim={self.projection_dim} and local_grid={self.local_grid} must be 1 or more."
             )
-        if not 0.001 <= self.temperature_init_value <= 0.5:
+        if not MIN_TEMPERATURE <= self.temperature_init_value <= MAX_TEMPERATURE:
             raise ValueError(
-                f"temperature_init_value={self.temperature_init_value} lies outside [0.001, 0.5], "
-                "the range in which training keeps the temperature."
+                f"temperature_init_value={self.temperature_init_value} lies outside [{MIN_TEMPERATURE}, "
+                f"{MAX_TEMPERATURE}], the range in which training keeps the temperature: choose a value inside."
             )
 
 
 def kept_patches(num_patches: int, patch_dropout: float) -> int:
-    """How many patches of an image are left when a share of them is dropped; at least one."""
+    """The number of patches of an image that are left when a share of them is dropped; at least one."""
     return max(1, round(num_patches * (1 - patch_dropout)))
 
 

@@ -1,4 +1,4 @@
-"""Tensors of all processes, gathered so that each process's own rows come first."""
+"""Tensors of all processes, gathered so that each process's own rows come first; and tensors that are sharded."""
 
 import torch
 import torch.distributed as dist
@@ -10,16 +10,21 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP2 may have sharded; every process has to ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def gather_own_first(tensor: Tensor) -> Tensor:
-    """As `gather`, in the order of ranks from the own one on, so that a process's own rows come first."""
+    """As `gather`, in the order of ranks from the process's own rank on, so that its own rows come first."""
     return gather(tensor).roll(-dist.get_rank() * len(tensor), 0) if is_distributed() else tensor
 
 
 def gather_padded(tensor: Tensor, with_gradient: bool = False) -> Tensor:
-    """As `gather_own_first`, of tensors (N, L, ...) whose L may differ: shorter ones are padded with zeros.
+    """As `gather_own_first`, for tensors (N, L, ...) whose L may differ: shorter ones are padded with zeros.
 
     Args:
-        with_gradient: what other processes compute with the rows of this one flows back to it.
+        with_gradient: let the gradients that other processes compute for the rows of this one flow back to it.
     """
     if not is_distributed():
         return tensor
@@ -41,13 +46,16 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient: Tensor) -> Tensor:
         first = dist.get_rank() * context.num_rows
-        in_order = gradient.roll(first, 0).contiguous()  # of ranks
+        in_order = gradient.roll(first, 0).contiguous()  # in the order of ranks
         dist.all_reduce(in_order)
         return in_order[first : first + context.num_rows]
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Concatenate a tensor (N, ...) of all processes in the order of ranks, without gradient; alone, return it."""
+    """Concatenate a tensor (N, ...) of all processes in the order of ranks, without gradient.
+
+    In a single process, the tensor is returned as it is.
+    """
     if not is_distributed():
         return tensor
     tensor = tensor.contiguous()

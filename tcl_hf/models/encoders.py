@@ -1,14 +1,12 @@
 """The encoders of TCL: images, texts, and the fusion of both, with the language-model head.
 
 A text model is one stack: its first layers encode the text alone, the others fuse it with images through
-cross-attention. Shapes: B images, N texts, P image states (class token and patches), L tokens, D width,
-H heads.
+cross-attention. Shapes: B images, N texts, P image states (class token and patches), L tokens, T selected tokens,
+D width, H heads.
 """
 
 import math
 import os
-import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,20 +20,17 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import can_return_tuple
 
+from .attention import KeyValue, TCLAttention
 from .checksums import verify_checksums, write_checksums
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
-
-KeyValue = tuple[Tensor, Tensor]
-_IMAGE_POSITIONS = re.compile(r"(^|vision_model\.)embeddings\.position_embeddings$")
-_TEXT_LAYER = re.compile(r"(?P<stack>|(.*\.)?text_model\.)layers\.(?P<number>\d+)\.(?P<name>.*)")
-_CROSS_KEY_VALUE = re.compile(r"\.cross_attn\.[kv]_proj\.")
+from .fitting import fit_shapes, part_of, repeat_fusion_layers, resize_positions
 
 
 class TCLPreTrainedModel(PreTrainedModel):
-    """Loading, starting values and abilities that all TCL models share."""
+    """Loading, saving, starting values and abilities that all TCL models share."""
 
     config_class = TCLConfig
     base_model_prefix = "tcl"
@@ -57,12 +52,12 @@ class TCLPreTrainedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the weights: not that of the temperature, which comes first and stays float32 in any."""
+        """The precision of the weights, except for that of the temperature, which is always float32."""
         weights = (weight for name, weight in self.named_parameters() if not name.endswith("temperature"))
         return next(weight.dtype for weight in weights if weight.is_floating_point())
 
     def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own starting values for everything that is not a part of an encoder."""
+        """Draw PyTorch's own starting values for everything that is not part of an encoder."""
         if isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
@@ -73,18 +68,19 @@ class TCLPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, is_main_process: bool = True, **kwargs) -> None:
-        """Save as transformers does, with the checksums of the weights beside them; arguments as there."""
+        """Save as transformers does, with the checksums of the weights beside them; the arguments are the same."""
         super().save_pretrained(save_directory, *args, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             write_checksums(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs) -> Any:
-        """Open as transformers does; a folder's weights are compared with their checksums first. Arguments as there.
+        """Open as transformers does, with the same arguments. The weights of a folder are first compared with their
+        checksums.
 
         Raises:
             OSError: if there is no such checkpoint, or a file of it is damaged.
-            ValueError: if it is another model's.
+            ValueError: if it is a checkpoint of another model than TCL.
         """
         if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
             verify_checksums(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder", "")))
@@ -111,7 +107,9 @@ class TCLPreTrainedModel(PreTrainedModel):
         if state_dict is not None:
             fitted = model.fit_state_dict(state_dict)
             if any(fitted.get(name) is not entry for name, entry in state_dict.items()):
-                checkpoint_files = None  # weights left on disk (`device_map`) would be read from there, not fitted
+                checkpoint_files = (
+                    None  # else weights that stay on disk (`device_map`) would be read without being fitted
+                )
             state_dict = fitted
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
@@ -120,231 +118,13 @@ class TCLPreTrainedModel(PreTrainedModel):
 
         An encoder alone takes its part of a whole model. Learned image positions are resized to the model's grid.
         Fusion layers are repeated where the model reads more images per text. Queues of another size are left
-        out, so that new ones start. Entries may be tensors or safetensors slices, which stay unread.
+        out, so that new ones start. Entries may be tensors, or safetensors slices, which are not read here.
         """
         text_config = getattr(self.config, "text_config", self.config)
         if isinstance(text_config, TCLTextConfig):
             state_dict = repeat_fusion_layers(state_dict, text_config)
         shapes = {key: tuple(value.shape) for key, value in self.state_dict().items()}
-        prefix = f"{self.base_model_prefix}."
-        fitted = {}
-        for key, value in state_dict.items():
-            shape = shapes.get(key, shapes.get(prefix + key, shapes.get(key.removeprefix(prefix))))
-            found = shape_of(value)
-            if shape is not None and shape != found:
-                if _IMAGE_POSITIONS.search(key) and shape[-1] == found[-1]:
-                    value = resize_positions(value[:], math.isqrt(shape[1] - 1))
-                elif key.startswith("queue."):
-                    return self.fit_state_dict({k: v for k, v in state_dict.items() if not k.startswith("queue.")})
-            fitted[key] = value
-        return fitted
-
-
-def shape_of(entry: Any) -> tuple[int, ...]:
-    """The shape of an entry of a checkpoint: a tensor, or a safetensors slice."""
-    return tuple(entry.shape if isinstance(entry, Tensor) else entry.get_shape())
-
-
-def copy_of(entry: Any) -> Tensor:
-    """A copy of an entry of a checkpoint; the entry itself under two names would be one memory for two weights."""
-    return entry[:].clone()
-
-
-def part_of(state_dict: dict[str, Any], part: str) -> dict[str, Any]:
-    """The entries of one encoder of a whole model, in the encoder's own names; all of them if it is no whole model."""
-    cut = {key: key.removeprefix("tcl.") for key in state_dict if not key.startswith("teacher.")}
-    whole = {key: name.removeprefix(f"{part}.") for key, name in cut.items() if name.startswith(f"{part}.")}
-    return {name: state_dict[key] for key, name in whole.items()} or state_dict
-
-
-def repeat_fusion_layers(state_dict: dict[str, Any], config: TCLTextConfig) -> dict[str, Any]:
-    """Make `images_per_text` copies of every fusion layer of a checkpoint that has one of each.
-
-    Layer `fusion_layer + i` becomes those from `fusion_layer + images_per_text * i` on; keys and values stay with the
-    first of them, which all share. A checkpoint that has the copies already is returned as it is.
-    """
-    copies, first = config.images_per_text, config.fusion_layer
-    layers = {key: match for key in state_dict if (match := _TEXT_LAYER.fullmatch(key))}
-    num_layers = 1 + max((int(match["number"]) for match in layers.values()), default=-1)
-    if copies == 1 or num_layers != config.num_hidden_layers:
-        return state_dict
-    repeated = {}
-    for key, value in state_dict.items():
-        number = int(layers[key]["number"]) if key in layers else -1
-        if number < first:
-            repeated[key] = value
-            continue
-        for copy in range(copies):
-            if copy == 0 or not _CROSS_KEY_VALUE.search(key):
-                place = first + copies * (number - first) + copy
-                name = f"{layers[key]['stack']}layers.{place}.{layers[key]['name']}"
-                repeated[name] = value if copy == 0 else copy_of(value)
-    return repeated
-
-
-def resize_positions(positions: Tensor, grid: int | tuple[int, int]) -> Tensor:
-    """Resize learned positions (1, 1 + P, D) of a square grid to another grid, bicubically; the class token's stays.
-
-    Raises:
-        ValueError: if the patches are not a square grid.
-    """
-    grid = (grid, grid) if isinstance(grid, int) else grid
-    old_grid = math.isqrt(positions.shape[1] - 1)
-    if old_grid * old_grid != positions.shape[1] - 1:
-        raise ValueError(f"{positions.shape[1] - 1} patch positions are not a square grid: they can not be resized.")
-    if grid == (old_grid, old_grid):
-        return positions
-    planes = positions[:, 1:].mT.unflatten(-1, (old_grid, old_grid))  # (1, D, old, old)
-    planes = F.interpolate(planes.float(), size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([positions[:, :1], planes.flatten(-2).mT.to(positions.dtype)], dim=1)
-
-
-def drop(states: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout, as `F.dropout`; on a CPU from 31 random bits a number, which are drawn in a third of its time."""
-    if not training or not 0 < p < 1 or states.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(states, p, training)
-    kept = torch.empty(states.shape, dtype=torch.int32, device=states.device).random_() >= round(p * 2**31)
-    return states * (kept / (1 - p)).to(states.dtype)
-
-
-class TCLDropout(nn.Dropout):
-    """A module for `drop`."""
-
-    def forward(self, states: Tensor) -> Tensor:
-        return drop(states, self.p, self.training)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    is_causal: bool = False,
-    **kwargs,
-) -> tuple[Tensor, Tensor]:
-    """Textbook attention that also returns its weights (N, H, L, P)."""
-    scores = (query * scaling) @ key.mT  # a query has fewer numbers than it has scores
-    if attention_mask is None and is_causal and query.shape[2] > 1:  # masks that say no more are left out for sdpa
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    output = drop(weights, dropout, module.training) @ value
-    return output.transpose(1, 2).contiguous(), weights
-
-
-class TCLAttention(nn.Module):
-    """Multi-head attention of hidden states to themselves, or to keys and values made elsewhere.
-
-    Args:
-        key_value_size: width of the states that keys and values are made of; 0 for an attention that is always given
-            those of another.
-        is_causal: a query sees the keys up to its own.
-    """
-
-    def __init__(
-        self,
-        config: TCLVisionConfig | TCLTextConfig,
-        dropout: float,
-        key_value_size: int | None = None,
-        is_causal: bool = False,
-    ):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.dropout = dropout
-        self.is_causal = is_causal
-        key_value_size = config.hidden_size if key_value_size is None else key_value_size
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        if key_value_size:
-            self.k_proj = nn.Linear(key_value_size, config.hidden_size)
-            self.v_proj = nn.Linear(key_value_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def key_value(self, states: Tensor) -> KeyValue:
-        """Project states (B, P, D) to keys and values, each (B, H, P, D / H)."""
-        key, value = self.k_proj(states), self.v_proj(states)
-        return tuple(x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (key, value))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        key_value: KeyValue | None = None,
-        output_attentions: bool = False,
-        index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend from hidden states (N, L, D); return states of the same shape and, if asked for, the weights.
-
-        Args:
-            key_value: keys and values of B rows; those of the hidden states themselves if None. Each serves N / B
-                neighbours.
-            index: which of the B serves each of the last R rows (R,); the first N - R are served as neighbours.
-        """
-        key, value = key_value if key_value is not None else self.key_value(hidden_states)
-        query = self.q_proj(hidden_states)
-        what = (attention_mask, output_attentions)
-        if index is None:
-            output, weights = self._attend(query, key, value, *what)
-        else:
-            chosen = key.index_select(0, index), value.index_select(0, index)
-            neighbours, others = query.split((query.shape[0] - index.shape[0], index.shape[0]))
-            output, weights = self._attend(others, *chosen, *what)
-            if index.shape[0] != query.shape[0]:
-                first, first_weights = self._attend(neighbours, key, value, *what)
-                output = torch.cat([first, output])
-                weights = torch.cat([first_weights, weights]) if output_attentions else None
-        return self.out_proj(output), weights
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, output_attentions: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend from projected queries (N, L, D) to keys and values of B rows (B, H, P, D / H).
-
-        The N / B neighbours that a row serves are laid out as one longer row of queries, so that nothing is copied.
-        """
-        num_rows, length, _ = query.shape
-        implementation = self.config._attn_implementation
-        if output_attentions:
-            implementation = _implementation_with_weights(implementation)
-        elif implementation == "sdpa" and self.training and self.dropout and query.device.type == "cpu":
-            # PyTorch has no fused kernel for dropout there, and its plain one scales the keys beside the queries.
-            implementation = "eager"
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            # Shapes and not `len`, which would fix the number for torch.export.
-            query.view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(1, 2),  # (B, H, N / B * L, D / H)
-            key,
-            value,
-            attention_mask,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=self.is_causal,
-        )
-        if output_attentions and key.shape[0] != num_rows:  # (B, H, N / B * L, P) -> (N, H, L, P)
-            weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
-        return output.reshape(num_rows, length, -1), weights if output_attentions else None
-
-
-def _implementation_with_weights(implementation: str | None) -> str:
-    if implementation in (None, "eager", "sdpa"):
-        return "eager"
-    raise ValueError(
-        f"attn_implementation='{implementation}' has no attention weights to return: "
-        "load the model with attn_implementation='sdpa' or 'eager' for output_attentions=True."
-    )
-
-
-def select_tokens(states: Tensor, positions: Tensor) -> Tensor:
-    """The states (N, M, D) at positions (N, M) of states (N, L, D)."""
-    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+        return fit_shapes(state_dict, shapes, self.base_model_prefix)
 
 
 class TCLVisionEmbeddings(nn.Module):
@@ -384,14 +164,14 @@ class TCLVisionEmbeddings(nn.Module):
 
 
 def drop_patches(states: Tensor, share: float) -> Tensor:
-    """Keep the class token and so many random patches of each image: (B, 1 + P, D) becomes (B, 1 + K, D).
+    """Drop a random share of each image's patches: states (B, 1 + P, D) become (B, 1 + K, D).
 
-    The same number of every image, at least one; any is as likely as another, and they stay in their order. They are
-    drawn on the device.
+    Every image keeps its class token and the same number of patches, at least one. All patches are equally likely to be
+    kept, and they stay in order. They are drawn on the device.
     """
     num_images, num_patches = states.shape[0], states.shape[1] - 1
     num_kept = kept_patches(num_patches, share)
-    # float32 whatever the states are: the few values of half precision would be drawn twice.
+    # Always in float32: half precision has so few values between 0 and 1 that patches would be drawn equal.
     drawn = torch.rand(num_images, num_patches, device=states.device, dtype=torch.float32).topk(num_kept).indices
     kept = F.pad(drawn.sort().values + 1, (1, 0))  # (B, 1 + K), the class token's 0 first
     return states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
@@ -472,7 +252,7 @@ class TCLVisionModel(TCLPreTrainedModel):
             interpolate_pos_encoding: resize the positions to images of another size.
             output_attentions: return the attention weights of every layer (B, H, 1 + P, 1 + P).
             output_hidden_states: return the states before the first and after every layer.
-            patch_dropout: leave out a random share of each image's patches, below 1; P counts those that are kept.
+            patch_dropout: share of each image's patches to drop at random, below 1; P counts the patches that are left.
 
         Returns:
             `last_hidden_state` (B, 1 + P, D) and `pooler_output`, its class token (B, D).
@@ -480,7 +260,7 @@ class TCLVisionModel(TCLPreTrainedModel):
         Raises:
             ValueError: if the images' size does not fit the model.
         """
-        output_attentions, output_hidden_states = _what_to_output(self.config, output_attentions, output_hidden_states)
+        output_attentions, output_hidden_states = _output_flags(self.config, output_attentions, output_hidden_states)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
         if patch_dropout:
             hidden_states = drop_patches(hidden_states, patch_dropout)
@@ -506,12 +286,13 @@ class TCLTextEmbeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = TCLDropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, num_past: int = 0) -> Tensor:
-        """Embed token ids (N, L), or words already embedded (N, L, D); the token type is always 0.
+        """Embed token ids (N, L), or words already embedded (N, L, D), as (N, L, D); the token type is always 0.
 
-        `num_past` tokens stand before them.
+        Args:
+            num_past: how many tokens come before these, whose keys and values are cached.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("A text is given as input_ids or as inputs_embeds: pass exactly one of them.")
@@ -519,7 +300,8 @@ class TCLTextEmbeddings(nn.Module):
         length, limit = num_past + words.shape[1], self.position_embeddings.num_embeddings
         if length > limit:
             raise ValueError(f"The text has {length} tokens and the model {limit} positions: truncate the text.")
-        # Looked up and not sliced from the weights, which may be elsewhere until a layer is called (`device_map`).
+        # Positions are looked up and not sliced from the weights, which `device_map` may keep on another device until
+        # the layer is called.
         positions = self.position_embeddings(torch.arange(num_past, length, device=words.device))  # (L, D)
         token_type = self.token_type_embeddings(torch.zeros(1, dtype=torch.long, device=words.device))  # (1, D)
         words = words + positions + token_type
@@ -543,10 +325,13 @@ class TCLTextLayer(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = TCLDropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def project_image(self, image_states: Tensor) -> KeyValue:
-        """Project image states (B, P, D) to the keys and values of this layer; its own method, see `sharding`."""
+        """Project image states (B, P, D) to the keys and values of this layer.
+
+        A method of the layer, so that FSDP2 can be told to gather the layer's weights for it (`training.engine`).
+        """
         return self.cross_attn.key_value(image_states)
 
     def forward(
@@ -559,20 +344,22 @@ class TCLTextLayer(GradientCheckpointingLayer):
         output_attentions: bool = False,
         image_mask: Tensor | None = None,
         cache: Cache | None = None,
-        positions: Tensor | None = None,
+        token_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the new states (N, L, D), the self-attention weights and the cross-attention weights.
 
-        `key` and `value` are those of images. They are two arguments and not a pair because re-entrant
-        gradient checkpointing sees tensors only. With `positions` (N, M) the new states are those of these tokens,
-        (N, M, D), and the mask is theirs.
+        Args:
+            key, value: keys and values of the images. They are two arguments and not a tuple because re-entrant
+                gradient checkpointing sees only arguments that are tensors.
+            token_index: tokens (N, T) whose new states (N, T, D) are computed, with `attention_mask` for these tokens;
+                all tokens if None.
         """
-        own = self.self_attn.key_value(hidden_states)
+        text_key_value = self.self_attn.key_value(hidden_states)
         if cache is not None:
-            own = cache.update(*own, self.number)
-        if positions is not None:
-            hidden_states = select_tokens(hidden_states, positions)
-        attended, weights = self.self_attn(hidden_states, attention_mask, own, output_attentions)
+            text_key_value = cache.update(*text_key_value, self.number)
+        if token_index is not None:
+            hidden_states = select_tokens(hidden_states, token_index)
+        attended, weights = self.self_attn(hidden_states, attention_mask, text_key_value, output_attentions)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
         cross_weights = None
         if key is not None:
@@ -584,8 +371,13 @@ class TCLTextLayer(GradientCheckpointingLayer):
         return self.final_layer_norm(hidden_states + self.dropout(fed)), weights, cross_weights
 
 
+def select_tokens(states: Tensor, token_index: Tensor) -> Tensor:
+    """Select tokens (N, T) of states (N, L, D): (N, T, D)."""
+    return states.gather(1, token_index[..., None].expand(-1, -1, states.shape[-1]))
+
+
 class TCLTextPreTrainedModel(TCLPreTrainedModel):
-    """Starting values of everything that belongs to the text: the text model and the language-model head."""
+    """Starting values of the text model and of the language-model head."""
 
     config_class = TCLTextConfig
     base_model_prefix = "text_model"
@@ -629,7 +421,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
         return self.layers[self.config.fusion_layer :]
 
     def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return the entries of a checkpoint, of a text model or a whole one, as this model needs them."""
+        """Return the entries of a checkpoint, of a text model or a whole model, as this model needs them."""
         return super().fit_state_dict(part_of(state_dict, self.base_model_prefix))
 
     def encode(
@@ -654,7 +446,8 @@ class TCLTextModel(TCLTextPreTrainedModel):
     def project_images(self, images: Tensor | tuple[Tensor, ...]) -> list[KeyValue]:
         """Project image states (B, P, D), once, to the keys and values of every fusion layer.
 
-        Of several images, fusion layer i reads `images[i % len(images)]`; copies of a layer share the projection.
+        Where a text has several images, fusion layer i reads `images[i % len(images)]`. Copies of a layer share the
+        projection.
         """
         images = (images,) if isinstance(images, Tensor) else images
         copies, layers = self.config.images_per_text, self.fusion_layers
@@ -670,37 +463,47 @@ class TCLTextModel(TCLTextPreTrainedModel):
         output_hidden_states: bool = False,
         image_mask: Tensor | None = None,
         cache: Cache | None = None,
-        positions: Tensor | None = None,
+        token_index: Tensor | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run the fusion layers on states of texts (N, L, D), each attending to one of B images.
 
         Args:
             images: keys and values for each fusion layer, from `project_images`.
-            image_index: the image of each text (N,), or of each of the last R texts (R,). Without it, and before these,
-                every image serves as many neighbouring texts as any other; then nothing is copied.
-            image_mask: which of the images' states count (B, P); all if None. (A decoder of answers reads a question
-                as its "image", and questions are padded.)
-            cache: keys and values of the tokens before, which these are added to.
-            positions: tokens whose last states are wanted (N, M). The last layer computes no others, where the
-                attention implementation lets it; its states and weights, if asked for, are then of these alone.
+            image_index: the image of each text (N,), or of each of the last R texts (R,). The N - R texts before these,
+                or all texts without it, are neighbours: every image serves the same number of consecutive texts, and
+                nothing is copied.
+            image_mask: 1 for image states that count, 0 for others (B, P); all count if None. (The decoder of answers
+                reads a question as its "image", and questions are padded.)
+            cache: keys and values of the tokens before these, to which those of these tokens are added.
+            token_index: tokens (N, T) whose last states (N, T, D) are needed; all tokens if None. The last layer does
+                not compute the others, if the attention implementation permits it; the states and weights that it
+                returns, if asked for, are then of these tokens alone.
         """
         mask = self._mask(text_states, attention_mask, cache)
         if image_mask is not None:
             image_mask = self._image_mask(text_states, image_mask, image_index)
-        # A causal mask, and the flash backend's of padding, are for queries that end where the keys end.
+        # A causal mask, and a mask of padding for flash attention, assume that queries end where the keys end.
         needs_all = self.config.causal or "flash" in (self.config._attn_implementation or "")
-        at_last = None if needs_all or not self.fusion_layers else positions
+        last_layer_selects = token_index is not None and not needs_all and len(self.fusion_layers) > 0
         collected = _Collected(text_states, output_attentions, output_hidden_states)
         for layer, (key, value) in zip(self.fusion_layers, images, strict=True):
-            chosen = at_last if layer is self.layers[-1] else None
-            if chosen is not None and mask is not None:
-                mask = self._mask(text_states, attention_mask, cache, chosen)
+            selects = last_layer_selects and layer is self.layers[-1]
+            if selects and mask is not None:
+                mask = self._mask(text_states, attention_mask, cache, token_index)
             text_states, weights, cross_weights = layer(
-                text_states, mask, key, value, image_index, output_attentions, image_mask, cache, chosen
+                text_states,
+                mask,
+                key,
+                value,
+                image_index,
+                output_attentions,
+                image_mask,
+                cache,
+                token_index if selects else None,
             )
             collected.add(text_states, weights, cross_weights)
-        if positions is not None and at_last is None:
-            text_states = select_tokens(text_states, positions)
+        if token_index is not None and not last_layer_selects:
+            text_states = select_tokens(text_states, token_index)
         return _text_output(text_states, collected)
 
     @can_return_tuple
@@ -721,7 +524,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
             input_ids: token ids (N, L).
             attention_mask: 1 for tokens, 0 for padding (N, L).
             inputs_embeds: embedded words (N, L, D) in place of `input_ids`.
-            encoder_hidden_states: states of the images (B, P, D); several per text as a tuple.
+            encoder_hidden_states: states of the images (B, P, D); a tuple of them for several images per text.
             image_index: the image of each text (N,). Without it every image serves N / B neighbouring texts.
             output_attentions: return the weights of every layer that ran, (N, H, L, L) and (N, H, L, P).
             output_hidden_states: return the states before the first and after every layer that ran.
@@ -729,12 +532,12 @@ class TCLTextModel(TCLTextPreTrainedModel):
         Returns:
             `last_hidden_state` (N, L, D) and `pooler_output`, its first token (N, D).
         """
-        what = _what_to_output(self.config, output_attentions, output_hidden_states)
-        text = self.encode(input_ids, attention_mask, inputs_embeds, *what)
+        output_flags = _output_flags(self.config, output_attentions, output_hidden_states)
+        text = self.encode(input_ids, attention_mask, inputs_embeds, *output_flags)
         if encoder_hidden_states is None:
             return text
         images = self.project_images(encoder_hidden_states)
-        fused = self.fuse(text.last_hidden_state, attention_mask, images, image_index, *what)
+        fused = self.fuse(text.last_hidden_state, attention_mask, images, image_index, *output_flags)
         if text.hidden_states is not None:
             fused.hidden_states = text.hidden_states + fused.hidden_states[1:]
         if text.attentions is not None:
@@ -746,29 +549,29 @@ class TCLTextModel(TCLTextPreTrainedModel):
         states: Tensor,
         attention_mask: Tensor | None,
         cache: Cache | None,
-        positions: Tensor | None = None,
+        token_index: Tensor | None = None,
     ) -> Tensor | None:
-        """Which tokens each token of states (N, L, D), or each at the positions (N, M), sees.
+        """The tokens to which each token of states (N, L, D), or each token of `token_index` (N, T), attends.
 
-        It is as the attention implementation wants it.
+        The mask has the form that the attention implementation needs; None if there is nothing to mask.
         """
         if self.config.causal:
             return create_causal_mask(self.config, states, attention_mask, cache)
         if attention_mask is None:
             return None
-        queries = states if positions is None else states.new_empty(*positions.shape, 0)
-        # Skipping a mask of ones would mean reading it back from the device.
+        queries = states if token_index is None else states.new_empty(*token_index.shape, 0)
+        # To skip a mask of ones, transformers would have to read it back from the device.
         return create_bidirectional_mask(
             self.config, queries, attention_mask, states, allow_is_bidirectional_skip=False
         )
 
     def _image_mask(self, states: Tensor, image_mask: Tensor, image_index: Tensor | None) -> Tensor:
-        """Which image states (B, P) the texts see: neighbours that share an image are one row of queries."""
+        """The image states (B, P) to which texts attend; neighbours that share an image are one row of queries."""
         if image_index is not None:
             if image_index.shape[0] != states.shape[0]:
                 raise ValueError(
-                    f"image_mask needs the image of every text, but image_index has {image_index.shape[0]} of "
-                    f"{states.shape[0]}: pass it for all texts, or leave it out."
+                    f"image_mask needs the image of every text, but image_index has {image_index.shape[0]} entries for "
+                    f"{states.shape[0]} texts: pass one for each text, or leave it out."
                 )
             image_mask = image_mask.index_select(0, image_index)
         queries = states.reshape(image_mask.shape[0], -1, states.shape[-1])
@@ -777,7 +580,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
 
 
 class TCLLMHead(TCLTextPreTrainedModel):
-    """From states (..., D) to logits over the vocabulary (..., V)."""
+    """Language-model head: from states (..., D) to logits over the vocabulary (..., V)."""
 
     def __init__(self, config: TCLTextConfig):
         super().__init__(config)
@@ -791,8 +594,23 @@ class TCLLMHead(TCLTextPreTrainedModel):
         return self.decoder(self.layer_norm(self.activation(self.dense(hidden_states))))
 
 
+class PredictsWords:
+    """A model with a language-model head `lm_head`, whose last weights are the word embeddings."""
+
+    lm_head: nn.Module
+    _tied_weights_keys: Any = {"lm_head.decoder.weight": "tcl.text_model.embeddings.word_embeddings.weight"}
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The layer from states to words, whose weights are the word embeddings."""
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the layer from states to words."""
+        self.lm_head.decoder = new_embeddings
+
+
 class _Collected:
-    """What a stack of layers was asked to return besides its last states."""
+    """The states and weights of a stack of layers, if they were asked for."""
 
     def __init__(self, hidden_states: Tensor, output_attentions: bool, output_hidden_states: bool):
         self.hidden_states: tuple[Tensor, ...] | None = (hidden_states,) if output_hidden_states else None
@@ -818,10 +636,8 @@ def _text_output(hidden_states: Tensor, collected: _Collected) -> BaseModelOutpu
     )
 
 
-def _what_to_output(
-    config: Any, output_attentions: bool | None, output_hidden_states: bool | None
-) -> tuple[bool, bool]:
-    """What the caller asked for, or else the config."""
+def _output_flags(config: Any, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
+    """Whether to return attentions and hidden states: as the caller asked, or else as the config does."""
     attentions = getattr(config, "output_attentions", False) if output_attentions is None else output_attentions
     hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
     return bool(attentions), bool(hidden)

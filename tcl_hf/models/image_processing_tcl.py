@@ -1,4 +1,4 @@
-"""The image processors of TCL: test-time pixels as the original makes them."""
+"""The image processors of TCL: pixels for inference, as the original makes them."""
 
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
@@ -7,8 +7,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 class TCLImageProcessor(TorchvisionBackend):
     """Resize to a square, bicubically, and normalise with CLIP's mean and std, on tensors (any device).
 
-    Of a photo a pixel differs from [`TCLImageProcessorPil`] by one grey level at most (0.015 when normalised); of
-    noise resized in one direction alone, by up to four.
+    The pixels of a photo differ from those of [`TCLImageProcessorPil`] by one grey level at most (0.015 when
+    normalised); those of noise that is resized in one direction only, by up to four.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -22,7 +22,7 @@ class TCLImageProcessor(TorchvisionBackend):
 
 
 class TCLImageProcessorPil(PilBackend):
-    """Resize to a square, bicubically, and normalise with CLIP's mean and std, by PIL: bit for bit the original."""
+    """Resize to a square, bicubically, and normalise with CLIP's mean and std, by PIL: bit for bit as the original."""
 
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN

@@ -5,12 +5,12 @@ Names follow the paper ("Vision-Language Pre-Training with Triple Contrastive Le
 - CMA, cross-modal alignment: an image and its text, against other texts and images.
 - IMC, intra-modal contrast: a sample and another view of itself, within one modality.
 - LMI, local mutual information: a whole sample and its own parts (patches, tokens).
-- ITM, image-text matching: do the two sides of a fused pair belong together?
+- ITM, image-text matching: whether the two sides of a fused pair belong together.
 - MLM, masked language modelling, with the image as context.
 
 Shapes: N samples of a batch, K keys (the teacher's batch, then the queue), L locals of a sample,
 D feature dimensions, V words, M predicted tokens. Features are L2-normalised. Similarities and losses are
-float32 whatever the model computes in. Nothing here reads a value back from the device.
+float32 whatever precision the model computes in. No function here reads a value back from the device.
 """
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 NO_IMAGE_ID = -100
-LMI_GROUP = 128  # samples whose similarities to all locals stand at once
+LMI_GROUP = 128  # samples whose similarities to all locals are in memory at once
 
 
 def similarity(queries: Tensor, keys: Tensor, temperature: Tensor) -> Tensor:
@@ -36,8 +36,8 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def positive_targets(ids: Tensor, key_ids: Tensor) -> Tensor:
     """Return the distribution (N, K) that spreads each query's mass evenly over the keys of the same image.
 
-    `ids` (N,) are the batch's and `key_ids` (K,) those of the keys, the batch's own first. A query's own key is
-    always positive; `NO_IMAGE_ID` matches nothing else.
+    `ids` (N,) are those of the batch, and `key_ids` (K,) those of the keys, the batch's own first. A query's own key is
+    always positive; a query with `NO_IMAGE_ID` has no other positive key.
     """
     same = (ids[:, None] == key_ids[None]) & (ids[:, None] != NO_IMAGE_ID)  # (N, K)
     own = torch.eye(len(ids), len(key_ids), dtype=torch.bool, device=ids.device)
@@ -85,7 +85,7 @@ def imc_loss(
 ) -> tuple[Tensor, Tensor]:
     """Intra-modal contrast: find the teacher's view of the same sample among the keys of its own modality.
 
-    The targets are never softened. Arguments as in `cma_loss`.
+    The targets are never softened by the teacher. The arguments are those of `cma_loss`.
 
     Returns:
         The losses image-to-image and text-to-text, each a scalar.
@@ -98,8 +98,8 @@ def imc_loss(
 def pool_locals(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:
     """Average patch features (N, height * width, D) over `size` x `size` regions: (N, size * size, D).
 
-    The features are normalised before and not after. Any grid will do; where it divides evenly this is the
-    mean over blocks.
+    The features are normalised before pooling and not after. The grid may have any size; where `size` divides it, the
+    regions are the means over blocks.
     """
     planes = patches.mT.unflatten(-1, grid)  # (N, D, height, width)
     return F.adaptive_avg_pool2d(planes, size).flatten(-2).mT
@@ -110,18 +110,18 @@ def lmi_loss(features: Tensor, local_features: Tensor, temperature: Tensor, mask
 
     With `s_ijk = features_i . local_jk / temperature`, the loss of local k of sample i is
     `-log(e^s_iik / (e^s_iik + sum over j != i and all k' of e^s_ijk'))`. The sum over the others does not depend
-    on k, so it is one number for each sample.
+    on k, so it is computed once for each sample.
 
     Args:
         features: student features of whole samples (N, D).
-        local_features: teacher features of the parts (M, L, D) of these samples, and then perhaps of others.
+        local_features: teacher features of the parts (M, L, D) of these samples, and after them of others, if any.
         mask: which locals are real (M, L); all of them if None.
 
     Returns:
         Mean over the real locals of a sample, then over the samples that have any; 0 if none has.
 
     Raises:
-        ValueError: if the locals have a gradient, which would not be computed.
+        ValueError: if the locals require a gradient, which would not be computed.
     """
     if local_features.requires_grad and torch.is_grad_enabled():
         raise ValueError("local_features have a gradient, but LMI learns from the teacher's: detach them.")
@@ -131,7 +131,7 @@ def lmi_loss(features: Tensor, local_features: Tensor, temperature: Tensor, mask
     with torch.autocast(features.device.type, enabled=False):
         queries, local_features = features.float() / temperature.float(), local_features.float()  # (N, D), (M, L, D)
         others, mean_key = _log_sum_over_others(queries, local_features, mask)
-        # The gradient of a log of summed exponentials is the mean of its keys, which is known already.
+        # The gradient of a log of summed exponentials is the mean of its keys, which is computed already.
         others = others + ((queries - queries.detach()) * mean_key).sum(-1)  # (N,)
         own = local_features[: len(features)]
         positives = (queries[:, None] @ own.mT)[:, 0]  # (N, L)
@@ -145,11 +145,12 @@ def lmi_loss(features: Tensor, local_features: Tensor, temperature: Tensor, mask
 def _log_sum_over_others(queries: Tensor, local_features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """For each query (N, D) the log of the sum of `e^(query . local)` over the real locals of other rows (M, L, D).
 
-    Returns it (N,), and the mean of these locals weighted by their summands (N, D). Similarities (N, M * L) stand for a
-    group of queries at a time.
+    Returns it (N,), and the mean of these locals weighted by their summands (N, D). The similarities (N, M * L) are
+    computed for a group of queries at a time.
     """
     num_rows, num_locals, _ = local_features.shape
-    nothing = torch.finfo(queries.dtype).min  # finite: a batch of one has no other row, and a text perhaps no local
+    # Finite, because a batch of one has no other row, and a text may have no local.
+    nothing = torch.finfo(queries.dtype).min
     if not num_locals:
         return queries.new_full(queries.shape[:1], nothing), torch.zeros_like(queries)
     keys = local_features.flatten(0, 1)  # (M * L, D)
@@ -175,11 +176,11 @@ def sample_hard_negatives(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Ten
 
     Args:
         logits: similarities divided by the temperature (N, M).
-        excluded: columns a row must not draw (N, M), at least its own.
+        excluded: columns that a row must not draw (N, M), at least its own.
 
     Returns:
-        The drawn columns (N,), and whether the row had any to draw (N,); the index of a row that had none is
-        meaningless and its pair must be left out.
+        The drawn columns (N,), and whether the row had any column to draw (N,). The index of a row that had none is
+        meaningless, and its pair must be left out.
     """
     noise = torch.empty_like(logits).exponential_().log()
     index = (logits - noise).masked_fill(excluded, -torch.inf).argmax(-1)
@@ -203,7 +204,7 @@ def distilled_cross_entropy(
 
     Args:
         labels: the right classes (M,), -100 for rows that do not count.
-        teacher_logits: the teacher's for the same rows (M, V), whose softmax are the soft targets; None for hard
+        teacher_logits: the teacher's logits for the same rows (M, V), whose softmax is the soft target; None for hard
             labels alone.
     """
     hard = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
@@ -216,19 +217,19 @@ def distilled_cross_entropy(
 def classification_loss(
     logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor = 0.0
 ) -> Tensor:
-    """Mean of `distilled_cross_entropy` over the rows that count, 0 if there is none; arguments as there."""
+    """Mean of `distilled_cross_entropy` over the rows that count, 0 if there are none; the arguments are the same."""
     return _masked_mean(distilled_cross_entropy(logits, labels, teacher_logits, alpha), labels != -100)
 
 
 def mlm_loss(
     logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor = 0.0
 ) -> Tensor:
-    """Masked language modelling: `classification_loss` of the masked tokens.
+    """Masked language modelling: `classification_loss` over the masked tokens.
 
     Args:
         logits: student logits (M, V).
         labels: the words that were masked (M,), -100 for rows that do not count.
-        teacher_logits: the teacher's for the same tokens (M, V).
+        teacher_logits: the teacher's logits for the same tokens (M, V).
     """
     return classification_loss(logits, labels, teacher_logits, alpha)
 
@@ -241,33 +242,33 @@ def answer_loss(
     teacher_logits: Tensor | None = None,
     alpha: float | Tensor = 0.0,
 ) -> Tensor:
-    """Question answering: the answers' cross-entropies, summed over tokens, weighted, per question.
+    """Question answering: the answers' cross-entropies, summed over tokens, weighted, and divided by the questions.
 
     Args:
-        logits: of the next token after each of an answer's (N, L, V).
-        labels: the next tokens (N, L), -100 after the end.
-        weights: of each answer (N,), the share of people who gave it.
-        num_questions: questions that the N answers belong to.
-        teacher_logits: the teacher's (N, L, V).
+        logits: logits of the token after each of an answer's tokens (N, L, V).
+        labels: the tokens after each (N, L), -100 after the end.
+        weights: weight of each answer (N,), the share of people who gave it.
+        num_questions: number of questions to which the N answers belong.
+        teacher_logits: the teacher's logits (N, L, V).
     """
     teacher_logits = None if teacher_logits is None else teacher_logits.flatten(0, 1)
     per_token = distilled_cross_entropy(logits.flatten(0, 1), labels.flatten(), teacher_logits, alpha)
     return (weights * per_token.view_as(labels).sum(-1)).sum() / num_questions
 
 
-def draw_image_pairs(image: Tensor, temperature: float = 0.07) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw two images for each text of a batch: which of them, if any, does the text belong to?
+def draw_two_images(image: Tensor, temperature: float = 0.07) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw two images for each text of a batch, and label to which of them, if any, the text belongs.
 
-    With probability 2/3 one is the text's own, first (label 0) or second (label 1), else neither is (label 2). The
-    others are drawn from the softmax of the images' similarities to the own, without it and without replacement, as
-    the largest of logits with Gumbel noise.
+    With probability 2/3 one of them is the text's own image, first (label 0) or second (label 1); else neither is
+    (label 2). The others are drawn from the softmax of the images' similarities to the own image, without that image
+    and without replacement, as the largest of logits with Gumbel noise.
 
     Args:
         image: image features (N, D), L2-normalised; image n belongs to text n.
-        temperature: divides the similarities (paper's code: 0.07).
+        temperature: number that divides the similarities (paper's code: 0.07).
 
     Returns:
-        Rows of the first and of the second images (N,), and labels (N,): -100 where the batch has too few others.
+        Rows of the first and of the second images (N,), and labels (N,): -100 where the batch has too few other images.
     """
     num_images = len(image)
     own = torch.arange(num_images, device=image.device)

@@ -1,14 +1,13 @@
 """Heads of TCL for question answering, visual entailment, two-image reasoning, and the pre-training of the latter.
 
-Each is `self.tcl` and a layer or two; all but text assignment learn with the momentum teacher. Any of them starts from
-a pre-training checkpoint by `from_pretrained` alone: the decoder of answers is filled from the fusion layers, fusion
-layers are repeated for two images, and the teacher's copies follow.
+Each has `self.tcl` and a layer or two; all but text assignment learn with the momentum teacher. Each starts from a
+pre-training checkpoint by `from_pretrained` alone: the decoder of answers is filled from the fusion layers, fusion
+layers are repeated for two images, and the teacher's copies are filled in the same way.
 
 Shapes: N texts, L tokens, A answers, C candidates, V words.
 """
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +16,16 @@ from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, SequenceClassifierOutput
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
+from .attention import KeyValue
 from .configuration_tcl import TCLConfig, TCLTextConfig
-from .encoders import KeyValue, TCLLMHead, TCLTextModel, TCLTextPreTrainedModel, copy_of, shape_of
-from .losses import answer_loss, classification_loss, draw_image_pairs
+from .encoders import PredictsWords, TCLLMHead, TCLTextModel, TCLTextPreTrainedModel
+from .fitting import fill_decoder, shape_of
+from .losses import answer_loss, classification_loss, draw_two_images
 from .modeling_tcl import TCLModel, TCLTaughtModel, has_no_share
+from .outputs import TCLQuestionAnsweringOutput, TCLRankedAnswers
 
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")  # in the order of the paper's code
 REASONING_LABELS = ("False", "True")
@@ -31,12 +33,14 @@ ASSIGNMENT_LABELS = ("first", "second", "neither")
 
 
 def _with_labels(config: TCLConfig, labels: tuple[str, ...], images_per_text: int = 1) -> TCLConfig:
-    """The config with the task's labels, unless it names or counts its own, and with as many images per text."""
+    """A copy of the config for a number of images per text, with the task's labels unless it has labels of its own."""
     config = copy.deepcopy(config)
     _check_images_per_text(config, images_per_text)
     names = tuple(config.id2label.values())
-    unnamed = len(names) in (2, len(labels)) and all(name.startswith("LABEL_") for name in names)  # 2: nothing was said
-    if unnamed or names in (ENTAILMENT_LABELS, REASONING_LABELS, ASSIGNMENT_LABELS):  # those of the task before
+    # transformers' default is two labels named LABEL_0 and LABEL_1.
+    unnamed = len(names) in (2, len(labels)) and all(name.startswith("LABEL_") for name in names)
+    of_another_task = names in (ENTAILMENT_LABELS, REASONING_LABELS, ASSIGNMENT_LABELS)
+    if unnamed or of_another_task:
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: number for number, name in config.id2label.items()}
     config.text_config.images_per_text = images_per_text
@@ -47,13 +51,13 @@ def _check_images_per_text(config: TCLConfig, images_per_text: int) -> None:
     found = config.text_config.images_per_text
     if found not in (1, images_per_text):
         raise ValueError(
-            f"text_config.images_per_text={found}: each fusion layer has {found} copies, and this model reads "
-            f"{images_per_text} image per text: start from a checkpoint that has one of each."
+            f"text_config.images_per_text={found}, so that each fusion layer has {found} copies, but this model reads "
+            f"{images_per_text} image per text: start from a checkpoint that has one copy of each."
         )
 
 
 class _FusedClassifier(TCLTaughtModel):
-    """Classes of a text about one or several images, from the fused state of [CLS]."""
+    """Classifies texts about one or several images by the fused state of [CLS]."""
 
     auto_model = "AutoModelForSequenceClassification"
     labels: tuple[str, ...]
@@ -94,9 +98,9 @@ class _FusedClassifier(TCLTaughtModel):
             input_ids: token ids (N, L).
             pixel_values: images (B, 3, height, width); several for each text as (B, images, 3, height, width).
             attention_mask: 1 for tokens, 0 for padding (N, L).
-            image_index: which of the B each text is about (N,); without it text n is about the n-th. An image that
-                several texts share is encoded once.
-            labels: classes (N,), by number; -100 for texts that do not count.
+            image_index: the image (or images) of each text, as a row of `pixel_values` (N,); without it text n is about
+                row n. An image that several texts share is encoded once.
+            labels: numbers of the classes (N,); -100 for texts that do not count.
             alpha: share of the teacher's targets; `self.alpha` if None, which starts as the config's.
             interpolate_pos_encoding: resize the image positions to images of another size.
             output_attentions, output_hidden_states: return those of the text and fusion layers.
@@ -105,8 +109,8 @@ class _FusedClassifier(TCLTaughtModel):
             `logits` (N, classes) and, with labels, `loss`.
 
         Raises:
-            ValueError: if texts or images are missing, there are not as many images as the model reads, or it is not
-                told which text is about which.
+            ValueError: if texts or images are missing, if there are not as many images as the model reads, or if
+                texts and images differ in number and `image_index` is missing.
         """
         name = type(self).__name__
         if input_ids is None or pixel_values is None:
@@ -116,8 +120,9 @@ class _FusedClassifier(TCLTaughtModel):
             shape = "(B, 3, height, width)" if expected == 1 else f"(B, {expected}, 3, height, width)"
             raise ValueError(f"{name} reads pixel_values {shape}, but got {tuple(pixel_values.shape)}.")
         inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
-        what: dict[str, Any] = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        output = _fused(self.tcl, *inputs, **what)
+        output = _fused(
+            self.tcl, *inputs, output_attentions=output_attentions, output_hidden_states=output_hidden_states
+        )
         logits = self.cls_head(output.pooler_output)
         loss = None
         if labels is not None:
@@ -139,32 +144,36 @@ def _fused(
     pixel_values: Tensor,
     image_index: Tensor | None,
     interpolate_pos_encoding: bool,
-    **what: Any,
+    **output_options: bool | None,
 ) -> Any:
-    """The text model's output for texts (N, L) about images (B, ..., 3, height, width), text n about B's n-th or as
-    `image_index` (N,) says."""
+    """The text model's output for texts (N, L) about images (B, ..., 3, height, width).
+
+    Text n is about row `image_index[n]` of the images, or about row n if `image_index` is None.
+    """
     if image_index is None and len(input_ids) != len(pixel_values):
         raise ValueError(
-            f"There are {len(input_ids)} texts about {len(pixel_values)} images: say with image_index which image "
-            "each is about."
+            f"There are {len(input_ids)} texts about {len(pixel_values)} images: pass image_index, the image of each "
+            "text."
         )
     states = tcl.encode_image(pixel_values.flatten(0, -4), interpolate_pos_encoding=interpolate_pos_encoding)
     images = states.unflatten(0, (len(pixel_values), -1)).unbind(1)  # per slot (B, 1 + P, width)
-    return tcl.text_model(input_ids, attention_mask, encoder_hidden_states=images, image_index=image_index, **what)
+    return tcl.text_model(
+        input_ids, attention_mask, encoder_hidden_states=images, image_index=image_index, **output_options
+    )
 
 
 class TCLForVisualEntailment(_FusedClassifier):
-    """TCL that tells whether an image entails a text, contradicts it, or says nothing about it (SNLI-VE)."""
+    """TCL for visual entailment (SNLI-VE): an image entails a text, contradicts it, or neither."""
 
     task = "visual_entailment"
     labels = ENTAILMENT_LABELS
 
 
 class TCLForVisualReasoning(_FusedClassifier):
-    """TCL that tells whether a text is true of two images (NLVR2).
+    """TCL for two-image reasoning (NLVR2): a text is true of two images, or it is not.
 
-    Every fusion layer is doubled: the first of a pair attends to the left image and the second to the right one, with
-    the same keys and values.
+    Every fusion layer is doubled: the first copy attends to the left image and the second to the right image. Both
+    share the projections to keys and values.
     """
 
     task = "visual_reasoning"
@@ -173,7 +182,7 @@ class TCLForVisualReasoning(_FusedClassifier):
 
 
 class TCLForTextAssignment(TCLTaughtModel):
-    """TCL that tells to which of two images a text belongs, if to any: the pre-training for [`TCLForVisualReasoning`].
+    """TCL that assigns a text to one of two images, or to neither: the pre-training for [`TCLForVisualReasoning`].
 
     It has no momentum teacher.
     """
@@ -203,33 +212,34 @@ class TCLForTextAssignment(TCLTaughtModel):
 
         Args:
             input_ids: token ids (N, L).
-            pixel_values: images (B, 3, height, width); where pairs are drawn, image n belongs to text n.
+            pixel_values: images (B, 3, height, width); where two images are drawn, image n belongs to text n.
             attention_mask: 1 for tokens, 0 for padding (N, L).
-            first_image_index, second_image_index: the two images of each text (N,). Without them pairs are drawn for
-                every text, hard ones more often, and `labels` with them.
-            labels: 0 if the text belongs to the first, 1 if to the second, 2 if to neither (N,); -100 where the batch
-                has too few images for a pair.
+            first_image_index, second_image_index: the two images of each text (N,). Without them two images are drawn
+                for every text, similar ones more often, and `labels` with them.
+            labels: 0 if the text belongs to the first image, 1 if to the second, 2 if to neither (N,); -100 where the
+                batch has too few images to draw two.
             interpolate_pos_encoding: resize the image positions to images of another size.
 
         Returns:
             `logits` (N, 3) and, with drawn or given labels, `loss`.
 
         Raises:
-            ValueError: if texts or images are missing, or only one side of the pairs is given.
+            ValueError: if texts or images are missing, or only one of the two indices is given.
         """
         if input_ids is None or pixel_values is None:
             raise ValueError("TCLForTextAssignment reads texts about images: pass both input_ids and pixel_values.")
         if (first_image_index is None) != (second_image_index is None):
-            raise ValueError("A pair has two images: pass both first_image_index and second_image_index, or neither.")
+            raise ValueError("A text has two images: pass both first_image_index and second_image_index, or neither.")
         states = self.tcl.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
         if first_image_index is None:
             if len(pixel_values) != len(input_ids):
                 raise ValueError(
-                    f"Pairs are drawn for texts that belong to their images, but got {len(pixel_values)} images and "
-                    f"{len(input_ids)} texts: pass as many, or first_image_index and second_image_index."
+                    f"Two images are drawn for each text, whose own image must be given, but got {len(pixel_values)} "
+                    f"images and {len(input_ids)} texts: pass as many images as texts, or first_image_index and "
+                    "second_image_index."
                 )
             with torch.no_grad():
-                drawn = draw_image_pairs(self.tcl.image_features(states[:, 0]))
+                drawn = draw_two_images(self.tcl.image_features(states[:, 0]))
             first_image_index, second_image_index, labels = drawn
         images = (states[first_image_index], states[second_image_index])
         fused = self.tcl.text_model(input_ids, attention_mask, encoder_hidden_states=images)
@@ -238,8 +248,8 @@ class TCLForTextAssignment(TCLTaughtModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
-    """A causal text model with a language-model head, which reads a fused question as its image."""
+class TCLAnswerDecoder(PredictsWords, TCLTextPreTrainedModel, GenerationMixin):
+    """A causal text model with a language-model head, which reads a fused question in place of an image."""
 
     base_model_prefix = "text_model"
     main_input_name = "input_ids"
@@ -253,14 +263,6 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
         self.lm_head = TCLLMHead(config)  # type: ignore[arg-type]
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        """The layer from states to words, whose weights are the word embeddings."""
-        return self.lm_head.decoder
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the layer from states to words."""
-        self.lm_head.decoder = new_embeddings
-
     def decode(
         self,
         input_ids: Tensor,
@@ -269,14 +271,14 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
         question_index: Tensor | None = None,
         cache: Any = None,
         attention_mask: Tensor | None = None,
-        **what,
+        **output_options,
     ) -> Any:
-        """States (A, L, width) of answers (A, L), each after a question.
+        """States (A, L, width) of answers (A, L), each of which reads a question.
 
         Args:
             questions: keys and values of Q questions for each layer, from `text_model.project_images`.
-            question_mask: their tokens (Q, P).
-            question_index: the question of each answer (A,). Without it each serves A / Q neighbouring answers.
+            question_mask: 1 for tokens of the questions, 0 for padding (Q, P).
+            question_index: the question of each answer (A,). Without it each question serves A / Q neighbours.
         """
         states = self.text_model.encode(input_ids, attention_mask, cache=cache)
         return self.text_model.fuse(
@@ -286,7 +288,7 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
             question_index,
             image_mask=question_mask,
             cache=cache,
-            **what,
+            **output_options,
         )
 
     @deprecate_kwarg("past_key_values", version="6.0.0", new_name="cache")
@@ -303,11 +305,11 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithCrossAttentions:
-        """Logits (A, L, V) of the next tokens, as transformers' generation calls it.
+        """Logits (A, L, V) of the next tokens, in the form that transformers' generation calls.
 
         Args:
-            encoder_hidden_states: fused states of the questions (A, P, width); projected once where a cache is used.
-            encoder_attention_mask: their tokens (A, P).
+            encoder_hidden_states: fused states of the questions (A, P, width). With a cache they are projected once.
+            encoder_attention_mask: 1 for tokens of the questions, 0 for padding (A, P).
         """
         if use_cache and not isinstance(cache, EncoderDecoderCache):
             cache = EncoderDecoderCache(cache or DynamicCache(), DynamicCache())
@@ -337,66 +339,12 @@ class TCLAnswerDecoder(TCLTextPreTrainedModel, GenerationMixin):
         )
 
 
-def fill_decoder(state_dict: dict[str, Any], config: TCLTextConfig) -> dict[str, Any]:
-    """Add a decoder of answers to a checkpoint that has none: its embeddings, fusion layers and language-model head.
-
-    Decoder layer i is fusion layer i. Keys and values stay out where the images they were for have another width than
-    the questions' states.
-    """
-    if any("text_decoder." in key for key in state_dict):
-        return state_dict
-    same_width = config.encoder_hidden_size == config.hidden_size
-    filled = dict(state_dict)
-    for key, value in state_dict.items():
-        owner, name = ("teacher.", key.removeprefix("teacher.")) if key.startswith("teacher.") else ("", key)
-        name = name.removeprefix("tcl.")
-        if name.startswith(("lm_head.", "text_model.embeddings.")):
-            filled[f"{owner}text_decoder.{name}"] = copy_of(value)
-        elif name.startswith("text_model.layers."):
-            number, rest = name.removeprefix("text_model.layers.").split(".", 1)
-            layer = int(number) - config.fusion_layer
-            fits = same_width or not rest.startswith(("cross_attn.k_proj", "cross_attn.v_proj"))
-            if layer >= 0 and fits:
-                filled[f"{owner}text_decoder.text_model.layers.{layer}.{rest}"] = copy_of(value)
-    return filled
-
-
 def _rows_of_cache(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A cache with the keys and values of these rows (R,) of another."""
+    """A cache with the keys and values of some rows (R,) of another cache."""
     chosen = DynamicCache()
     for number, layer in enumerate(cache.layers):
         chosen.update(layer.keys[rows], layer.values[rows], number)
     return chosen
-
-
-@dataclass
-class TCLQuestionAnsweringOutput(ModelOutput):
-    """Output of [`TCLForQuestionAnswering`].
-
-    Args:
-        loss: over the answers, if they were given as labels.
-        logits: of the answers' next tokens (A, L, V), if they were given.
-        encoder_last_hidden_state: states of the questions fused with their images (N, L, width).
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    encoder_last_hidden_state: Tensor | None = None
-
-
-@dataclass
-class TCLRankedAnswers(ModelOutput):
-    """The best of given candidates for each question, best first.
-
-    Args:
-        indices: which candidates (N, k).
-        probabilities: softmax of the scores over the k (N, k).
-        scores: log-probability of the first token plus that of the whole answer (N, k).
-    """
-
-    indices: Tensor | None = None
-    probabilities: Tensor | None = None
-    scores: Tensor | None = None
 
 
 class TCLForQuestionAnswering(TCLTaughtModel):
@@ -407,9 +355,9 @@ class TCLForQuestionAnswering(TCLTaughtModel):
 
     task = "question_answering"
     pipeline_tag = "visual-question-answering"
-    # Flash attention can not mask the padding of questions where answers have another length.
+    # Flash attention cannot mask the padding of questions where answers have another length.
     _supports_flash_attn = False
-    # The decoder ties its own already; named here, the teacher's are tied too.
+    # The decoder ties its own weights; they are named here so that the teacher's are tied too.
     _tied_weights_keys = {
         "text_decoder.lm_head.decoder.weight": "text_decoder.text_model.embeddings.word_embeddings.weight"
     }
@@ -436,7 +384,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         return super().fit_state_dict(fill_decoder(state_dict, self.config.text_config))
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """Resize the vocabulary of questions and answers, the teacher's too."""
+        """Resize the vocabularies of questions and answers, in student and teacher."""
         self.text_decoder.resize_token_embeddings(*args, **kwargs)
         return super().resize_token_embeddings(*args, **kwargs)
 
@@ -461,15 +409,16 @@ class TCLForQuestionAnswering(TCLTaughtModel):
             pixel_values: images (B, 3, height, width).
             attention_mask: 1 for tokens, 0 for padding (N, L).
             labels: token ids of answers (A, L), from [CLS] to [SEP], -100 for padding.
-            answer_weights: share of the people who gave the answer (A,); 1 if None.
+            answer_weights: weight of each answer (A,), the share of people who gave it; 1 if None.
             question_index: the question of each answer (A,); without it answer n belongs to question n.
-            image_index: the image of each question (N,); without it question n is about image n. An image that
-                several questions share is encoded once.
+            image_index: the image of each question (N,); without it question n is about image n. An image that several
+                questions share is encoded once.
             alpha: share of the teacher's targets; `self.alpha` if None, which starts as the config's.
             interpolate_pos_encoding: resize the image positions to images of another size.
 
         Raises:
-            ValueError: if questions or images are missing, or answers can not be told to belong to questions.
+            ValueError: if questions or images are missing, or if answers and questions differ in number and
+                `question_index` is missing or of another length than the answers.
         """
         inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
         questions = self._read(self.tcl, *inputs)
@@ -477,12 +426,12 @@ class TCLForQuestionAnswering(TCLTaughtModel):
             return TCLQuestionAnsweringOutput(encoder_last_hidden_state=questions)
         if question_index is None and len(labels) != len(questions):
             raise ValueError(
-                f"There are {len(labels)} answers to {len(questions)} questions: say with question_index which "
-                "question each answers."
+                f"There are {len(labels)} answers to {len(questions)} questions: pass question_index, the question of "
+                "each answer."
             )
         if question_index is not None and len(question_index) != len(labels):
             raise ValueError(
-                f"question_index is of {len(question_index)} answers, but labels holds {len(labels)}: pass the "
+                f"question_index has {len(question_index)} entries, but there are {len(labels)} answers: pass the "
                 "question of every answer."
             )
         alpha = self.soft_target_share(alpha)
@@ -507,7 +456,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         image_index: Tensor | None,
         interpolate_pos_encoding: bool,
     ) -> Tensor:
-        """States of questions fused with their images (N, L, width), by student or teacher."""
+        """States (N, L, width) of questions fused with their images, by the student's or the teacher's `tcl`."""
         if input_ids is None or pixel_values is None:
             raise ValueError("A question is asked about an image: pass both input_ids and pixel_values.")
         inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
@@ -521,7 +470,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         answer_ids: Tensor,
         question_index: Tensor | None,
     ) -> Tensor:
-        """Logits of the answers' next tokens (A, L, V), by student or teacher."""
+        """Logits of the answers' next tokens (A, L, V), by the student's or the teacher's decoder."""
         decoder = owner.text_decoder
         projected = decoder.text_model.project_images(questions)
         return decoder.lm_head(decoder.decode(answer_ids, projected, question_mask, question_index).last_hidden_state)
@@ -541,17 +490,17 @@ class TCLForQuestionAnswering(TCLTaughtModel):
     ) -> TCLRankedAnswers:
         """Rank given answers to questions about images.
 
-        The k candidates with the most probable first tokens are scored by the log-probability of all their tokens
-        plus that of the first: it counts twice, as in the original, whose published numbers rest on it. A question's
-        keys and values are projected once, [CLS] is read once for all candidates, and tokens that predict nothing
-        are not read.
+        The k candidates with the most probable first tokens are scored by the log-probability of all their tokens plus
+        that of the first token. It counts twice, as in the original, because published numbers are computed so. A
+        question's keys and values are projected once, [CLS] is read once for all candidates, and tokens that predict
+        nothing are not read.
 
         Args:
             input_ids, pixel_values, attention_mask, image_index: N questions, as in `forward`.
             candidate_ids: token ids of C answers (C, L), [CLS] to [SEP], padded.
-            candidate_mask: their tokens (C, L).
-            k: candidates scored in full; all of them if there are fewer.
-            chunk_size: tokens whose logits are held at once.
+            candidate_mask: 1 for tokens of the candidates, 0 for padding (C, L).
+            k: number of candidates scored in full; all of them if there are fewer.
+            chunk_size: number of tokens whose logits are in memory at once.
         """
         was_training = self.training
         self.eval()
@@ -572,39 +521,37 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         k: int,
         chunk_size: int,
     ) -> TCLRankedAnswers:
-        """`rank_answers` to questions that were read (N, L, width)."""
+        """`rank_answers` for the states of questions (N, L, width)."""
         decoder, num_questions = self.text_decoder, len(questions)
         projected = decoder.text_model.project_images(questions)
         cache = DynamicCache()
         start_ids = candidate_ids[:1, :1].expand(num_questions, 1)
         start = decoder.decode(start_ids, projected, question_mask, cache=cache).last_hidden_state
         first_tokens = decoder.lm_head(start[:, 0]).float().log_softmax(-1)  # (N, V)
-        first, chosen = first_tokens[:, candidate_ids[:, 1]].topk(min(k, len(candidate_ids)))  # (N, k)
+        first, indices = first_tokens[:, candidate_ids[:, 1]].topk(min(k, len(candidate_ids)))  # (N, k)
         scores = 2 * first
 
         # Answers of one length are read together: most have one or two tokens, and padding would be most of the work.
-        answer_ids = candidate_ids[chosen].flatten(0, 1)  # (N * k, L)
-        lengths = candidate_mask[chosen].sum(-1).flatten()
+        answer_ids = candidate_ids[indices].flatten(0, 1)  # (N * k, L)
+        lengths = candidate_mask[indices].sum(-1).flatten()
         rest = torch.zeros(len(lengths), device=scores.device)
         for length in lengths.unique().tolist():
-            if length < 3:  # [CLS] and one token, which has been scored
+            if length < 3:  # [CLS] and one token, which is scored already
                 continue
             rows = (lengths == length).nonzero().flatten()
             ids = answer_ids[rows, 1:length]  # (R, length - 1); the last, [SEP], predicts nothing
-            question = rows // chosen.shape[1]
+            question_index = rows // indices.shape[1]
             states = decoder.decode(
-                ids[:, :-1], projected, question_mask, question, cache=_rows_of_cache(cache, question)
+                ids[:, :-1], projected, question_mask, question_index, cache=_rows_of_cache(cache, question_index)
             ).last_hidden_state
+            chunks = zip(states.flatten(0, 1).split(chunk_size), ids[:, 1:].flatten().split(chunk_size), strict=True)
             log_p = [
-                -F.cross_entropy(decoder.lm_head(some).float(), targets, reduction="none")
-                for some, targets in zip(
-                    states.flatten(0, 1).split(chunk_size), ids[:, 1:].flatten().split(chunk_size), strict=True
-                )
+                -F.cross_entropy(decoder.lm_head(chunk).float(), targets, reduction="none") for chunk, targets in chunks
             ]
             rest[rows] = torch.cat(log_p).view(len(rows), -1).sum(-1)
         scores = scores + rest.view_as(scores)
         scores, order = scores.sort(-1, descending=True)
-        return TCLRankedAnswers(chosen.gather(-1, order), scores.softmax(-1), scores)
+        return TCLRankedAnswers(indices.gather(-1, order), scores.softmax(-1), scores)
 
     @torch.no_grad()
     def generate(
@@ -620,8 +567,8 @@ class TCLForQuestionAnswering(TCLTaughtModel):
 
         Args:
             input_ids, pixel_values, attention_mask, image_index: N questions, as in `forward`.
-            generation_kwargs: what `GenerationMixin.generate` takes: `max_new_tokens` (10 if nothing is said),
-                `num_beams`, `do_sample`, and so on.
+            generation_kwargs: arguments of `GenerationMixin.generate`, such as `max_new_tokens` (10 by default),
+                `num_beams` and `do_sample`.
 
         Returns:
             Token ids from [CLS] to [SEP], as `generate` of transformers returns them.
@@ -645,6 +592,4 @@ __all__ = [
     "TCLForTextAssignment",
     "TCLForVisualEntailment",
     "TCLForVisualReasoning",
-    "TCLQuestionAnsweringOutput",
-    "TCLRankedAnswers",
 ]

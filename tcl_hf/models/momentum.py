@@ -6,17 +6,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.utils import logging
 
-from .distributed import gather
+from .distributed import gather, whole
 from .losses import NO_IMAGE_ID
+
+logger = logging.get_logger(__name__)
 
 
 class MomentumTeacher(nn.Module):
     """Frozen copies of student modules that follow them as an exponential moving average.
 
-    The copies carry the students' names: `MomentumTeacher(encoder=student.encoder).encoder`. They stay in train
-    mode with the student, so that their dropout masks differ from the student's: for texts this is the second
-    view of IMC.
+    The copies have the students' names: `MomentumTeacher(encoder=student.encoder).encoder`. They are in train mode
+    whenever the student is, so that their dropout masks differ from the student's: for texts this is the second view of
+    IMC.
     """
 
     def __init__(self, **students: nn.Module):
@@ -25,28 +28,27 @@ class MomentumTeacher(nn.Module):
             self.add_module(name, copy.deepcopy(student))
         self.requires_grad_(False)
 
-    def _pairs(self, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """Own parameters, and the student's of the same names; a parameter we do not hold is not followed."""
-        students = weights_of(student)
-        own = dict(self.named_parameters())
-        return list(own.values()), [students[name] for name in own]
+    def parameters_and_targets(self, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """The teacher's parameters, and the student's of the same names, in the same order."""
+        parameters, targets = dict(self.named_parameters()), weights_of(student)
+        return list(parameters.values()), [targets[name] for name in parameters]
 
     @torch.no_grad()
     def copy_from(self, student: nn.Module) -> None:
         """Make every parameter equal to that of the same name in `student`."""
-        torch._foreach_copy_(*self._pairs(student))
+        torch._foreach_copy_(*self.parameters_and_targets(student))
 
     @torch.no_grad()
     def resize_to(self, student: nn.Module) -> None:
-        """Follow a student whose parameters have more or fewer rows: keep the own ones, take new from the student."""
+        """Take the sizes of a student whose parameters have more or fewer rows. Rows that the teacher has are kept, and
+        new ones are the student's."""
         for module_name, module in self.named_modules():
-            for name, own in list(module.named_parameters(recurse=False)):
-                path = f"{module_name}.{name}"
-                target = student.get_parameter(path)
-                if own.shape != target.shape:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                target = student.get_parameter(f"{module_name}.{name}")
+                if parameter.shape != target.shape:
                     resized = target.detach().clone()
-                    rows = min(len(own), len(target))
-                    resized[:rows] = own[:rows]
+                    rows = min(len(parameter), len(target))
+                    resized[:rows] = parameter[:rows]
                     setattr(module, name, nn.Parameter(resized, requires_grad=False))
             for size in ("num_embeddings", "out_features"):
                 if hasattr(module, size):
@@ -56,28 +58,41 @@ class MomentumTeacher(nn.Module):
     def update(self, student: nn.Module, momentum: float) -> None:
         """Move every parameter in place: `momentum * teacher + (1 - momentum) * student`.
 
-        Adapters of PEFT on the student count as the weights they amount to.
+        PEFT's adapters of the student are followed as the weights that they amount to.
 
         Raises:
-            ValueError: if there are adapters on the teacher: an average of their factors is not that of the weights.
+            ValueError: if the teacher has adapters, because an average of their factors is not that of the weights.
         """
         if any(hasattr(module, "get_base_layer") for module in self.modules()):
             raise ValueError(
-                "The momentum teacher has adapters of its own, but follows the student's weights with theirs: leave it "
+                "The momentum teacher has adapters, but it follows the student's weights, adapters included: leave it "
                 r"out with exclude_modules=r'teacher\..*' in the config of the adapters."
             )
-        teacher, students = self._pairs(student)
-        torch._foreach_lerp_(teacher, students, 1 - momentum)
+        parameters, targets = self.parameters_and_targets(student)
+        torch._foreach_lerp_(parameters, targets, 1 - momentum)
+        if parameters[0].dtype in (torch.float16, torch.bfloat16):
+            logger.warning_once(
+                f"The momentum teacher is {parameters[0].dtype}, too coarse for its small steps: it stands still. Load "
+                "the model in float32 and train under bf16 autocast."
+            )
+
+    @torch.no_grad()
+    def distance_to(self, student: nn.Module) -> Tensor:
+        """Norm of the difference between teacher and student, relative to the norm of the student; a scalar."""
+        parameters, targets = self.parameters_and_targets(student)
+        differences = torch._foreach_sub(parameters, targets)
+        distance, norm = (whole(nn.utils.get_total_norm(tensors)) for tensors in (differences, targets))
+        return distance / norm
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name; a layer with adapters of PEFT also has, by its former names, the weights they amount to."""
+    """Parameters by name. A layer with PEFT's adapters also has, by its former names, the weights they amount to."""
     weights = dict(module.named_parameters(remove_duplicate=False))
     for name, layer in module.named_modules():
         if hasattr(layer, "get_base_layer"):
-            merged = copy.deepcopy(layer)  # each kind of adapter knows how to merge, and does so in place
+            merged = copy.deepcopy(layer)  # a copy, because adapters are merged in place
             merged.merge()
-            weights |= {f"{name}.{own}": weight for own, weight in merged.get_base_layer().named_parameters()}
+            weights |= {f"{name}.{part}": weight for part, weight in merged.get_base_layer().named_parameters()}
     return weights
 
 
@@ -100,7 +115,7 @@ class FeatureQueue(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Fill the queue anew, except for buffers that were read from a checkpoint."""
+        """Draw new features and forget the ids, except in buffers that were read from a checkpoint."""
         for features in (self.image, self.text):
             if not getattr(features, "_is_hf_initialized", False):
                 init.copy_(features, F.normalize(torch.randn_like(features), dim=-1))
@@ -111,9 +126,9 @@ class FeatureQueue(nn.Module):
     def push(self, image: Tensor, text: Tensor, image_ids: Tensor | None = None) -> None:
         """Overwrite the oldest rows with features (N, D) of both modalities, and their image ids (N,).
 
-        The features of all processes are pushed, in the order of ranks, so that every process holds the same
-        queue; each must bring the same number. Of a batch larger than the queue the last rows stay. A row with
-        a non-finite feature is skipped: the old one remains in its place.
+        The features of all processes are pushed, in the order of ranks, so that every process has the same queue; every
+        process must push the same number. If they are more than the queue holds, the last rows are kept. A row with a
+        non-finite feature is skipped: the old one remains in its place.
         """
         size = len(self.image)
         if size == 0:
@@ -130,3 +145,9 @@ class FeatureQueue(nn.Module):
         self.text.index_copy_(0, rows, torch.where(finite[:, None], text.to(self.text.dtype), self.text[rows]))
         self.ids.index_copy_(0, rows, torch.where(finite, image_ids, self.ids[rows]))
         self.cursor.add_(num_pushed).remainder_(size)
+
+    @torch.no_grad()
+    def spread(self) -> Tensor:
+        """1 minus the norm of the mean feature, for the modality where it is less; a scalar, 0 if all are equal."""
+        image, text = (1 - features.float().mean(0).norm() for features in (self.image, self.text))
+        return torch.minimum(image, text)

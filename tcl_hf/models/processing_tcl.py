@@ -23,7 +23,7 @@ MAX_ANSWER_TOKENS = 12
 
 
 class TCLProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    """What a call of the processor takes, and what it assumes."""
+    """Arguments of a call of the processor, with their defaults."""
 
     _defaults = {"text_kwargs": {"padding": True, "truncation": True, "max_length": MAX_TOKENS}}
 
@@ -34,7 +34,8 @@ class TCLProcessor(ProcessorMixin):
     Args:
         image_processor: a [`TCLImageProcessor`] or [`TCLImageProcessorPil`].
         tokenizer: a [`TCLTokenizer`].
-        clean_text: clean texts as the original does (lower case, no punctuation, 30 words); None as the tokenizer does.
+        clean_text: clean texts as the original does (lower case, no punctuation, 30 words); if None, the tokenizer's
+            `clean_up_text` decides.
     """
 
     valid_processor_kwargs = TCLProcessorKwargs
@@ -50,21 +51,21 @@ class TCLProcessor(ProcessorMixin):
     ) -> "TCLProcessor":
         """Make the processor of a model that starts from a vision and a text model of transformers.
 
-        Images are normalised as the vision model's were, and texts cut into the text model's words.
+        Images are normalised as for the vision model, and texts are split into the text model's tokens.
 
         Args:
             vision_model, text_model: folders or Hub names.
             image_size: pixels of a side of the images; the vision model's own if None.
 
         Raises:
-            ValueError: for a vision model that TCL can not start from.
+            ValueError: for a vision model that TCL cannot start from.
         """
         image_processor = TCLImageProcessorPil(**read_image_format(vision_model, image_size))
         return cls(image_processor, TCLTokenizer.from_pretrained(text_model))
 
     @property
     def image_size(self) -> int:
-        """Pixels of a side of the images that it makes; set it to those of a model opened at another resolution."""
+        """Pixels of a side of the images that it makes; to be set where a model is opened at another resolution."""
         return self.image_processor.size["height"]
 
     @image_size.setter
@@ -83,13 +84,13 @@ class TCLProcessor(ProcessorMixin):
             self.tokenizer.clean_up_text = clean_text
 
     def __call__(self, images=None, text=None, **kwargs: Unpack[TCLProcessorKwargs]) -> BatchEncoding:
-        """Make `pixel_values` of images and `input_ids`, `attention_mask` of texts.
+        """Make `pixel_values` from images, and `input_ids` and `attention_mask` from texts.
 
         Args:
             images: one image or several: PIL, array, tensor, path or URL.
             text: one text or several.
-            kwargs: `return_tensors="pt"`, and what tokenizer and image processor take; by default texts are
-                padded and cut to 30 tokens.
+            kwargs: `return_tensors="pt"`, and arguments of the tokenizer and the image processor; by default texts are
+                padded, and truncated to 30 tokens.
         """
         if text is not None and self.clean_text:
             text = (
@@ -98,18 +99,17 @@ class TCLProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     def clean_question(self, question: str, max_words: int = MAX_QUESTION_WORDS) -> str:
-        """A question as the model reads it: cleaned as the original does, if this processor cleans texts.
+        """A question as the model reads it: cleaned as the original does if this processor cleans texts.
 
         Args:
-            max_words: longer questions are cut (original: 30 in training, 50 at test).
+            max_words: longer questions are truncated (original: 30 in training, 50 in evaluation).
         """
         return clean_question(question, max_words) if self.clean_text else question
 
     def encode_answers(self, answers: Sequence[str], max_tokens: int = MAX_ANSWER_TOKENS) -> tuple[Tensor, Tensor]:
         """Token ids of answers, `[CLS] answer [SEP]`, padded, and their mask: (A, L) each.
 
-        Answers are read as they stand, because the original does not clean them. Longer ones lose their last words,
-        and keep [SEP].
+        Answers are not cleaned, as in the original. Longer ones lose their last words, but keep [SEP].
         """
         tokenizer = self.tokenizer
         rows = [

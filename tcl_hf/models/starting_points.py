@@ -1,6 +1,6 @@
-"""Encoders of transformers to start from: ViT and BERT families, read as ours.
+"""Encoders of transformers from which a new TCL starts: families of ViT and BERT, read as our encoders.
 
-A family is supported where our encoder gives the same last hidden state.
+A family is supported if our encoder computes the same last hidden state.
 """
 
 import re
@@ -21,8 +21,8 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from .configuration_tcl import TCLVisionConfig
-from .encoders import resize_positions
+from .configuration_tcl import TCLConfig, TCLVisionConfig
+from .fitting import resize_positions
 
 # Rows: the name in transformers' BERT, which the original shares, and ours. {n} is a layer, {p} weight or bias.
 BERT_NAMES = [
@@ -50,13 +50,13 @@ LM_HEAD_NAMES = [
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Encoders to start from, in our names.
+    """An encoder to start from, in our names.
 
     Args:
-        config: fields of our config for the part.
+        config: fields of our config for this encoder.
         state_dict: its weights, in the names of `TCLVisionModel` or `TCLTextModel`.
-        lm_head: those of the language-model head, where the checkpoint has one.
-        image_mean, image_std: what the vision encoder's images were normalised with.
+        lm_head: weights of the language-model head, where the checkpoint has one.
+        image_mean, image_std: mean and standard deviation by which the vision encoder's images were normalised.
     """
 
     config: dict[str, Any]
@@ -73,7 +73,7 @@ _NORMALISATION = {
     "vit_msn": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
 }
-# What our encoders would have to have besides, to give the states of families that people ask for.
+# Why our encoders do not compute the states of other well-known families.
 _UNSUPPORTED = {
     "deit": "it reads a distillation token beside the class token (a DeiT without one is a 'vit')",
     "dinov2_with_registers": "it reads register tokens beside the class token",
@@ -91,7 +91,7 @@ _UNSUPPORTED = {
     "modernbert": "it rotates by positions",
 }
 
-# transformers renames its layers between versions: both spellings are read.
+# transformers has renamed its layers between versions: the patterns match both spellings.
 _VISION_RENAMES = [
     (r"embeddings\.(cls_token|position_embeddings)", r"embeddings.\1"),
     (r"embeddings\.patch_embeddings\.projection\.(\w+)", r"embeddings.patch_embedding.\1"),
@@ -120,13 +120,13 @@ def read_vision_encoder(name_or_path: str, image_size: int | None = None) -> Sta
     without distillation token are ViTs to transformers.)
 
     Raises:
-        ValueError: for an architecture whose states our encoder can not reproduce.
+        ValueError: for an architecture whose states our encoder cannot reproduce.
     """
     foreign = _vision_config(name_or_path)
     if getattr(foreign, "use_swiglu_ffn", False) or not getattr(foreign, "qkv_bias", True):
         raise ValueError(
-            f"{name_or_path} has gated feed-forward layers or no query biases, which our vision encoder does not: "
-            "choose a model with use_swiglu_ffn=false and qkv_bias=true."
+            f"{name_or_path} has gated feed-forward layers or no query biases, which our vision encoder does not "
+            "support: choose a model with use_swiglu_ffn=false and qkv_bias=true."
         )
     patch_size = foreign.patch_size
     config = {
@@ -155,7 +155,7 @@ def read_vision_encoder(name_or_path: str, image_size: int | None = None) -> Sta
 
 
 def read_image_format(name_or_path: str, image_size: int | None = None) -> dict[str, Any]:
-    """What images a vision encoder reads, as arguments of an image processor: `size`, `image_mean`, `image_std`."""
+    """Arguments of an image processor for a vision encoder's images: `size`, `image_mean` and `image_std`."""
     foreign = _vision_config(name_or_path)
     side = image_size or foreign.image_size
     mean, std = _normalisation(name_or_path, foreign.model_type)
@@ -178,11 +178,11 @@ def read_text_encoder(name_or_path: str, fusion_layer: int | None = None, num_fu
 
     Args:
         fusion_layer: how many of its layers encode the text; all of them if None.
-        num_fusion_layers: layers that fuse. They take what BERT layers are left; the others, and all
+        num_fusion_layers: layers that fuse. The BERT's remaining layers become the first of these; the others, and all
             cross-attention, start new.
 
     Raises:
-        ValueError: if it is not a BERT, or one with other than absolute positions.
+        ValueError: if it is not a BERT, or its positions are not absolute.
     """
     foreign = AutoConfig.from_pretrained(name_or_path)
     if foreign.model_type != "bert" or getattr(foreign, "position_embedding_type", "absolute") != "absolute":
@@ -232,13 +232,13 @@ def _either(names: Iterable[str]) -> str:
 
 
 def _normalisation(name_or_path: str, model_type: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that the encoder's images had: what stands beside it, or its family's."""
+    """Mean and standard deviation of the encoder's images: those of the image processor beside it, or its family's."""
     mean, std = _NORMALISATION[model_type]
     try:
-        beside, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+        image_processor, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
     except OSError:
-        beside = {}
-    return tuple(beside.get("image_mean", mean)), tuple(beside.get("image_std", std))
+        image_processor = {}
+    return tuple(image_processor.get("image_mean", mean)), tuple(image_processor.get("image_std", std))
 
 
 def _load_foreign(name_or_path: str, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
@@ -259,12 +259,14 @@ def _rename(
                 renamed[re.sub(pattern, ours, key)] = value.clone()
                 break
         else:
-            raise ValueError(f"{source} has a weight '{key}' that our encoders do not: it can not be a starting point.")
+            raise ValueError(
+                f"{source} has a weight '{key}' that our encoders do not have: start from another checkpoint."
+            )
     return renamed
 
 
 def _as_renames(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
-    """Rows of the original's table as patterns: BERT in transformers has the same names."""
+    """Rows of a table of names as patterns."""
     renames = []
     for original, ours in rows:
         ours = ours.replace("{first}", "{n}")  # one copy of each layer
@@ -273,3 +275,58 @@ def _as_renames(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
             ours = ours.replace(placeholder, f"\\{group}")
         renames.append((pattern, ours))
     return renames
+
+
+class StartsFromEncoders:
+    """A new TCL from two encoders that were trained separately."""
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model: str | StartingPoint | None = None,
+        text_model: str | StartingPoint | None = None,
+        *,
+        image_size: int | None = None,
+        fusion_layer: int | None = None,
+        num_fusion_layers: int = 6,
+        vision_config: dict[str, Any] | None = None,
+        text_config: dict[str, Any] | None = None,
+        **fields,
+    ) -> Any:
+        """Make a new model whose encoders are those of transformers models, student and teacher alike.
+
+        `TCLProcessor.from_vision_text_pretrained` makes the processor for it.
+
+        Args:
+            vision_model: folder or Hub name of a ViT, DeiT, MAE, MSN or DINOv2; None starts it new.
+            text_model: folder or Hub name of a BERT; None starts it new.
+            image_size: pixels of a side of the images; the vision model's own if None.
+            fusion_layer: how many of the BERT's layers encode the text; all if None.
+            num_fusion_layers: layers that fuse, on top of these. The BERT's remaining layers become the first of these;
+                the others, and all cross-attention, start new.
+            vision_config, text_config: further fields of the encoders' configs, or all fields of one that starts new.
+            fields: fields of [`TCLConfig`].
+
+        Raises:
+            ValueError: for an encoder whose states ours cannot reproduce.
+        """
+        vision = read_vision_encoder(vision_model, image_size) if isinstance(vision_model, str) else vision_model
+        text = text_model
+        if isinstance(text, str):
+            text = read_text_encoder(text, fusion_layer, num_fusion_layers)
+        vision_fields = (vision.config if vision else {}) | (vision_config or {})
+        if image_size is not None:
+            vision_fields["image_size"] = image_size
+        text_fields = (text.config if text else {}) | (text_config or {})
+        model = cls(TCLConfig(vision_config=vision_fields, text_config=text_fields, **fields))  # type: ignore[call-arg]
+        tcl = model.base_model  # type: ignore[attr-defined]
+        for part, encoder in ((vision, tcl.vision_model), (text, tcl.text_model)):
+            if part is not None:
+                result = encoder.load_state_dict(part.state_dict, strict=False)
+                if result.unexpected_keys:
+                    raise ValueError(f"The model has no place for {', '.join(result.unexpected_keys[:5])}.")
+        if text is not None and text.lm_head and hasattr(model, "lm_head"):
+            model.lm_head.load_state_dict(text.lm_head)
+        if getattr(model, "teacher", None) is not None:
+            model.teacher.copy_from(model)  # type: ignore[attr-defined]
+        return model

@@ -22,12 +22,13 @@ def clean_caption(caption: str, max_words: int = 30) -> str:
 
 
 def clean_caption_with_origins(caption: str, max_words: int = 30) -> tuple[str, list[int]]:
-    """What `clean_caption` returns, and the position in `caption` that each of its characters comes from.
+    """The result of `clean_caption`, and for each of its characters the position in `caption` that it comes from.
 
-    Positions never decrease. A run of white space stands where it began.
+    Positions never decrease. The space that replaces a run of white space has the position where the run began.
     """
     text = caption.lower()
-    origins = [position for position, char in enumerate(caption) for _ in char.lower()]  # one may become several
+    # A character may become several in lower case.
+    origins = [position for position, char in enumerate(caption) for _ in char.lower()]
     for pattern, replacement in (
         (_DELETED, ""),
         (_COMPOUND, " "),
@@ -44,7 +45,7 @@ def clean_caption_with_origins(caption: str, max_words: int = 30) -> tuple[str, 
 
 
 def clean_question(question: str, max_words: int = 50) -> str:
-    """Clean a question as the original does: like a caption, but inner and leading spaces stay."""
+    """Clean a question as the original does: like a caption, but inner and leading spaces are kept."""
     return _first_words(_split_compounds(question).rstrip(" "), max_words)
 
 
@@ -58,16 +59,16 @@ def _first_words(text: str, max_words: int) -> str:
 
 
 class TCLTokenizer(BertTokenizer):
-    """BERT's tokenizer without [SEP]: the input of TCL is `[CLS] tokens`, of texts cleaned as captions are.
+    """BERT's tokenizer without [SEP]: the input of TCL is `[CLS] tokens`, from texts that are cleaned as captions are.
 
-    The clean-up is part of the tokenizer's normalizer, so that it holds for whoever passes texts straight to the
-    tokenizer. Offsets are those of the text as given; special tokens such as [MASK] stay. Only the limit of words is
-    left to `clean_caption` and `clean_question`.
+    The clean-up is part of the tokenizer's normalizer, so that it also applies to texts that are passed directly to
+    the tokenizer. Offsets refer to the text before the clean-up; special tokens such as [MASK] are kept. Only
+    `clean_caption` and `clean_question` limit the number of words.
 
     Args:
-        add_sep_token: end texts with [SEP] after all, as VQA answers do.
-        clean_up_text: delete punctuation as `clean_caption` does; on by default. An argument of a call of the same
-            name goes before it: VQA answers are read as they stand.
+        add_sep_token: end texts with [SEP], as for VQA answers.
+        clean_up_text: clean texts as `clean_caption` does; on by default. The argument of the same name of a call
+            overrides it: VQA answers are not cleaned.
 
     The other arguments are those of `BertTokenizer`.
     """
@@ -95,7 +96,7 @@ class TCLTokenizer(BertTokenizer):
 
     @property
     def clean_up_text(self) -> bool:
-        """Whether texts are cleaned as captions are."""
+        """Whether texts are cleaned as captions are. Setting it replaces the tokenizer's normalizer."""
         return self._clean_up_text
 
     @clean_up_text.setter

@@ -1,4 +1,4 @@
-"""The comparison with the original code: what it measures and when it refuses. The original itself is not here."""
+"""The comparison with the original code: its measurements and refusals, without the original itself."""
 
 import copy
 import sys
@@ -40,8 +40,8 @@ def test_values_must_be_those_of_the_original():
         original.largest_difference({}, theirs)
 
 
-def test_times_are_medians_and_ratios_those_of_pairs():
-    """By hand: ratios 2, 3 and 1, where the ratio of the medians would be 2 as well and that of the sums 15 / 7."""
+def test_times_are_medians_and_ratios_those_of_consecutive_runs():
+    """By hand: the ratios are 2, 3 and 1. (The ratio of the medians would be 2 too, and that of the sums 15 / 7.)"""
     row = original.seconds_row("step", [4.0, 9.0, 2.0], [2.0, 3.0, 2.0], 1e-6)
     cells = "4.000 (2.000 to 9.000) | 2.000 (2.000 to 3.000) | 2.00 (1.00 to 3.00)"
     assert row == f"| step | {cells} | 1.0e-06 |"
@@ -104,4 +104,4 @@ def test_a_folder_without_the_original_is_refused(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["original.py", "--checkout", str(tmp_path)])
     with pytest.raises(SystemExit):
         original.main()
-    assert "holds no models/model_pretrain.py" in capsys.readouterr().err
+    assert "has no models/model_pretrain.py" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The plain reference of the benchmarks computes what ours does, and what the original does."""
+"""The plain reference of the benchmarks computes the same as ours and as the original."""
 
 from functools import partial
 
@@ -39,20 +39,20 @@ def ours_and_plain(seed: int = 0, **fields) -> tuple[TCLForPreTraining, PlainTCL
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[torch.Tensor]:
-    """Where the hard negatives that ours draws are written down: of the texts, then of the images, step by step."""
+    """A list to which the hard negatives that ours draws are appended: in each step images for texts, then texts."""
     rows = []
 
-    def draw_and_note(logits, excluded):
+    def draw_and_record(logits, excluded):
         index, exists = sample_hard_negatives(logits, excluded)
         rows.append(index)
         return index, exists
 
-    monkeypatch.setattr("tcl_hf.models.modeling_tcl.sample_hard_negatives", draw_and_note)
+    monkeypatch.setattr("tcl_hf.models.modeling_tcl.sample_hard_negatives", draw_and_record)
     return rows
 
 
 def assert_same_gradients(ours, plain):
-    """Every gradient has the norm of its error within 1e-4, or within 1e-6 where it is truly 0."""
+    """The error of every gradient is within 1e-4 of its norm, or within 1e-6 where the gradient is truly 0."""
     expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
     computed = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
     assert computed.keys() == expected.keys()
@@ -157,7 +157,7 @@ def test_a_batch_of_one_image_has_no_negatives_in_either(drawn, image_ids):
 
 
 def test_a_batch_of_empty_texts_is_the_same(drawn):
-    """[CLS] alone: no local of a text, no masked token."""
+    """Texts of [CLS] alone have no locals and no masked tokens."""
     ours, plain = ours_and_plain()
     batch = training_batch(3)
     for name in ("input_ids", "attention_mask", "mlm_input_ids", "mlm_labels"):
@@ -186,10 +186,9 @@ def test_the_temperature_is_kept_in_its_range(temperature, kept):
 
 
 def test_dropout_stands_where_ours_has_it(drawn, monkeypatch):
-    """Each place scales what it would thin out: by as much as it would, so that the places can be compared."""
+    """Scaling in place of dropout shows that both have dropout in the same places with the same share."""
     scaled = lambda x, p=0.5, training=True, inplace=False: x * (1 - p) if training else x  # noqa: E731
     monkeypatch.setattr("torch.nn.functional.dropout", scaled)
-    monkeypatch.setattr("tcl_hf.models.encoders.drop", scaled)
     dropout = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2}
     ours, plain = ours_and_plain(text_config=dropout, vision_config={"attention_dropout": 0.1})
     ours.set_attn_implementation("eager")
@@ -272,8 +271,8 @@ def test_features_are_the_same(seed):
     assert plain_features(plain, None, batch["input_ids"], batch["attention_mask"])[0] is None
 
 
-def encoded(ours: TCLForPreTraining, num_images: int, num_texts: int, seed: int) -> EncodedSamples:
-    """Images and texts as the encoders of a model give them."""
+def encoded(ours: TCLForPreTraining, num_images: int, num_texts: int, seed: int) -> EncodedPairs:
+    """Images and texts, encoded by a model."""
     texts = training_batch(num_texts, config=ours.config, seed=seed)
     ids, mask = texts["input_ids"], texts["attention_mask"]
     with torch.no_grad():
@@ -296,7 +295,7 @@ def encoded(ours: TCLForPreTraining, num_images: int, num_texts: int, seed: int)
 def test_reranked_scores_are_the_same(seed, k):
     ours, plain = (model.eval() for model in ours_and_plain(seed))
     pairs = encoded(ours, 6, 9, seed)
-    scores = matching_scores(ours, pairs, k)  # of the pairs that either direction picks
+    scores = matching_scores(ours, pairs, k)  # only pairs that either direction picks are scored
     directions = plain_rerank(plain, pairs, k)
     similarity = pairs.image_embeds @ pairs.text_embeds.mT
     picked = []

@@ -1,4 +1,4 @@
-"""The model gives what the original gives: its outputs at a tiny size are in fixtures/golden."""
+"""The model computes what the original computes: the original's outputs at a tiny size are in fixtures/golden."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ TOLERANCE = 1e-5
 
 
 def assert_gradients(model, original):
-    """Every trained parameter has the original's gradient, by the rule for gradients that are truly 0."""
+    """Every trained parameter has the original's gradient, with an absolute tolerance where that is truly 0."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     gradients = from_original(original, model.config)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

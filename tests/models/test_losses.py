@@ -11,7 +11,7 @@ from tcl_hf.models.losses import (
     answer_loss,
     cma_loss,
     distilled_cross_entropy,
-    draw_image_pairs,
+    draw_two_images,
     imc_loss,
     itm_loss,
     lmi_loss,
@@ -108,7 +108,7 @@ def test_imc_of_two_orthogonal_keys_is_a_softplus(tau):
 
 
 def slow_lmi(features, local_features, tau, mask):
-    """Each positive alone against all locals of the other rows."""
+    """Each positive against all locals of the other rows, one at a time."""
     per_sample = []
     for i in range(len(features)):
         others = 0.0
@@ -193,7 +193,7 @@ def test_lmi_survives_the_lowest_temperature():
 
 
 def test_lmi_holds_no_tensor_larger_than_the_similarity():
-    """N x N x L numbers, where the plain way takes N x L x (1 + N L)."""
+    """It holds N x N x L numbers; the textbook's way takes N x L x (1 + N L)."""
     number, parts = 64, 16
     sizes = []
 
@@ -382,11 +382,11 @@ def test_answer_loss_of_equal_logits_counts_the_weighted_tokens():
 
 
 @pytest.fixture(scope="module")
-def drawn_pairs():
+def drawn_images():
     """4,000 draws for a batch of four: first and second images and labels, each (4000, 4), and the similarities."""
     torch.manual_seed(0)
     features = unit(N, D, seed=1)
-    draws = [torch.stack(draw_image_pairs(features, temperature=0.5)) for _ in range(4000)]
+    draws = [torch.stack(draw_two_images(features, temperature=0.5)) for _ in range(4000)]
     return (*torch.stack(draws, dim=1), features @ features.T / 0.5)
 
 
@@ -397,8 +397,8 @@ def chi_square(counts: torch.Tensor, shares: torch.Tensor) -> float:
     return ((counts[possible] - expected[possible]) ** 2 / expected[possible]).sum().item()
 
 
-def test_drawn_pairs_have_the_own_image_where_the_label_says(drawn_pairs):
-    first, second, labels, _ = drawn_pairs
+def test_drawn_images_include_the_own_image_where_the_label_says(drawn_images):
+    first, second, labels, _ = drawn_images
     own = torch.arange(N).expand_as(first)
     assert torch.equal(first == own, labels == 0)
     assert torch.equal(second == own, labels == 1)
@@ -407,39 +407,39 @@ def test_drawn_pairs_have_the_own_image_where_the_label_says(drawn_pairs):
     assert chi_square(counts, torch.ones(3)) < 13.8  # 99.9 % quantile with 2 degrees of freedom
 
 
-def test_drawn_others_follow_the_softmax_without_the_own(drawn_pairs):
-    """One other by the softmax; two by the softmax and then by that of those left: by a chi-square test."""
-    first, second, labels, logits = drawn_pairs
+def test_drawn_others_follow_the_softmax_without_the_own(drawn_images):
+    """One other image by the softmax; a second one by the softmax of those that are left: by a chi-square test."""
+    first, second, labels, logits = drawn_images
     for row in range(N):
         share = logits[row].exp() * (torch.arange(N) != row)
         share = share / share.sum()
         one = torch.cat([second[labels[:, row] == 0, row], first[labels[:, row] == 1, row]])
         assert chi_square(torch.bincount(one, minlength=N), share) < 13.8  # 2 degrees of freedom
         neither = labels[:, row] == 2
-        pairs = first[neither, row] * N + second[neither, row]
+        both_rows = first[neither, row] * N + second[neither, row]
         both = share[:, None] * share / (1 - share[:, None]) * (1 - torch.eye(N))
-        assert chi_square(torch.bincount(pairs, minlength=N * N), both.flatten()) < 20.5  # 5 degrees of freedom
+        assert chi_square(torch.bincount(both_rows, minlength=N * N), both.flatten()) < 20.5  # 5 degrees of freedom
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_batches_with_too_few_images_have_no_pair(number):
+def test_texts_with_too_few_other_images_have_no_label(number):
     torch.manual_seed(0)
     seen = set()
     for _ in range(60):
-        first, second, labels = draw_image_pairs(unit(number, D, seed=1))
+        first, second, labels = draw_two_images(unit(number, D, seed=1))
         own = torch.arange(number)
         for indices in (first, second):
             assert ((indices >= 0) & (indices < number)).all()
         for row in range(number):
             seen.add(int(labels[row]))
             if labels[row] >= 0:
-                pair = (own[row], 1 - own[row])
-                assert (first[row], second[row]) == (pair if labels[row] == 0 else pair[::-1])
+                rows = (own[row], 1 - own[row])
+                assert (first[row], second[row]) == (rows if labels[row] == 0 else rows[::-1])
     assert seen == ({-100} if number == 1 else {0, 1, -100})
 
 
-def test_drawn_pairs_survive_features_that_are_all_equal():
-    first, second, labels = draw_image_pairs(unit(1, D, seed=0).expand(3, D))
+def test_drawing_survives_features_that_are_all_equal():
+    first, second, labels = draw_two_images(unit(1, D, seed=0).expand(3, D))
     assert (first != second).all() and (labels >= 0).all()
 
 

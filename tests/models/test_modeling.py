@@ -1,12 +1,15 @@
-"""What users of transformers rely on: loading, saving, attention implementations, outputs, bad input."""
+"""The models as users of transformers expect them: loading, saving, attention implementations, outputs, bad input."""
 
 import json
 import logging
+import math
 
 import pytest
 import torch
-from helpers import ReadBack, assert_teacher_equals_student, small_patches, tiny_config, training_batch
+from helpers import ReadBack, assert_teacher_equals_student, small_patches, stirred, tiny_config, training_batch
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
@@ -31,7 +34,8 @@ from tcl_hf import (
 )
 from tcl_hf.data.collators import masked_positions
 from tcl_hf.models.checksums import CHECKSUMS
-from tcl_hf.models.encoders import drop, resize_positions
+from tcl_hf.models.fitting import resize_positions
+from tcl_hf.training.engine import shard
 
 HEADS = [TCLForPreTraining, TCLForImageTextRetrieval]
 CLASSES = [*HEADS, TCLForMaskedLM, TCLModel]
@@ -148,7 +152,7 @@ def test_a_checkpoint_without_teacher_or_queue_gets_them(model_class, missing, t
 
 
 def test_an_empty_checkpoint_still_gives_a_sound_model(tmp_path):
-    """Everything that `__init__` computed is lost on the meta device and must be made again."""
+    """All that `__init__` computes is lost on the meta device and must be computed again."""
     config = small_patches()
     config.save_pretrained(tmp_path)
     save_file({"itm_head.bias": torch.zeros(2)}, tmp_path / "model.safetensors", {"format": "pt"})
@@ -357,7 +361,7 @@ def test_attentions_of_flex_attention_are_refused():
 
 @pytest.mark.parametrize("with_index", [False, True])
 def test_an_image_serves_several_texts_without_being_repeated(with_index):
-    """Grouped queries and gathered keys give what repeating the image gives."""
+    """Grouped queries and gathered keys compute the same as repeated images."""
     model = TCLForImageTextRetrieval(small_patches()).eval()
     batch = training_batch(6)
     states = model.tcl.encode_text(batch["input_ids"], batch["attention_mask"])
@@ -375,12 +379,12 @@ def test_an_image_serves_several_texts_without_being_repeated(with_index):
 @pytest.mark.parametrize("rows", ["neighbours", "all by index", "last by index"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_the_last_layer_can_compute_some_tokens_only(implementation, rows):
-    """The same states and gradients as when all are computed and some are taken; the image of each text as asked."""
+    """States and gradients are the same as if all tokens were computed and some selected afterwards."""
     model = TCLForImageTextRetrieval(small_patches()).eval()
     model.set_attn_implementation(implementation)
     batch = training_batch(6)
     index = torch.tensor([1, 0, 0, 1, 1, 0])
-    positions = torch.tensor([[0, 3], [2, 2], [0, 1], [4, 0], [0, 0], [1, 3]])
+    token_index = torch.tensor([[0, 3], [2, 2], [0, 1], [4, 0], [0, 0], [1, 3]])
     if rows == "last by index":  # four neighbours, then two by index
         index = torch.tensor([0, 0, 1, 1, 1, 0])
     image_of_text = {"neighbours": torch.tensor([0, 0, 0, 1, 1, 1])}.get(rows, index)
@@ -389,8 +393,8 @@ def test_the_last_layer_can_compute_some_tokens_only(implementation, rows):
     images = model.tcl.encode_image(batch["pixel_values"][:2]).detach().requires_grad_()
 
     whole = model.tcl.fuse(states, batch["attention_mask"], images[image_of_text]).last_hidden_state
-    expected = whole.gather(1, positions[..., None].expand(-1, -1, whole.shape[-1]))  # (6, 2, width)
-    some = model.tcl.fuse(states, batch["attention_mask"], images, given, positions=positions)
+    expected = whole.gather(1, token_index[..., None].expand(-1, -1, whole.shape[-1]))  # (6, 2, width)
+    some = model.tcl.fuse(states, batch["attention_mask"], images, given, token_index=token_index)
     torch.testing.assert_close(some.last_hidden_state, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(some.pooler_output, expected[:, 0], rtol=1e-5, atol=1e-6)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
@@ -405,20 +409,20 @@ def test_weights_of_some_tokens_are_theirs():
     batch = training_batch(4)
     states = model.tcl.encode_text(batch["input_ids"], batch["attention_mask"])
     images = model.tcl.encode_image(batch["pixel_values"][:2])
-    positions, index = torch.tensor([[3], [0], [1], [2]]), torch.tensor([1, 0])  # two neighbours, two by index
+    token_index, index = torch.tensor([[3], [0], [1], [2]]), torch.tensor([1, 0])  # two neighbours, two by index
     inputs = (states, batch["attention_mask"], images)
-    some = model.tcl.fuse(*inputs, index, positions=positions, output_attentions=True)
+    some = model.tcl.fuse(*inputs, index, token_index=token_index, output_attentions=True)
     whole = model.tcl.fuse(*inputs, torch.tensor([0, 1, 1, 0]), output_attentions=True)
     assert [tuple(a.shape) for a in some.cross_attentions] == [(4, 4, 7, 17), (4, 4, 1, 17)]
     torch.testing.assert_close(some.cross_attentions[0], whole.cross_attentions[0], rtol=1e-4, atol=1e-6)
     rows = torch.arange(4)
     for name in ("attentions", "cross_attentions"):
-        expected = whole[name][1][rows, :, positions[:, 0]]
+        expected = whole[name][1][rows, :, token_index[:, 0]]
         torch.testing.assert_close(some[name][1][:, :, 0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_backend_that_needs_all_queries_gets_them():
-    """Flash attention takes a mask of padding to end where the queries end."""
+    """Flash attention assumes that a mask of padding ends where the queries end."""
     lengths = []
 
     def attend(module, query, *args, **kwargs):
@@ -435,31 +439,6 @@ def test_a_backend_that_needs_all_queries_gets_them():
     model.config.text_config._attn_implementation = "flash_of_a_test"
     assert torch.equal(model.match(states, batch["attention_mask"], images), expected)
     assert lengths == [7, 7, 7, 7]  # self- and cross-attention of two layers
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_keeps_the_right_share_and_scales_it(p):
-    """The count is within five standard deviations; what is kept is scaled, in the gradient too."""
-    torch.manual_seed(0)
-    states, size = torch.full((400, 500), 2.0, requires_grad=True), 400 * 500
-    dropped = drop(states, p, training=True)
-    kept = dropped != 0
-    assert abs(kept.sum().item() - size * (1 - p)) < 5 * (size * p * (1 - p)) ** 0.5
-    torch.testing.assert_close(dropped[kept], torch.full((int(kept.sum()),), 2 / (1 - p)))
-    (gradient,) = torch.autograd.grad(dropped.sum(), states)
-    torch.testing.assert_close(gradient, kept / (1 - p))
-    columns = kept.float().mean(0)  # any place is as likely as another, and each call draws anew
-    assert columns.std().item() == pytest.approx((p * (1 - p) / 400) ** 0.5, rel=0.2)
-    assert not torch.equal(drop(states, p, training=True) != 0, kept)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_leaves_what_it_must_not_touch(dtype):
-    states = torch.randn(4, 5, dtype=dtype)
-    assert drop(states, 0.5, training=False) is states
-    assert torch.equal(drop(states, 0.0, training=True), states)
-    assert drop(states, 0.3, training=True).dtype == dtype
-    assert drop(states, 1.0, training=True).abs().sum() == 0
 
 
 def test_dropout_of_attention_is_the_same_for_sdpa_and_eager_on_a_cpu():
@@ -516,7 +495,7 @@ def test_images_of_another_size_with_interpolated_positions():
 
 
 def test_every_objective_can_be_switched_off():
-    """An objective of weight 0 is not computed; the total is the weighted sum of the others."""
+    """An objective with weight 0 is not computed; the total is the weighted sum of the others."""
     names = ("cma", "imc", "lmi", "itm", "mlm")
     for off in names:
         model = TCLForPreTraining(small_patches(**{f"{off}_weight": 0})).train()
@@ -583,7 +562,7 @@ def test_pairs_of_one_image_are_positives_and_never_negatives():
 
 
 def test_unknown_image_ids_exclude_nothing():
-    """-100 is no image: rows that carry it are each other's negatives as if there were no ids."""
+    """-100 stands for an unknown image: rows with it are negatives of each other, as if there were no ids."""
     losses = []
     for ids in (None, torch.full((4,), -100)):
         torch.manual_seed(0)
@@ -714,6 +693,66 @@ def test_a_teacher_too_coarse_to_move_is_reported(caplog):
     assert sum("too coarse for its small steps" in record.message for record in caplog.records) == 1
 
 
+def test_training_statistics_equal_a_slow_computation():
+    model = stirred(TCLForPreTraining, queue_size=12)
+    found = model.training_statistics()
+    squares = [0.0, 0.0]
+    for name, parameter in model.teacher.named_parameters():
+        student = model.get_parameter(name).double()
+        squares[0] += (parameter.double() - student).square().sum().item()
+        squares[1] += student.square().sum().item()
+    spreads = [1 - features.double().mean(0).norm().item() for features in (model.queue.image, model.queue.text)]
+    assert found.keys() == {"temperature", "teacher_distance", "queue_spread"}
+    assert all(value.shape == () and not value.requires_grad for value in found.values())
+    assert found["temperature"].item() == model.tcl.temperature.item()
+    assert found["teacher_distance"].item() == pytest.approx(math.sqrt(squares[0] / squares[1]), rel=1e-5)
+    assert found["queue_spread"].item() == pytest.approx(min(spreads), abs=1e-6)
+
+
+def test_training_statistics_at_the_start_and_of_a_queue_whose_features_are_equal():
+    model = TCLForPreTraining(small_patches(queue_size=12))
+    assert model.training_statistics()["teacher_distance"] == 0
+    model.queue.text[:] = model.queue.text[0]
+    assert model.training_statistics()["queue_spread"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_training_statistics_leave_out_a_teacher_or_queue_that_is_missing():
+    assert TCLForPreTraining(small_patches(queue_size=0)).training_statistics().keys() == {
+        "temperature",
+        "teacher_distance",
+    }
+    without = TCLForPreTraining(small_patches(use_momentum_teacher=False))
+    assert without.training_statistics().keys() == {"temperature"}
+
+
+def test_training_statistics_of_a_sharded_model_are_those_of_the_whole():
+    model = stirred(TCLForPreTraining, queue_size=12)
+    expected = model.training_statistics()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shard(model, init_device_mesh("cpu", (1,)))
+        assert isinstance(model.tcl.temperature, DTensor)
+        found = model.training_statistics()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == () and found[name].item() == pytest.approx(value.item(), rel=1e-6), name
+
+
+@pytest.mark.parametrize("model_class", [*HEADS, TCLForMaskedLM])
+def test_loss_names_are_the_losses_of_the_output(model_class):
+    model = model_class(small_patches()).train()
+    batch = training_batch()
+    if model_class is TCLForMaskedLM:
+        batch = {name: batch[name] for name in ("pixel_values", "attention_mask", "mlm_input_ids", "mlm_labels")}
+        batch = {name.removeprefix("mlm_"): value for name, value in batch.items()}
+    output = model(**batch)
+    parts = {"loss_i2t", "loss_t2i", "loss_i2i", "loss_t2t", "loss_lmi_image", "loss_lmi_text"}  # of CMA, IMC and LMI
+    assert set(model.loss_names) == {name for name in output if name.startswith("loss")} - parts
+    assert all(output[name].shape == () for name in model.loss_names)
+
+
 @pytest.mark.parametrize("new_size", [90, 60])
 def test_teacher_and_tied_head_follow_resized_token_embeddings(new_size, tmp_path):
     model = TCLForPreTraining(small_patches())
@@ -754,11 +793,11 @@ def test_teacher_and_tied_head_follow_resized_token_embeddings(new_size, tmp_pat
         ({"alpha": -0.1}, "alpha=-0.1"),
         ({"itm_weight": -1}, "itm_weight=-1"),
         ({"patch_dropout": 1.0}, "patch_dropout=1.0 leaves no patch"),
-        ({"patch_dropout": -0.5}, "patch_dropout=-0.5 leaves no patch or is no share"),
+        ({"patch_dropout": -0.5}, "patch_dropout=-0.5 leaves no patch or is not a share"),
         ({"temperature_init_value": 3.0}, "temperature_init_value=3.0"),
     ],
 )
-def test_a_config_out_of_range_says_what_and_how(fields, message):
+def test_a_config_out_of_range_is_refused_with_a_remedy(fields, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         tiny_config(**fields)
 
@@ -770,7 +809,7 @@ def test_a_config_accepts_whole_numbers_and_survives_json(tmp_path):
     assert TCLConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
-def test_a_model_without_fusion_layers_says_so_unless_no_objective_needs_them():
+def test_a_model_without_fusion_layers_is_refused_unless_no_objective_needs_them():
     with pytest.raises(ValueError, match="leaves no fusion layer"):
         TCLForPreTraining(small_patches(text_config={"fusion_layer": 4}))
     config = small_patches(text_config={"fusion_layer": 4}, itm_weight=0, mlm_weight=0)
@@ -780,8 +819,8 @@ def test_a_model_without_fusion_layers_says_so_unless_no_objective_needs_them():
 
 def test_tokens_are_selected_where_no_layer_fuses():
     model = TCLForImageTextRetrieval(small_patches(text_config={"fusion_layer": 4}, itm_weight=0, mlm_weight=0)).eval()
-    states, positions = torch.randn(2, 5, 32), torch.tensor([[3, 1], [0, 4]])
-    fused = model.tcl.text_model.fuse(states, None, [], positions=positions)
+    states, token_index = torch.randn(2, 5, 32), torch.tensor([[3, 1], [0, 4]])
+    fused = model.tcl.text_model.fuse(states, None, [], token_index=token_index)
     assert torch.equal(fused.last_hidden_state, torch.stack([states[0, [3, 1]], states[1, [0, 4]]]))
     assert torch.equal(fused.pooler_output, torch.stack([states[0, 3], states[1, 0]]))
 

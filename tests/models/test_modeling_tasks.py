@@ -1,4 +1,4 @@
-"""The heads of the tasks: what they start from, what they compute, and what users of transformers rely on."""
+"""The heads of the tasks: their starting values, their losses and outputs, and their use through transformers."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ from tcl_hf import (
     TCLTextModel,
 )
 from tcl_hf.models.checksums import CHECKSUMS
-from tcl_hf.models.losses import draw_image_pairs
+from tcl_hf.models.losses import draw_two_images
 from tcl_hf.training.trainer_callback import TCLMomentumCallback
 
 CLASSIFIERS = [TCLForVisualEntailment, TCLForVisualReasoning]
@@ -58,7 +58,7 @@ def batch_of(model: PreTrainedModel, number: int = 3, seed: int = 0) -> dict[str
     if isinstance(model, TCLForQuestionAnswering):
         ids, mask = answers(number + 2, seed=seed)
         batch["labels"] = ids.masked_fill(mask == 0, -100)
-        batch["question_index"] = (torch.arange(number + 2) * 2 + 1) % number  # in no order
+        batch["question_index"] = (torch.arange(number + 2) * 2 + 1) % number  # not in order
         batch["answer_weights"] = torch.linspace(0.2, 1, number + 2)
         return batch
     batch["labels"] = rows % model.config.num_labels
@@ -89,11 +89,11 @@ def twin_of_teacher(model: PreTrainedModel) -> PreTrainedModel:
     return twin
 
 
-# What a head starts from
+# The weights from which a head starts
 
 
 def origin(name: str, images: int, same_width: bool) -> str | None:
-    """The tensor of a pre-training checkpoint that a tensor of a head starts from; None where it starts new."""
+    """The tensor of a pre-training checkpoint from which a tensor of a head starts; None where it starts new."""
     owner = "teacher." if name.startswith("teacher.") else ""
     name = name.removeprefix("teacher.")
     if name.startswith(("cls_head.", "ta_head.")):
@@ -132,7 +132,7 @@ def test_every_head_starts_from_a_pre_training_checkpoint_alone(model_class, vis
 
 @pytest.mark.parametrize("model_class", HEADS)
 def test_no_two_weights_of_a_filled_head_share_memory(model_class, tmp_path):
-    """A layer that starts as a copy of another must learn by itself; and it can be saved."""
+    """A layer that starts as a copy of another must be trained separately, and safetensors must be able to save it."""
     pre_trained(tmp_path)
     model = model_class.from_pretrained(tmp_path)
     places = [parameter.data_ptr() for parameter in model.parameters()]
@@ -150,7 +150,7 @@ def test_the_decoders_words_are_tied_in_student_and_teacher(tmp_path):
 
 
 @pytest.mark.parametrize("model_class", [TCLForVisualReasoning, TCLForTextAssignment])
-def test_fusion_layers_of_two_images_are_pairs_with_one_projection(model_class):
+def test_fusion_layers_are_doubled_for_two_images_with_one_projection(model_class):
     layers = model_class(config_of()).tcl.text_model.layers
     assert len(layers) == FUSION_LAYER + 2 * 2
     assert [hasattr(layer, "cross_attn") for layer in layers] == [False] * 2 + [True] * 4
@@ -228,7 +228,7 @@ def test_reasoning_starts_from_text_assignment_with_its_layers_and_own_labels(tm
     assert model(**batch_of(model)).logits.shape == (3, 2)
 
 
-def test_doubled_layers_are_told_from_as_many_single_ones(tmp_path):
+def test_doubled_layers_are_distinguished_from_as_many_single_ones(tmp_path):
     """Six fusion layers, and three that were doubled, have the same names."""
     single = pre_trained(tmp_path / "single", text_config={"num_hidden_layers": 8})
     doubled = pre_trained(tmp_path / "doubled", TCLForTextAssignment, text_config={"num_hidden_layers": 5})
@@ -275,6 +275,15 @@ def test_positions_are_resized_to_another_image_size(model_class, tmp_path):
         positions = model.get_parameter(name)
         assert torch.equal(positions[:, :1], source[name][:, :1])
         torch.testing.assert_close(positions[:, 1:], expected)
+
+
+@pytest.mark.parametrize("model_class", HEADS)
+def test_heads_of_tasks_have_one_loss_and_no_queue(model_class):
+    model = model_class(small_patches())
+    assert model.loss_names == ("loss",)
+    assert model(**batch_of(model)).loss.shape == ()
+    teacher = {"teacher_distance"} if model_class in TAUGHT else set()
+    assert model.training_statistics().keys() == {"temperature"} | teacher
 
 
 # Saving
@@ -367,7 +376,7 @@ def test_both_vocabularies_and_the_teachers_are_resized(new_size, tmp_path):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-# What learns
+# The parameters that are trained
 
 
 def assert_only_the_contrast_is_frozen(model):
@@ -380,7 +389,7 @@ def assert_only_the_contrast_is_frozen(model):
 @pytest.mark.parametrize("alpha", [0, 0.4])
 @pytest.mark.parametrize("model_class", HEADS)
 def test_every_parameter_that_is_not_frozen_gets_a_gradient(model_class, alpha, loaded, tmp_path):
-    """A distributed run stops at a parameter without one."""
+    """A distributed run stops at a trained parameter that has no gradient."""
     if loaded:
         pre_trained(tmp_path)
         model = model_class.from_pretrained(tmp_path).train()
@@ -601,7 +610,7 @@ def test_texts_that_share_an_image_give_what_they_give_with_a_copy_each(model_cl
 def test_as_many_texts_as_images_or_an_index_are_asked_for(model_class):
     model = stirred(model_class)
     batch = batch_of(model, number=4)
-    with pytest.raises(ValueError, match="4 texts about 2 images: say with image_index which"):
+    with pytest.raises(ValueError, match="4 texts about 2 images: pass image_index, the image of each"):
         model(**batch | {"pixel_values": batch["pixel_values"][:2]})
 
 
@@ -615,7 +624,7 @@ def test_the_order_of_two_images_matters():
 
 
 def test_each_copy_of_a_fusion_layer_reads_its_own_image():
-    """Without its first image a pair's first layer changes, without its second the other one."""
+    """Keys and values of copy n are those of image n, by the projections of the first copy."""
     model = stirred(TCLForVisualReasoning).eval()
     batch = batch_of(model)
     left, right = batch["pixel_values"].unbind(1)
@@ -680,8 +689,8 @@ def test_text_assignment_reads_the_named_images_of_each_text():
         output = model(ids, batch["pixel_values"], mask, first, second, labels)
         losses = []
         for row in range(4):
-            pair = [model.tcl.encode_image(batch["pixel_values"][i[row], None]) for i in (first, second)]
-            fused = model.tcl.text_model(ids[row : row + 1], mask[row : row + 1], encoder_hidden_states=tuple(pair))
+            images = [model.tcl.encode_image(batch["pixel_values"][i[row], None]) for i in (first, second)]
+            fused = model.tcl.text_model(ids[row : row + 1], mask[row : row + 1], encoder_hidden_states=tuple(images))
             logits = model.ta_head(fused.last_hidden_state[:, 0])
             torch.testing.assert_close(output.logits[row : row + 1], logits, rtol=1e-4, atol=1e-5)
             if labels[row] >= 0:
@@ -689,14 +698,14 @@ def test_text_assignment_reads_the_named_images_of_each_text():
     torch.testing.assert_close(output.loss, sum(losses) / 3)
 
 
-def test_text_assignment_draws_pairs_by_its_own_image_features():
+def test_text_assignment_draws_images_by_its_own_image_features():
     model = stirred(TCLForTextAssignment).train()
     batch = questions_of(model.config, 4)
     torch.manual_seed(7)
     drawn = model(**batch).loss
     features = model.tcl.get_image_features(batch["pixel_values"]).pooler_output
     torch.manual_seed(7)
-    first, second, labels = draw_image_pairs(features)
+    first, second, labels = draw_two_images(features)
     given = model(**batch, first_image_index=first, second_image_index=second, labels=labels).loss
     torch.testing.assert_close(drawn, given)
     torch.manual_seed(8)
@@ -717,7 +726,7 @@ def test_text_assignment_trains_on_batches_with_too_few_images(number):
             assert output.loss.item() == 0
 
 
-def test_half_a_pair_and_pairs_of_unequal_batches_are_refused():
+def test_one_index_without_the_other_and_unequal_batches_are_refused():
     model = TCLForTextAssignment(config_of())
     batch = questions_of(model.config, 3)
     with pytest.raises(ValueError, match="both first_image_index and second_image_index"):
@@ -800,10 +809,10 @@ def test_questions_without_answers_are_read_only():
 def test_answers_without_questions_are_refused_with_a_sentence():
     model = TCLForQuestionAnswering(config_of())
     batch = batch_of(model)
-    with pytest.raises(ValueError, match="question_index is of 3 answers, but labels holds 5"):
+    with pytest.raises(ValueError, match="question_index has 3 entries, but there are 5 answers"):
         model(**batch | {"question_index": torch.arange(3)})
     del batch["question_index"]
-    with pytest.raises(ValueError, match="There are 5 answers to 3 questions: say with question_index"):
+    with pytest.raises(ValueError, match="There are 5 answers to 3 questions: pass question_index"):
         model(**batch)
 
 
@@ -882,7 +891,7 @@ def test_ranking_uses_no_dropout_and_restores_the_mode():
 
 
 def test_attentions_of_answers_are_causal_with_any_mask():
-    """A mask that says no more than "causal" is left out, and the weights must be causal all the same."""
+    """transformers leaves out a mask that is only causal, and the weights must be causal all the same."""
     decoder = stirred(TCLForQuestionAnswering, 0).eval().text_decoder
     ids, states = torch.tensor([[CLS, 31, 54, 68, 70]] * 2), torch.randn(2, 6, decoder.config.hidden_size)
     with torch.no_grad():
@@ -908,7 +917,7 @@ def test_a_decoder_takes_its_cache_by_both_names():
 
 @pytest.fixture
 def writer():
-    """A model some of whose answers end early."""
+    """A model that ends some of its answers early."""
     model = stirred(TCLForQuestionAnswering, 0).eval()
     with torch.no_grad():
         model.text_decoder.lm_head.decoder.bias[SEP] += 1.5
@@ -916,7 +925,7 @@ def writer():
 
 
 def write_slowly(model, states: torch.Tensor, longest: int) -> list[int]:
-    """The most probable next token again and again, everything read anew each time."""
+    """Append the most probable next token again and again, without a cache."""
     ids = [CLS]
     while len(ids) <= longest and ids[-1] != SEP:
         logits = model.text_decoder(torch.tensor([ids]), encoder_hidden_states=states).logits
@@ -949,7 +958,7 @@ def test_generation_with_a_cache_equals_that_without(writer, num_beams):
 
 
 def test_beams_find_an_answer_at_least_as_probable_as_the_greedy_one(writer):
-    """With as many beams as words, and two words to write, the search is exhaustive: all pairs are compared."""
+    """With as many beams as words, and two words to write, the search is exhaustive."""
     batch = questions_of(writer.config, 2)
     with torch.no_grad():
         writer.text_decoder.lm_head.decoder.bias[SEP] = -100  # no answer ends early
@@ -959,8 +968,8 @@ def test_beams_find_an_answer_at_least_as_probable_as_the_greedy_one(writer):
             first = (
                 writer.text_decoder(torch.tensor([[CLS]]), encoder_hidden_states=states).logits[0, 0].log_softmax(-1)
             )
-            pairs = torch.stack([torch.full((80,), CLS), torch.arange(80)], dim=1)
-            second = writer.text_decoder(pairs, encoder_hidden_states=states.expand(80, -1, -1)).logits[:, 1]
+            starts = torch.stack([torch.full((80,), CLS), torch.arange(80)], dim=1)
+            second = writer.text_decoder(starts, encoder_hidden_states=states.expand(80, -1, -1)).logits[:, 1]
             best = int((first[:, None] + second.log_softmax(-1)).argmax())
             assert written[question].tolist() == [CLS, best // 80, best % 80]
 
@@ -1013,7 +1022,7 @@ def test_transformers_trainer_trains_a_head_with_the_callback(model_class, tmp_p
 
 
 def test_a_head_for_other_classes_starts_new(tmp_path):
-    """Fine-tuning for one task goes on from a checkpoint of another, whose classes mean something else."""
+    """Fine-tuning for one task may start from a checkpoint of another task, whose classes have another meaning."""
     entailment = TCLForVisualEntailment(small_patches())
     entailment.save_pretrained(tmp_path)
     model = TCLForVisualReasoning.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Patch dropout: what the student does not see in a step of pre-training, and everyone else does."""
+"""Patch dropout: the student reads a share of the patches in a step of pre-training; all others read every patch."""
 
 from itertools import pairwise
 
@@ -28,7 +28,7 @@ def losses_of(model, batch: dict, seed: int = 1) -> list[float]:
 @pytest.mark.parametrize(
     ("patches", "share", "kept"), [(16, 0.5, 8), (16, 0.75, 4), (16, 0.1, 14), (16, 0.99, 1), (10, 0.9, 1), (1, 0.5, 1)]
 )
-def test_so_many_patches_are_kept_and_the_class_token(patches, share, kept):
+def test_the_right_number_of_patches_is_kept_and_the_class_token(patches, share, kept):
     numbers = torch.arange(1 + patches).expand(3, -1)[..., None].float()  # each state is its position
     for row in drop_patches(numbers, share).squeeze(-1).tolist():
         assert len(row) == 1 + kept and row[0] == 0
@@ -48,7 +48,7 @@ def test_the_first_layer_reads_the_kept_patches_with_their_own_positions():
 
 
 def test_every_patch_and_every_two_patches_are_equally_likely():
-    """Counts of 4,000 draws lie within five standard deviations: by chance, one test in 10,000 would fail."""
+    """Counts of 4,000 draws lie within five standard deviations: one test in 10,000 would fail by chance."""
     images, kept = 4000, 4
     numbers = torch.arange(1 + PATCHES).expand(images, -1)[..., None]
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def test_every_patch_and_every_two_patches_are_equally_likely():
 
 
 def test_half_precision_draws_as_float32_does():
-    """bfloat16 has 256 random numbers between 0 and 1: of equal ones the first patch would be kept more often."""
+    """bfloat16 has 256 random numbers between 0 and 1: among equal ones the first patches would be kept more often."""
     states = torch.arange(1 + PATCHES).expand(50, -1)[..., None]
     draws = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -122,7 +122,7 @@ def test_only_kept_patches_have_a_gradient():
     batch["pixel_values"].requires_grad_()
     model(**batch, alpha=0.4).loss.backward()
     gradient = batch["pixel_values"].grad.unflatten(-1, (4, 8)).unflatten(-3, (4, 8))  # (N, 3, 4, 8, 4, 8)
-    assert ((gradient != 0).any(5).any(3).any(1).flatten(1).sum(1) == 8).all()  # of the 4 x 4 patches
+    assert ((gradient != 0).any(5).any(3).any(1).flatten(1).sum(1) == 8).all()  # 8 of the 4 x 4 patches
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -158,7 +158,7 @@ def test_other_objectives_and_sizes_of_images_train(fields):
 
 
 def test_fine_tuning_for_retrieval_sees_whole_images(tmp_path):
-    """A checkpoint's config still tells how it was pre-trained."""
+    """The config of a checkpoint still has the patch dropout of its pre-training."""
     new_model().save_pretrained(tmp_path)
     model = TCLForImageTextRetrieval.from_pretrained(tmp_path).train()
     assert model.config.patch_dropout == 0.5

@@ -1,4 +1,4 @@
-"""Encoders of transformers as starting points: same features before any training."""
+"""Encoders of transformers as starting points: the features are the same before any training."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
 def randomised(model):
-    """Random values everywhere, so that no part can be forgotten unseen."""
+    """Random values everywhere, so that a part which is not copied is noticed."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -119,7 +119,7 @@ def test_text_encoder_equals_its_origin(bert):
 
 
 def test_a_bert_splits_into_text_and_fusion_layers(bert):
-    """As the paper does with its twelve: the last layers fuse, and their cross-attention is new."""
+    """As in the paper, with twelve: the last layers fuse, and their cross-attention is new."""
     origin, folder = bert
     model = start(text=read_text_encoder(folder, fusion_layer=2, num_fusion_layers=1))
     ids = torch.randint(50, (2, 6))
@@ -194,7 +194,7 @@ CASED_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "der", "Hund", "hun
 
 @pytest.mark.parametrize("lower_case", [True, False], ids=["uncased", "cased"])
 def test_the_processor_has_the_text_models_words_and_the_vision_models_normalisation(lower_case, tmp_path):
-    """A multilingual BERT keeps accents and cuts Chinese characters; its cased form meets texts in lower case."""
+    """A multilingual BERT keeps accents and splits Chinese characters; its cased form reads texts in lower case."""
     dict(vision_families())["dinov2"].save_pretrained(tmp_path / "dinov2")
     (tmp_path / "bert").mkdir()
     (tmp_path / "vocab.txt").write_text("\n".join(CASED_WORDS))
@@ -213,7 +213,7 @@ def test_the_processor_has_the_text_models_words_and_the_vision_models_normalisa
 
 
 def test_real_weights_keep_their_features():
-    """The starting weights of the small recipe, where they are."""
+    """The starting weights of the small recipe, if they are on this machine."""
     vision_folder = SHARED / "weights" / "dinov2-small"
     if not vision_folder.exists():
         pytest.skip(f"the starting weights are not in {vision_folder.parent.name}/")

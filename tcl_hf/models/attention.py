@@ -1,0 +1,145 @@
+"""Multi-head attention of the encoders: to hidden states themselves, or to images that several texts share.
+
+Shapes: N rows of queries, B rows of keys and values, L queries of a row, P keys of a row, D width, H heads.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_tcl import TCLTextConfig, TCLVisionConfig
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Textbook attention that also returns its weights (N, H, L, P)."""
+    scores = (query * scaling) @ key.mT  # a query has fewer numbers than it has scores
+    if (
+        attention_mask is None and is_causal and query.shape[2] > 1
+    ):  # transformers leaves out masks that are causal only
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    output = F.dropout(weights, dropout, module.training) @ value
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class TCLAttention(nn.Module):
+    """Multi-head attention of hidden states to themselves, or to given keys and values.
+
+    Args:
+        key_value_size: width of the states from which keys and values are projected, the config's `hidden_size` if
+            None; 0 for an attention without these projections, which is always given keys and values.
+        is_causal: a query attends to the keys up to its own position.
+    """
+
+    def __init__(
+        self,
+        config: TCLVisionConfig | TCLTextConfig,
+        dropout: float,
+        key_value_size: int | None = None,
+        is_causal: bool = False,
+    ):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = dropout
+        self.is_causal = is_causal
+        key_value_size = config.hidden_size if key_value_size is None else key_value_size
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        if key_value_size:
+            self.k_proj = nn.Linear(key_value_size, config.hidden_size)
+            self.v_proj = nn.Linear(key_value_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def key_value(self, states: Tensor) -> KeyValue:
+        """Project states (B, P, D) to keys and values, each (B, H, P, D / H)."""
+        key, value = self.k_proj(states), self.v_proj(states)
+        return tuple(x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (key, value))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        key_value: KeyValue | None = None,
+        output_attentions: bool = False,
+        index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from hidden states (N, L, D); return states of the same shape and, if asked for, the weights.
+
+        Args:
+            key_value: keys and values of B rows; those of the hidden states themselves if None. Each of the B rows
+                serves N / B neighbouring rows of queries.
+            index: the row of keys and values (R,) for each of the last R rows of queries; the first N - R rows of
+                queries are served as neighbours.
+        """
+        key, value = key_value if key_value is not None else self.key_value(hidden_states)
+        query = self.q_proj(hidden_states)
+        if index is None:
+            output, weights = self._attend(query, key, value, attention_mask, output_attentions)
+            return self.out_proj(output), weights
+        neighbours, indexed = query.split((query.shape[0] - index.shape[0], index.shape[0]))
+        selected = key.index_select(0, index), value.index_select(0, index)
+        output, weights = self._attend(indexed, *selected, attention_mask, output_attentions)
+        if index.shape[0] != query.shape[0]:
+            first, first_weights = self._attend(neighbours, key, value, attention_mask, output_attentions)
+            output = torch.cat([first, output])
+            weights = torch.cat([first_weights, weights]) if output_attentions else None
+        return self.out_proj(output), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from projected queries (N, L, D) to keys and values of B rows (B, H, P, D / H).
+
+        The N / B neighbours that a row serves are laid out as one longer row of queries, so that nothing is copied.
+        """
+        num_rows, length, _ = query.shape
+        implementation = self.config._attn_implementation
+        if output_attentions:
+            implementation = _implementation_with_weights(implementation)
+        elif implementation == "sdpa" and self.training and self.dropout and query.device.type == "cpu":
+            # On CPUs PyTorch has no fused kernel with dropout, and its plain one scales keys as well as queries.
+            implementation = "eager"
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            # Shapes and not `len`, which would fix the number for torch.export.
+            query.view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(1, 2),  # (B, H, N / B * L, D / H)
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=self.is_causal,
+        )
+        if output_attentions and key.shape[0] != num_rows:  # (B, H, N / B * L, P) -> (N, H, L, P)
+            weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+        return output.reshape(num_rows, length, -1), weights if output_attentions else None
+
+
+def _implementation_with_weights(implementation: str | None) -> str:
+    if implementation in (None, "eager", "sdpa"):
+        return "eager"
+    raise ValueError(
+        f"attn_implementation='{implementation}' has no attention weights to return: "
+        "load the model with attn_implementation='sdpa' or 'eager' for output_attentions=True."
+    )

@@ -1,0 +1,208 @@
+"""The tensors of one training step: the batch, its two views, its hard negatives, and the rows that are fused.
+
+Shapes: N pairs, P patches, L tokens, M masked tokens, D feature dimensions.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass
+class MaskedTokens:
+    """Texts with masked tokens, and the words to predict.
+
+    Args:
+        input_ids: token ids with masks (N, L).
+        labels: the masked tokens' own ids, -100 elsewhere (N, L).
+        mlm_positions: positions of the masked tokens, padded with -1 (N, M); None to predict at every position.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    mlm_positions: Tensor | None
+
+    def token_index(self) -> Tensor | None:
+        """The tokens whose last states are needed (N, 1 + M): [CLS], then the masked ones; None if all are needed."""
+        return None if self.mlm_positions is None else F.pad(self.mlm_positions.clamp(min=0), (1, 0))
+
+    def select(self, states: Tensor) -> Tensor:
+        """Select the masked tokens' states (N * M, width) from those of `token_index` (N, 1 + M, width)."""
+        length = self.labels.shape[1]  # states may be padded to the longest text of any process
+        return (states[:, :length] if self.mlm_positions is None else states[:, 1:]).flatten(0, 1)
+
+    def selected_labels(self) -> Tensor:
+        """The labels of the masked tokens (N * M,), -100 for padding."""
+        if self.mlm_positions is None:
+            return self.labels.flatten()
+        labels = self.labels.gather(1, self.mlm_positions.clamp(min=0))
+        return labels.masked_fill(self.mlm_positions < 0, -100).flatten()
+
+
+@dataclass
+class TrainingBatch:
+    """A batch of pairs to train on: image n belongs to text n."""
+
+    input_ids: Tensor  # (N, L)
+    pixel_values: Tensor  # (N, 3, height, width): view a, the student's
+    attention_mask: Tensor  # (N, L)
+    pixel_values_augmented: Tensor  # (N, 3, height, width): view b, the teacher's
+    image_ids: Tensor | None  # (N,)
+    masked: MaskedTokens | None
+    interpolate_pos_encoding: bool
+
+    @classmethod
+    def from_inputs(
+        cls,
+        input_ids: Tensor | None,
+        pixel_values: Tensor | None,
+        attention_mask: Tensor | None,
+        pixel_values_augmented: Tensor | None,
+        image_ids: Tensor | None,
+        masked: MaskedTokens | None,
+        interpolate_pos_encoding: bool,
+    ) -> "TrainingBatch":
+        """Check the inputs of a forward, and fill in those that may be left out.
+
+        Raises:
+            ValueError: if the number of images differs from that of texts.
+        """
+        if input_ids is None or pixel_values is None or len(input_ids) != len(pixel_values):
+            texts = 0 if input_ids is None else len(input_ids)
+            images = 0 if pixel_values is None else len(pixel_values)
+            raise ValueError(
+                f"The losses need pairs, but got {images} images and {texts} texts: pass as many pixel_values as "
+                "input_ids, or return_loss=False."
+            )
+        return cls(
+            input_ids,
+            pixel_values,
+            torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            pixel_values if pixel_values_augmented is None else pixel_values_augmented,
+            image_ids,
+            masked,
+            interpolate_pos_encoding,
+        )
+
+
+@dataclass
+class View:
+    """One encoder's view of a batch. Texts, as they are or masked, are None where no objective needs them."""
+
+    image_states: Tensor  # (N, 1 + P, width), P the patches that the encoder read
+    image: Tensor  # (N, D)
+    text_states: Tensor = None  # (N, L, width)
+    text: Tensor = None  # (N, D)
+    masked_states: Tensor = None  # (N, L, width)
+
+
+def encode_view(
+    tcl: Any,
+    batch: TrainingBatch,
+    pixel_values: Tensor,
+    input_ids: Tensor | None,
+    masked: MaskedTokens | None,
+    patch_dropout: float = 0.0,
+) -> View:
+    """Encode a batch by a [`TCLModel`]; texts and masked texts, where given, are encoded in one pass."""
+    image_states = tcl.encode_image(
+        pixel_values, interpolate_pos_encoding=batch.interpolate_pos_encoding, patch_dropout=patch_dropout
+    )
+    view = View(image_states, tcl.image_features(image_states[:, 0]))
+    texts = [] if input_ids is None else [input_ids]
+    if masked is not None:
+        texts.append(masked.input_ids)
+    if texts:
+        states = tcl.encode_text(torch.cat(texts), batch.attention_mask.repeat(len(texts), 1)).chunk(len(texts))
+        if input_ids is not None:
+            view.text_states, view.text = states[0], tcl.text_features(states[0][:, 0])
+        if masked is not None:
+            view.masked_states = states[-1]
+    return view
+
+
+@dataclass
+class FusionInputs:
+    """States of the student that the fusion encoder reads, the own batch first; then those of other processes, if any.
+
+    Hard negatives are chosen among all of them.
+    """
+
+    text_states: Tensor  # (K, L, width), K >= N
+    attention_mask: Tensor  # (K, L), L the longest text of any process
+    image_states: Tensor  # (K, 1 + P, width)
+    from_all_processes: bool
+
+
+@dataclass
+class HardNegatives:
+    """For each text an image and for each image a text that do not belong to it, as rows of `FusionInputs`."""
+
+    image: Tensor  # (N,)
+    has_image: Tensor  # (N,) False where every image belongs to the text: `image` is then meaningless
+    text: Tensor  # (N,)
+    has_text: Tensor  # (N,)
+
+
+@dataclass
+class FusionRows:
+    """Rows of texts that the fusion encoder reads in one pass.
+
+    The texts of one image are neighbours, which share its keys and values: the true text, a hard negative one, and the
+    masked text, as far as objectives need them. After these, for all images, come the true texts once more, each with a
+    hard negative image.
+    """
+
+    text_states: Tensor  # (R, L, width), R rows
+    attention_mask: Tensor  # (R, L)
+    image_index: Tensor | None  # the images of the last rows, or of all, see `TCLModel.fuse`
+    token_index: Tensor | None  # (R, T), the tokens whose last states are needed; None for all
+    num_pairs: int
+    num_neighbours: int
+
+    def split(self, fused: Tensor) -> tuple[Tensor, Tensor]:
+        """Split fused states (R, T, width) into those of neighbours (N, texts of an image, T, width) and those of
+        texts with hard images (N, T, width), none of which there are without matching."""
+        by_image, with_hard_image = fused.tensor_split([self.num_pairs * self.num_neighbours])
+        return by_image.unflatten(0, (self.num_pairs, -1)), with_hard_image
+
+
+def fusion_rows(
+    batch: TrainingBatch, student: View, inputs: FusionInputs, negatives: HardNegatives | None
+) -> FusionRows:
+    """Lay out the rows of a step: those of matching, if there are negatives, and those of masked texts, if any."""
+    num_pairs, length = batch.attention_mask.shape
+    masked, mask = batch.masked, inputs.attention_mask
+    # [CLS] alone (T = 1) where no text is masked; all tokens where masked tokens come without positions.
+    token_index = mask.new_zeros(num_pairs, 1, dtype=torch.long) if masked is None else masked.token_index()
+    cls_index = None if token_index is None else torch.zeros_like(token_index)  # [CLS], T times
+    texts, masks, token_indices = [], [], []
+    if negatives is not None:
+        texts += [inputs.text_states[:num_pairs], inputs.text_states[negatives.text]]
+        masks += [mask[:num_pairs], mask[negatives.text]]
+        token_indices += [cls_index, cls_index]
+    if masked is not None:
+        padding = mask.shape[1] - length  # to the longest text of any process
+        texts.append(F.pad(student.masked_states, (0, 0, 0, padding)))
+        masks.append(F.pad(batch.attention_mask, (0, padding)))
+        token_indices.append(token_index)
+
+    def in_rows(parts: list[Tensor]) -> Tensor:
+        rows = torch.stack(parts, dim=1).flatten(0, 1)
+        return rows if negatives is None else torch.cat([rows, parts[0]])
+
+    image_index = None if negatives is None else negatives.image
+    if inputs.from_all_processes:  # with images that serve no neighbours, every row has to name its image
+        own_images = torch.arange(num_pairs, device=mask.device).repeat_interleave(len(texts))
+        image_index = torch.cat([own_images, negatives.image])
+    return FusionRows(
+        in_rows(texts),
+        in_rows(masks),
+        image_index,
+        None if token_index is None else in_rows(token_indices),
+        num_pairs,
+        len(texts),
+    )

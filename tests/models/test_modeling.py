@@ -644,7 +644,7 @@ def test_a_training_step_reads_nothing_back_from_the_device(with_ids, patch_drop
         output.loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         guard.watch(optimizer, 0, output.loss, norm)
-        meter.add(output, 4, norm)
+        meter.add(output, model.loss_names, 4, norm)
         seen = list(watch.seen)
     optimizer.step()  # its step counter is the only thing that fused AdamW reads, and it lives on the device
     assert seen == []

@@ -9,7 +9,7 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
 from ..data.pairs import DataError
-from ..data.sampling import BucketSampler, CaptionLengths, VisitedPairs, VisitSampler
+from ..data.sampling import BucketSampler, CaptionLengths, VisitedSamples, VisitSampler
 from ..data.skipped import SkippedSamples
 from ..data.streams import StreamLoader
 from .agreement import Agreement
@@ -51,7 +51,7 @@ def build_loader(
     if args.train_sampling_strategy == "group_by_length":
         order = BucketSampler(CaptionLengths(pairs), args.seed, args.per_device_train_batch_size * agreement.world_size)
     loader = DataLoader(
-        VisitedPairs(pairs),
+        VisitedSamples(pairs),
         sampler=order,
         drop_last=len(pairs) >= args.per_device_train_batch_size,
         batch_size=args.per_device_train_batch_size,

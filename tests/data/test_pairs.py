@@ -18,7 +18,7 @@ from PIL import Image
 from tcl_hf.data.collators import TCLPreTrainingCollator
 from tcl_hf.data.images import open_image, why_unusable
 from tcl_hf.data.pairs import DataError, captions_of, load_pairs
-from tcl_hf.data.sampling import BucketSampler, CaptionLengths, Visit, VisitedPairs, VisitSampler
+from tcl_hf.data.sampling import BucketSampler, CaptionLengths, Visit, VisitedSamples, VisitSampler
 from tcl_hf.data.skipped import SkippedSamples
 from tcl_hf.data.tokenizer import train_tokenizer
 from tcl_hf.models.tokenization_tcl import clean_caption
@@ -507,7 +507,7 @@ def test_batches_do_not_depend_on_the_workers():
     for workers in (0, 1, 2):
         torch.manual_seed(workers)
         loader = torch.utils.data.DataLoader(
-            VisitedPairs(pairs),
+            VisitedSamples(pairs),
             sampler=VisitSampler(8, seed=0),
             batch_size=4,
             num_workers=workers,
@@ -526,7 +526,7 @@ def test_a_resumed_epoch_goes_on_at_any_batch_with_another_number_of_workers():
     def visits(start, num_workers):
         sampler.begin(1, 2 * start)
         loader = torch.utils.data.DataLoader(
-            VisitedPairs(pairs),
+            VisitedSamples(pairs),
             sampler=sampler,
             batch_size=2,
             num_workers=num_workers,
@@ -650,7 +650,7 @@ def test_processes_share_buckets_and_have_as_many_batches(number):
         sampler = BucketSampler(lengths, seed=0, group_size=8)
         sampler.begin(0, start * 8)
         loader = torch.utils.data.DataLoader(
-            VisitedPairs(texts_of(number)),
+            VisitedSamples(texts_of(number)),
             sampler=sampler,
             batch_size=4,
             drop_last=True,

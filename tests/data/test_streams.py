@@ -21,7 +21,7 @@ from tcl_hf.data.collators import TCLPreTrainingCollator
 from tcl_hf.data.pairs import FEATURES, DataError, captions_of, load_pairs
 from tcl_hf.data.sampling import Visit
 from tcl_hf.data.skipped import SkippedSamples
-from tcl_hf.data.streams import MixedPairs, StreamLoader, lanes_of_a_process
+from tcl_hf.data.streams import MixedStreams, StreamLoader, lanes_of_a_process
 from tcl_hf.recipes.arguments import DataArguments
 from tcl_hf.recipes.build import load_data
 from tcl_hf.training.arguments import TCLTrainingArguments
@@ -255,7 +255,7 @@ def test_unequal_processes_leave_out_no_more_than_the_documented_bound(sizes, wo
 
 
 def mixture(weights=(3, 1)):
-    return MixedPairs([stream(*(50,) * 8, name="a"), stream(3, 2, name="b")], weights)
+    return MixedStreams([stream(*(50,) * 8, name="a"), stream(3, 2, name="b")], weights)
 
 
 def first_ids(pairs, number, start=0, **options):
@@ -308,7 +308,7 @@ def test_impossible_mixtures_are_refused():
     with pytest.raises(DataError, match="must be positive"):
         mixture((1.0, 0.0))
     with pytest.raises(DataError, match="Source 2 of the mixture holds no records"):
-        batches(MixedPairs([stream(3), stream(0)], (1, 1)))
+        batches(MixedStreams([stream(3), stream(0)], (1, 1)))
 
 
 # Bad data

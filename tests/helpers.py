@@ -4,8 +4,10 @@ It is imported before anything else of a test, and so sets the environment of al
 """
 
 import io
+import json
 import os
 import socket
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning thread pools on sh
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import datasets
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
@@ -33,6 +36,7 @@ from tcl_hf.training.loop import train
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+ANNOTATIONS = Path(__file__).parent / "fixtures" / "annotations"
 
 
 SHARED = ROOT.parent / "shared"
@@ -144,6 +148,24 @@ def png(color: int, size: tuple[int, int] = (40, 30)) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).resize(size).save(file, "PNG")
     return file.getvalue()
+
+
+TEXT = datasets.Value("string")
+PICTURE = {"bytes": datasets.Value("binary"), "path": TEXT}  # an image column of parquet that `datasets` did not write
+
+
+def image_at(path: str | Path) -> dict:
+    return {"bytes": None, "path": str(path)}
+
+
+def write_json(folder: Path, content, name: str = "rows.json") -> str:
+    (folder / name).write_text(json.dumps(content))
+    return str(folder / name)
+
+
+def write_table(file: Path, table: dict, features: dict) -> str:
+    Dataset.from_dict(table, features=datasets.Features(features)).to_parquet(file)
+    return str(file)
 
 
 def tiny_records(number: int = 12) -> list[dict]:
@@ -280,6 +302,21 @@ def as_rank(rank: int, port: int, worker, *args) -> None:
 
 def picture(number: int) -> dict:
     return {"bytes": png(number), "path": None}
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    """The bytes of a file of this kind, for example "JPEG"."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def statements(labels: tuple[str, ...], number: int = 6, images: int = 1) -> list[dict]:

@@ -151,8 +151,8 @@ class SkippedSamples:
         """
         seen, skipped = self._seen.value, self._skipped.value
         if seen >= self.min_seen and skipped > self.max_share * seen:
-            where = f" (listed in {self.path})" if self.path is not None else ""
+            where = f" (see {self.path})" if self.path is not None else ""
             raise DataError(
-                f"{skipped} of {seen} samples could not be used{where}, more than the share of {self.max_share:g} that "
-                "max_bad_share allows: repair the data, or raise max_bad_share."
+                f"{skipped} of {seen} samples could not be used, more than the share of {self.max_share:g} that "
+                f"max_bad_share allows: repair the data{where}, or raise max_bad_share."
             )

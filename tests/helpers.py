@@ -150,6 +150,16 @@ def png(color: int, size: tuple[int, int] = (40, 30)) -> bytes:
     return file.getvalue()
 
 
+def photo(width: int = 96, height: int = 80, seed: int = 0) -> Image.Image:
+    """An RGB image of smooth random fields with a little noise."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    pixels = np.asarray(coarse) + random.normal(0, 6, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
 TEXT = datasets.Value("string")
 PICTURE = {"bytes": datasets.Value("binary"), "path": TEXT}  # an image column of parquet that `datasets` did not write
 

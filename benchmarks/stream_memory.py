@@ -1,9 +1,14 @@
 """Memory of a long stream, which should not grow: `python benchmarks/stream_memory.py`.
 
 Small JPEGs with captions are written into tars in a temporary folder and read through the loader that training uses,
+<<<<<<< HEAD
 with decoding and augmentation; nothing is trained. Every 5,000 samples (`--every`) it prints the memory of this process
 and its workers: their resident sets (RSS), in which shared pages count several times, and their proportional sets
 (PSS), in which every page counts once.
+=======
+decoding and augmentation included; nothing is trained. At intervals it prints the memory of this process and its
+workers: the resident set (RSS), in which pages that they share count several times, and their proportional share (PSS).
+>>>>>>> data
 """
 
 import argparse
@@ -21,6 +26,7 @@ from tqdm.auto import trange
 from tcl_hf.data.augmentation import TCLAugmentation
 from tcl_hf.data.collators import TCLPreTrainingCollator
 from tcl_hf.data.pairs import load_pairs
+from tcl_hf.data.skipped import SkippedSamples
 from tcl_hf.data.streams import StreamLoader
 from tcl_hf.data.tokenizer import train_tokenizer
 from tcl_hf.models.image_processing_tcl import TCLImageProcessorPil
@@ -55,20 +61,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--per_tar", type=int, default=1000)
-    parser.add_argument("--side", type=int, default=64, help="pixels of a side of the pictures")
+    parser.add_argument("--side", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--every", type=int, default=5000)
+    parser.add_argument("--every", type=int, default=5000, help="samples between two lines of output")
     args = parser.parse_args()
 
     processor = TCLProcessor(TCLImageProcessorPil(size={"height": 32, "width": 32}), train_tokenizer(["a picture"]))
     pixels = processor.image_processor
     augmentation = TCLAugmentation(32, pixels.image_mean, pixels.image_std, num_operations=0, color_jitter=False)
-    collator = TCLPreTrainingCollator(processor, augmentation, empty_batches=True)
+    collator = TCLPreTrainingCollator(processor, augmentation).for_run(SkippedSamples())
     with tempfile.TemporaryDirectory() as folder:
         write_tars(Path(folder), args.samples, args.per_tar, args.side)
-        pairs = load_pairs(folder, streaming=True)
-        loader = StreamLoader(pairs, collator, args.batch_size, seed=0, num_workers=args.workers)
+        dataset = load_pairs(folder, streaming=True)
+        loader = StreamLoader(dataset, collator, args.batch_size, seed=0, num_workers=args.workers)
         print(f"{'samples':>8} {'RSS MB':>8} {'PSS MB':>8} {'samples/s':>10}")
         seen, due, start = 0, 0, time.perf_counter()
         for batch in loader:

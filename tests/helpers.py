@@ -7,6 +7,7 @@ import io
 import json
 import os
 import socket
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -313,6 +314,21 @@ def as_rank(rank: int, port: int, worker, *args) -> None:
 
 def picture(number: int) -> dict:
     return {"bytes": png(number), "path": None}
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    """The bytes of a file of this kind, for example "JPEG"."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_tar(path: Path, files: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def statements(labels: tuple[str, ...], number: int = 6, images: int = 1) -> list[dict]:

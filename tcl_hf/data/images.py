@@ -1,4 +1,4 @@
-"""Opening the image of a record, whatever form it has."""
+"""`open_image` opens the image of a record in any of its forms; `why_unusable` checks a whole record."""
 
 import io
 import os
@@ -9,6 +9,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+# The transpositions that put an image upright, by its EXIF orientation. Pillow's `ImageOps.exif_transpose` is not used,
+# because it decodes every image first.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -17,23 +19,24 @@ _TURNS = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # that put an image of this EXIF orientation upright (`ImageOps.exif_transpose` decodes every image to see)
+}
 
 
 def open_image(image: object) -> Image.Image:
     """Open the image of a record: its bytes, a path, a dictionary of both, or an image already open.
 
-    It comes upright, as its EXIF orientation says, and can be converted to RGB: 16-bit grey is scaled to 8 bit. Of an
-    animation it is the first picture. Pixels are decoded later, except where it has to be turned or scaled.
+    The image is turned upright according to its EXIF orientation. It can be converted to RGB, because 16-bit grey is
+    scaled to 8 bits. An animation gives its first picture. Pixels are decoded later, unless the image has to be turned
+    or scaled.
 
     Raises:
-        ValueError: if there is none, or its values have no known range.
-        OSError: if it can not be read.
-        DecompressionBombWarning: if it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million); from twice as
-            many, a `DecompressionBombError`. Nothing has been decoded then.
+        ValueError: if the image is missing, or the range of its values is not known.
+        OSError: if it cannot be read.
+        DecompressionBombWarning: if it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million). For more than
+            twice that number it is a `DecompressionBombError`. Both are raised before anything is decoded.
     """
     if isinstance(image, Image.Image):
-        return image.copy()  # the caller's stays as it is
+        return image.copy()  # A copy, because callers close what they get and may shrink it while decoding.
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if image == b"":
@@ -50,7 +53,7 @@ def open_image(image: object) -> Image.Image:
             opened = Image.open(image)
         if opened.format == "AVIF":
             opened.load()
-    except RuntimeError as error:  # of AVIF only; other formats raise OSError
+    except RuntimeError as error:  # Only AVIF raises it; for a damaged file of another format Pillow raises OSError.
         raise OSError(str(error)) from error
     if opened.mode in ("I", "F"):
         raise ValueError(f"an image of mode {opened.mode}, whose range of values is not known")
@@ -59,7 +62,10 @@ def open_image(image: object) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1, upright, also where it can not be read: that is no reason to lose a picture."""
+    """The EXIF orientation of an image, from 1 to 8.
+
+    It is 1 (upright) if the EXIF data cannot be read, because the image itself can be good.
+    """
     if "exif" not in image.info:
         return 1
     try:
@@ -69,14 +75,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _in_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey in 8 bit, which Pillow would clip; others as they are."""
+    """Scale 16-bit grey to 8 bits, because Pillow would clip it; return other images as they are."""
     if not image.mode.startswith("I;16"):
         return image
     return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def why_unusable(record: dict) -> str | None:
-    """What is wrong with a record: no readable image, or no text; None if it can be used."""
+    """Return the reason why a record cannot be used: it has no readable image, or no text. None if it can be used."""
     try:
         for source in record["images"] if "images" in record else [record.get("image")]:
             with open_image(source) as image:

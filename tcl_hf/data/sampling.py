@@ -1,4 +1,8 @@
-"""The order of map-style samples, and the random numbers of each visit."""
+"""The order in which map-style samples are visited, and the random numbers of each visit.
+
+A visit is the use of one sample in one epoch. Its seed follows from the run's seed, the epoch and the sample's index,
+so that a sample gets the same views, caption and masks in any process.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,15 +16,19 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-from .pairs import DataError
+from .records import DataError
 
-_WORD = r"[^\s/-]*[\pL\pN][^\s/-]*"  # of a cleaned caption, as RE2 writes it
+_WORD = r"[^\s/-]*[\pL\pN][^\s/-]*"  # a word of a cleaned caption, in the syntax of RE2
 
 
 def mix_seeds(*numbers: int) -> int:
-    """A seed of 64 bits that follows from numbers and their order."""
+    """A seed of 64 bits that follows from the numbers and their order, by the finaliser of splitmix64.
+
+    `numpy.random.SeedSequence` would do the same, but it would change every order, so that a run could not be resumed
+    exactly from a checkpoint that was written before.
+    """
     mixed = 0
-    for number in numbers:  # splitmix64's finaliser on each
+    for number in numbers:
         mixed = (mixed + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
         mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
@@ -30,32 +38,38 @@ def mix_seeds(*numbers: int) -> int:
 
 @dataclass(frozen=True)
 class Visit:
-    """One visit of a sample: all its random choices follow from these numbers, whichever process makes them."""
+    """One visit of a sample. All its random choices follow from these three numbers."""
 
     seed: int
     epoch: int
     index: int
 
     def entropy(self) -> int:
-        """A seed for the choices of this visit."""
+        """The seed of this visit's random choices."""
         return mix_seeds(self.seed, self.epoch, self.index)
 
     def caption(self, number: int) -> int:
-        """Which of a record's captions a collator takes: its first choice, foreseen."""
+        """The index of the caption that a collator will take from a record with `number` captions.
+
+        Collators draw the caption first, so that this is the first number of the visit's generator.
+        """
         if number < 2:
             return 0
         return int(torch.randint(number, (), generator=torch.Generator().manual_seed(self.entropy())))
 
 
 class VisitSampler(Sampler[Visit]):
-    """The visits of one epoch, shuffled by seed and epoch; `start` skips those of a run that goes on."""
+    """The visits of one epoch, in an order that follows from seed and epoch.
+
+    `begin` chooses the epoch, and how many visits a resumed run has made already.
+    """
 
     def __init__(self, num_samples: int, seed: int):
         self.num_samples, self.seed = num_samples, seed
         self.epoch, self.start = 0, 0
 
     def begin(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch of the next iteration, and how many of its visits are done."""
+        """Set the epoch of the next iteration, and the number of its visits that are done already."""
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
@@ -74,37 +88,38 @@ class VisitSampler(Sampler[Visit]):
 
 
 class CaptionLengths:
-    """Words and characters of every caption of map-style records, read once and without the images.
+    """The numbers of words and characters of every caption of a data set, read once and without the images.
 
-    Words follow tokens closely and are counted twenty times faster.
+    Words are counted instead of tokens, because that is twenty times faster and nearly proportional.
 
     Raises:
-        DataError: for records without captions.
+        DataError: if the records have no captions.
     """
 
-    def __init__(self, pairs: Dataset):
-        if "captions" not in getattr(pairs, "column_names", ()):
+    def __init__(self, dataset: Dataset):
+        if "captions" not in getattr(dataset, "column_names", ()):
             raise DataError(
-                "train_sampling_strategy=group_by_length puts captions of about the same length together, and these "
-                "records have none: leave it out."
+                "train_sampling_strategy=group_by_length puts captions of about the same length together, but these "
+                "records have no captions: leave it out."
             )
         numbers, words, characters = [], [], []
-        for table in pairs.select_columns(["captions"]).with_format("arrow").iter(100_000):
+        for table in dataset.select_columns(["captions"]).with_format("arrow").iter(100_000):
             column = pc.cast(table["captions"].combine_chunks(), pa.list_(pa.string()))
             texts = column.flatten()
             numbers.append(pc.fill_null(pc.list_value_length(column), 0).to_numpy())
             words.append(pc.fill_null(pc.count_substring_regex(texts, _WORD), 0).to_numpy())
             characters.append(pc.fill_null(pc.utf8_length(texts), 0).to_numpy())
-        self.first = np.concatenate([[0], *numbers]).cumsum()  # of each sample among all captions
+        self.first = np.concatenate([[0], *numbers]).cumsum()  # (samples + 1,): where a sample's captions begin
         self.words, self.characters = np.concatenate(words), np.concatenate(characters)
 
     def __len__(self) -> int:
         return len(self.first) - 1
 
     def of(self, visit: Visit) -> tuple[int, int]:
-        """Words of the caption that is taken, and among equal ones (all, where words are not spaced) characters.
+        """The numbers of words and characters of the caption that this visit takes.
 
-        Where some of a sample's captions can not be used it may be another's: the order is a guess, not a promise.
+        Characters decide among captions with as many words, and order languages that do not put spaces between words.
+        If some of a sample's captions cannot be used, the collator may take another one: the lengths are an estimate.
         """
         first, end = self.first[visit.index : visit.index + 2].tolist()
         if first == end:
@@ -116,15 +131,16 @@ class CaptionLengths:
 class BucketSampler(VisitSampler):
     """The visits of one epoch in groups of about equally long captions, so that little padding is computed.
 
-    Within windows of the shuffled order visits are sorted by the length of the caption that they take; the groups of a
-    window come in random order. What does not fill a group stays at the end, so that a loader which drops it leaves out
-    what it would without groups.
+    The shuffled order is cut into windows. Within a window, visits are sorted by the length of the caption that they
+    take, cut into groups, and the groups are put in random order. The last visits, which do not fill a group, stay at
+    the end: a loader that drops them leaves out the same visits as it would without groups.
 
     Args:
-        lengths: of the captions of each sample.
-        group_size: visits of a group: one batch of each process.
-        window: groups in a window. More leave less padding (of Flickr8k's captions by 32: 10 leave 8 %, 50 leave 2 %)
-            and mix the samples less.
+        lengths: the lengths of the captions.
+        seed: the order follows from it and from the epoch.
+        group_size: visits in a group; one batch of every process.
+        window: groups in a window. A larger number leaves less padding but mixes the samples less. (Flickr8k in groups
+            of 32: with 10 groups, 8 % of the tokens are padding, with 50 groups 2 %.)
     """
 
     def __init__(self, lengths: CaptionLengths, seed: int, group_size: int, window: int = 50):
@@ -137,7 +153,7 @@ class BucketSampler(VisitSampler):
         order = self._order()
         for begin in range(0, num_grouped, self.window * size):
             end = min(begin + self.window * size, num_grouped)
-            if end <= self.start:  # done before the run went on
+            if end <= self.start:  # The run was interrupted after this window.
                 continue
             window = sorted(self._visits(order[begin:end]), key=self.lengths.of)
             generator = torch.Generator().manual_seed(mix_seeds(self.seed, self.epoch, -1, begin))
@@ -147,42 +163,43 @@ class BucketSampler(VisitSampler):
         yield from self._visits(order[max(self.start, num_grouped) :])
 
 
-class VisitedPairs(torch.utils.data.Dataset):
-    """Records of a map-style data set, looked up by visit."""
+class VisitedSamples(torch.utils.data.Dataset):
+    """The records of a map-style data set, looked up by visit; each carries its visit."""
 
-    def __init__(self, pairs: Dataset):
-        self.pairs = pairs
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.dataset)
 
     def __getitem__(self, visit: Visit) -> dict:
-        return {**self.pairs[visit.index], "visit": visit}
+        return {**self.dataset[visit.index], "visit": visit}
 
 
 class SharedImages(torch.utils.data.Dataset):
-    """Records by image: an item holds as `records` all that are about the same one (or the same several).
+    """The records of a data set by image: an item holds all records about the same image (or images) as `records`.
 
-    Images are the same where their path is, or without a path their bytes.
+    Images are the same if their paths are equal, or, without paths, their bytes.
     """
 
-    def __init__(self, records: Dataset):
-        self.records = records
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
         rows: dict[tuple, list[int]] = {}
-        column = "images" if "images" in records.column_names else "image"
-        for row, sources in enumerate(records.select_columns([column])[column]):
-            sources = sources if isinstance(sources, list) else [sources]
-            rows.setdefault(tuple(map(_identity, sources)), []).append(row)
+        column = "images" if "images" in dataset.column_names else "image"
+        for row, images in enumerate(dataset.select_columns([column])[column]):
+            images = images if isinstance(images, list) else [images]
+            rows.setdefault(tuple(map(_identity, images)), []).append(row)
         self.groups = list(rows.values())
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, index: int) -> dict:
-        columns = self.records[self.groups[index]]
+        columns = self.dataset[self.groups[index]]
         records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         return {"image_id": records[0].get("image_id"), "records": records}
 
 
 def _identity(image: dict) -> str | bytes:
+    """The path of an image, or a hash of its bytes."""
     return image.get("path") or hashlib.blake2b(image["bytes"], digest_size=16).digest()

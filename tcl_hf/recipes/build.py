@@ -13,7 +13,7 @@ from ..data.augmentation import TCLAugmentation
 from ..data.collators import TCLPreTrainingCollator
 from ..data.images import why_unusable
 from ..data.pairs import DataError, load_pairs
-from ..data.streams import MixedPairs
+from ..data.streams import MixedStreams
 from ..data.tokenizer import train_tokenizer
 from ..models.configuration_tcl import TCLConfig
 from ..models.encoders import TCLPreTrainedModel
@@ -31,7 +31,7 @@ _SIZES = ("vision_config", "text_config", "projection_dim")  # fields of a confi
 _DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")  # but not these, within them
 
 
-def load_data(args: DataArguments) -> tuple[Dataset | IterableDataset | MixedPairs, list[dict]]:
+def load_data(args: DataArguments) -> tuple[Dataset | IterableDataset | MixedStreams, list[dict]]:
     """Load the pairs to train on, and the records to evaluate on.
 
     Without validation data of its own a run evaluates on the validation split of its data. Where there is none, it
@@ -42,12 +42,12 @@ def load_data(args: DataArguments) -> tuple[Dataset | IterableDataset | MixedPai
         "image_column": args.image_column,
         "caption_column": args.caption_column,
     }
-    pairs: Dataset | IterableDataset | MixedPairs
+    pairs: Dataset | IterableDataset | MixedStreams
     if args.data_weights:
         if not args.streaming:
             raise DataError("data_weights mixes streams: set streaming to true, or leave the weights out.")
         streams = [load_pairs(source, args.split, streaming=True, **columns) for source in args.data]
-        pairs = MixedPairs(streams, args.data_weights)
+        pairs = MixedStreams(streams, args.data_weights)
     else:
         pairs = load_pairs(args.data, args.split, streaming=args.streaming, **columns)
     if not args.validation_split:

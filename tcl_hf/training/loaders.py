@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..data.pairs import DataError
-from ..data.sampling import BucketSampler, CaptionLengths, VisitedPairs, VisitSampler
+from ..data.sampling import BucketSampler, CaptionLengths, VisitedSamples, VisitSampler
 from ..data.skipped import SkippedSamples
 from ..data.streams import StreamLoader
 from .agreement import Agreement
@@ -84,7 +84,7 @@ class ShuffledLoader:
             self.order = BucketSampler(CaptionLengths(dataset), args.seed, self.samples_per_batch)
         self.loader = engine.prepare_loader(
             DataLoader(
-                VisitedPairs(dataset),
+                VisitedSamples(dataset),
                 sampler=self.order,
                 drop_last=len(dataset) >= self.batch_size,
                 batch_size=self.batch_size,

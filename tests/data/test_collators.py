@@ -1,18 +1,20 @@
-"""Masking by BERT's rule, and views by the paper's augmentation."""
+"""Batches: masked tokens and views for pre-training, questions, labels and answers for the tasks."""
 
 import io
 
-import numpy as np
 import pytest
 import torch
-from helpers import png, tiny_processor, tiny_records
+from datasets import Dataset
+from helpers import picture, png, questions, statements, tiny_processor, tiny_records
 from PIL import Image
 
-from tcl_hf.data.augmentation import RandomOperations, TCLAugmentation
-from tcl_hf.data.collators import TCLPreTrainingCollator, mask_tokens, masked_positions
-from tcl_hf.data.sampling import Visit
+from tcl_hf.data.collators import TCLPreTrainingCollator, TCLTaskCollator, image_number, mask_tokens, masked_positions
+from tcl_hf.data.images import open_image
+from tcl_hf.data.pairs import DataError
+from tcl_hf.data.sampling import SharedImages, Visit
+from tcl_hf.data.skipped import SkippedSamples
 
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+# Pre-training
 
 
 def test_masking_rule_case_by_case():
@@ -46,7 +48,7 @@ def test_masked_positions_list_every_label_once():
     labels[1, 2] = 1
     positions = masked_positions(labels, multiple_of=2)
     assert positions.tolist() == [[1, 4, 6, -1], [2, -1, -1, -1], [-1, -1, -1, -1]]
-    assert masked_positions(torch.full((2, 3), -100)).shape == (2, 3)  # never wider than the text
+    assert masked_positions(torch.full((2, 3), -100)).shape == (2, 3)  # The width is at most the length of the texts.
     assert (masked_positions(torch.full((2, 3), -100)) == -1).all()
 
 
@@ -54,7 +56,7 @@ def test_a_batch_has_everything_the_model_needs():
     processor = tiny_processor()
     records = tiny_records(6)
     records[0]["captions"] = ["dog " * 60]
-    batch = TCLPreTrainingCollator(processor)(records)
+    batch = TCLPreTrainingCollator(processor, max_tokens=25)(records)
     assert set(batch) == {
         *("pixel_values", "pixel_values_augmented", "input_ids", "attention_mask"),
         *("mlm_input_ids", "mlm_labels", "mlm_positions"),
@@ -71,7 +73,7 @@ def test_a_batch_has_everything_the_model_needs():
     assert (batch["mlm_input_ids"][~chosen] == batch["input_ids"][~chosen]).all()
 
 
-def test_albef_batches_have_one_view_and_pure_contrast_no_masks():
+def test_without_a_second_view_and_masking_a_batch_has_neither():
     batch = TCLPreTrainingCollator(tiny_processor(), two_views=False, mlm_probability=0.0)(tiny_records(2))
     assert set(batch) == {"pixel_values", "input_ids", "attention_mask"}
 
@@ -91,7 +93,7 @@ def test_random_choices_follow_from_the_visit_and_leave_the_global_generator_alo
     assert not torch.equal(first["pixel_values"], later["pixel_values"])
 
 
-def test_every_caption_is_chosen_in_time():
+def test_every_usable_caption_is_chosen_at_some_time():
     collator = TCLPreTrainingCollator(tiny_processor(), mlm_probability=0.0)
     record = {"image": {"bytes": png(0)}, "captions": ["dog", "cat", "", "house"]}
     torch.manual_seed(0)
@@ -102,17 +104,7 @@ def test_every_caption_is_chosen_in_time():
     assert texts == {"dog", "cat", "house"}
 
 
-def test_texts_are_cleaned_unless_the_processor_does_not():
-    record = {"image": {"bytes": png(0)}, "captions": ["A Dog!!"]}
-    processor = tiny_processor()
-    lengths = []
-    for clean in (True, False):
-        processor.clean_text = clean
-        lengths.append(TCLPreTrainingCollator(processor)([record])["input_ids"].shape[1])
-    assert lengths == [3, 5]
-
-
-def test_an_open_image_of_the_caller_stays_as_it_is():
+def test_an_open_image_of_the_caller_is_not_changed():
     file = io.BytesIO()
     Image.new("RGB", (800, 600)).save(file, "JPEG")
     image = Image.open(file)
@@ -121,117 +113,99 @@ def test_an_open_image_of_the_caller_stays_as_it_is():
     image.load()
 
 
-# Views
+def test_image_ids_are_equal_where_the_image_is():
+    collator = TCLPreTrainingCollator(tiny_processor(), mlm_probability=0, with_image_ids=True)
+    rows = tiny_records(3)
+    batch = collator([rows[0], rows[1], rows[0]])
+    ids = batch["image_ids"].tolist()
+    assert ids[0] == ids[2] != ids[1] and min(ids) >= 0
+    assert image_number(None) == -100
 
 
-def test_views_are_normalised_and_of_the_right_size():
-    augmentation = TCLAugmentation(24, MEAN, STD)
-    views = augmentation(Image.open(io.BytesIO(png(0, (50, 70)))), 2)
-    assert len(views) == 2
-    for view in views:
-        assert view.shape == (3, 24, 24) and view.dtype == torch.float32
-        assert view.min() >= -2 and view.max() <= 2
+def test_a_batch_of_bad_samples_is_empty(pictures):
+    collator = TCLPreTrainingCollator(tiny_processor()).for_run(SkippedSamples())
+    bad = [{"image": None, "captions": ["a"], "image_id": 5}, {"captions": None}, {"image": b"x", "captions": [None]}]
+    assert collator(bad) == {}
+    with pytest.raises(DataError, match="No sample of a batch could be used; the last: 5: ValueError: no image"):
+        TCLPreTrainingCollator(tiny_processor())(bad[:1])
 
 
-def test_without_changes_a_view_is_the_resized_image():
-    """Whole-image crop, no jitter, no operations: a flip is all that may happen."""
-    augmentation = TCLAugmentation(20, MEAN, STD, crop_scale=(1.0, 1.0), color_jitter=False, num_operations=0)
-    image = Image.open(io.BytesIO(png(3, (40, 40)))).convert("RGB")
-    expected = torch.from_numpy(np.array(image.resize((20, 20), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
-    expected = (expected - 0.5) / 0.25
-    seen = set()
-    for seed in range(12):
-        torch.manual_seed(seed)
-        (view,) = augmentation(image.copy())
-        flipped = torch.allclose(view, expected.flip(-1), atol=1e-6)
-        assert flipped or torch.allclose(view, expected, atol=1e-6)
-        seen.add(flipped)
-    assert seen == {True, False}
+# Tasks
 
 
-def test_grey_and_transparent_images_give_views():
-    augmentation = TCLAugmentation(16, MEAN, STD)
-    for mode in ("L", "RGBA", "P", "CMYK", "I;16"):
-        (view,) = augmentation(Image.new(mode, (30, 20)))
-        assert view.shape == (3, 16, 16)
+def test_a_batch_of_statements_has_labels_by_name():
+    processor = tiny_processor()
+    collator = TCLTaskCollator(processor, label2id={"no": 0, "yes": 1})
+    batch = collator(statements(("yes", "no"), 3))
+    assert batch["labels"].tolist() == [1, 0, 1]
+    assert batch["pixel_values"].shape == (3, 3, 32, 32)
+    expected = processor(images=[open_image(picture(0))], return_tensors="pt")
+    assert torch.equal(batch["pixel_values"][0], expected["pixel_values"][0])
 
 
-def test_a_large_jpeg_is_decoded_at_reduced_scale():
-    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).resize((1600, 1200)).save(file, "JPEG")
-    image = Image.open(file)
-    augmentation = TCLAugmentation(64, MEAN, STD, crop_scale=(0.9, 1.0), color_jitter=False, num_operations=0)
-    (view,) = augmentation(image)
-    assert image.size == (200, 150)  # an eighth: the crops have still more than 64 pixels
-    assert view.shape == (3, 64, 64)
+def test_two_images_are_stacked_side_by_side():
+    batch = TCLTaskCollator(tiny_processor(), label2id={"True": 1, "False": 0})(statements(("True",), 2, images=2))
+    assert batch["pixel_values"].shape == (2, 2, 3, 32, 32)
 
 
-def arrow() -> Image.Image:
-    """A white spot on black, right of and below the middle."""
-    pixels = np.zeros((41, 41, 3), dtype=np.uint8)
-    pixels[28:31, 30:33] = 255
-    return Image.fromarray(pixels)
+def test_texts_about_the_same_image_share_it():
+    """Records that come as one, as `SharedImages` gives them, get one view."""
+    processor = tiny_processor()
+    rows = questions(5)
+    for row, source in ((1, 0), (4, 0)):
+        rows[row] |= {"image": rows[source]["image"]}
+    shared = SharedImages(Dataset.from_list(rows))
+    assert [[r["question_id"] for r in item["records"]] for item in shared] == [["0", "1", "4"], ["2"], ["3"]]
+    together, apart = (
+        TCLTaskCollator(processor)(list(shared)),
+        TCLTaskCollator(processor)([rows[i] for i in (0, 1, 4, 2, 3)]),
+    )
+    assert together.pop("image_index").tolist() == [0, 0, 0, 1, 2]
+    assert torch.equal(together.pop("pixel_values"), apart.pop("pixel_values")[[0, 3, 4]])
+    assert together.keys() == apart.keys()
+    assert all(torch.equal(together[name], apart[name]) for name in apart)
 
 
-def spot(image: Image.Image) -> tuple[float, float]:
-    """Row and column of the white spot."""
-    weight = np.asarray(image)[..., 0].astype(float)
-    weight[weight < 200] = 0
-    rows, columns = np.indices(weight.shape)
-    return (rows * weight).sum() / weight.sum(), (columns * weight).sum() / weight.sum()
+def test_only_the_bad_one_of_the_texts_that_share_an_image_is_left_out():
+    rows = questions(3)
+    rows[1] |= {"question": " ", "image": rows[0]["image"]}
+    collator = TCLTaskCollator(tiny_processor())
+    batch = collator(list(SharedImages(Dataset.from_list(rows))))
+    assert len(batch["input_ids"]) == 2 and "image_index" not in batch
+    assert collator.skipped.count == 1 and "no question" in collator.skipped.last
+
+
+def test_a_label_of_another_spelling_is_refused_with_its_record():
+    collator = TCLTaskCollator(tiny_processor(), label2id={"no": 0, "yes": 1}).for_run(SkippedSamples())
+    with pytest.raises(DataError, match=r"Record 0 has the label 'maybe', but the model has the classes no, yes"):
+        collator(statements(("maybe",), 1))
+
+
+def test_answers_weigh_by_how_often_they_were_given():
+    processor = tiny_processor()
+    batch = TCLTaskCollator(processor)(questions(3))
+    assert batch["question_index"].tolist() == [0, 1, 1, 2, 2]
+    torch.testing.assert_close(batch["answer_weights"], torch.tensor([1.0, 0.5 * 2 / 3, 0.5 / 3, 2 / 3, 1 / 3]))
+    rows = [[i for i in row if i != -100] for row in batch["labels"].tolist()]
+    texts = processor.tokenizer.batch_decode(rows)
+    assert texts == [f"[CLS] {a} [SEP]" for a in ("green", "red", "big cat", "red", "big cat")]
+
+
+def test_questions_are_cleaned():
+    processor = tiny_processor()
+    batch = TCLTaskCollator(processor)(questions(2))
+    expected = processor.tokenizer(["big dog", "what is the green near"], padding=True)["input_ids"]
+    assert batch["input_ids"].tolist() == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "sign", "row", "column"),
-    [
-        ("identity", 1, 29, 31),
-        ("translate_x", 1, 29, 24),
-        ("translate_x", -1, 29, 38),
-        ("translate_y", 1, 22, 31),
-        ("shear_x", 1, 29, 31 + 0.21 * 29),
-        ("shear_y", -1, 29 - 0.21 * 31, 31),
-    ],
+    ("change", "reason"),
+    [({"answers": []}, "no answer"), ({"question": " "}, "no question"), ({"image": None}, "no image")],
 )
-def test_operations_move_the_image_as_far_as_the_paper_says(name, sign, row, column):
-    found = spot(RandomOperations().apply(arrow(), name, sign))
-    assert found == pytest.approx((row, column), abs=0.6)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_rotation_turns_by_21_degrees_about_the_middle(sign):
-    row, column = spot(RandomOperations().apply(arrow(), "rotate", sign))
-    before = np.arctan2(-(29 - 20), 31 - 20)
-    after = np.arctan2(-(row - 20), column - 20)
-    assert np.degrees(after - before) == pytest.approx(sign * 21, abs=2)
-
-
-def test_moved_images_are_filled_with_grey():
-    for name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate"):
-        pixels = np.asarray(RandomOperations().apply(Image.new("RGB", (40, 40)), name, 1))
-        assert (pixels == 128).any()
-
-
-def test_brightness_and_sharpness_use_the_paper_s_factor():
-    image = Image.new("RGB", (8, 8), (100, 50, 200))
-    assert RandomOperations().apply(image, "brightness", 1).getpixel((0, 0)) == (136, 68, 255)
-    assert RandomOperations().apply(image, "sharpness", 1).getpixel((4, 4)) == (100, 50, 200)
-
-
-def test_autocontrast_and_equalize_spread_the_values():
-    image = Image.fromarray(np.linspace(100, 150, 4096, dtype=np.uint8).reshape(64, 64)).convert("RGB")
-    for name in ("autocontrast", "equalize"):
-        pixels = np.asarray(RandomOperations().apply(image, name, 1))
-        assert pixels.min() == 0 and pixels.max() == 255
-
-
-def test_operations_are_drawn_evenly_and_applied_half_the_time(monkeypatch):
-    names = []
-    monkeypatch.setattr(RandomOperations, "apply", lambda self, image, name, sign: names.append(name) or image)
-    torch.manual_seed(0)
-    operations, image = RandomOperations(2), Image.new("RGB", (4, 4))
-    for _ in range(2000):
-        operations(image)
-    assert 1870 < len(names) < 2130  # 4,000 draws, half of them applied: 2,000 +- 4 standard deviations
-    counts = [names.count(name) for name in RandomOperations.NAMES]
-    assert min(counts) > 145 and max(counts) < 255
+def test_an_unusable_question_is_left_out_and_listed(change, reason):
+    collator = TCLTaskCollator(tiny_processor())
+    rows = questions(3)
+    rows[1] |= change
+    batch = collator(rows)
+    assert len(batch["input_ids"]) == 2 and collator.skipped.count == 1
+    assert reason in collator.skipped.last

@@ -103,5 +103,5 @@ def test_the_script_pretrains_on_the_embedded_data_and_leaves_a_model_that_opens
 def test_the_script_says_what_is_wrong_in_one_sentence(tmp_path):
     done = run_pretrain(tmp_path, "--data", "./nowhere")
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ./nowhere is no data that can be read here")
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ./nowhere cannot be read as data")
     assert "Traceback" not in done.stderr

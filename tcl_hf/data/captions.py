@@ -1,0 +1,40 @@
+"""The captions of a record: how they are read from a source, and how they are cleaned before they become tokens."""
+
+from typing import Any
+
+from ..models.processing_tcl import MAX_WORDS
+from ..models.tokenization_tcl import clean_caption
+
+MAX_CHARACTERS = 10_000  # Longer captions are cut. The model reads far less of one: its first 30 words.
+NOT_UTF8 = "\ufffd"  # Readers put this character where they could not decode the bytes of a caption.
+
+
+def caption_texts(value: Any) -> list[str]:
+    """The texts of a caption column's value: a text, a list of texts, or a list of objects that hold one.
+
+    img2dataset writes `{"caption": text}`, Karpathy's splits `{"raw": text}`.
+    """
+    captions = list(value) if isinstance(value, list | tuple) else [value]
+    texts = [text.get("caption", text.get("raw")) if isinstance(text, dict) else text for text in captions]
+    return [text[:MAX_CHARACTERS] for text in texts if isinstance(text, str)]
+
+
+def usable_captions(record: dict, clean: bool) -> list[str]:
+    """The captions of a record that the model can read, in their order.
+
+    Args:
+        clean: whether they are cleaned as the original does, see `clean_caption`.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    captions = [text[:MAX_CHARACTERS] for text in record.get("captions") or () if isinstance(text, str)]
+    decoded = [text for text in captions if NOT_UTF8 not in text]
+    if captions and not decoded:
+        raise ValueError("a caption that is not UTF-8")
+    if clean:
+        decoded = [clean_caption(text, MAX_WORDS) for text in decoded]
+    usable = [text for text in decoded if text.strip()]
+    if not usable:
+        raise ValueError("no caption")
+    return usable

@@ -1,0 +1,78 @@
+"""Records of WebDataset tars, in which the files of a sample stand one after another: `0001.jpg`, `0001.txt`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import datasets
+
+from .captions import caption_texts
+
+
+def tar_records(
+    files: Sequence[str],
+    image_fields: Sequence[str],
+    caption_fields: Sequence[str],
+    stamps: Sequence[tuple[int, int]] = (),
+) -> Iterator[dict]:
+    """The records of tars, one after another.
+
+    A sample without an image or a caption stays in, and bytes that are not UTF-8 become U+FFFD: it is skipped and
+    listed when a collator comes to it.
+
+    Args:
+        files: paths of the tars.
+        image_fields, caption_fields: names of the fields; of each kind, a sample's first counts.
+        stamps: sizes and times of the files. They are not read: `datasets` makes the name of its cache of them.
+    """
+    for file in files:
+        for sample in _samples(file, {*image_fields, *caption_fields}):
+            image = next((name for name in image_fields if name in sample), None)
+            caption = next((name for name in caption_fields if name in sample), None)
+            yield {
+                "image": {"bytes": sample[image], "path": f"{sample['__key__']}.{image}"} if image else None,
+                "captions": caption_texts(_decoded(caption, sample[caption])) if caption else [],
+                "image_id": sample["__key__"],
+            }
+
+
+def fields_of(file: str) -> list[str]:
+    """The names of the fields that the first hundred samples of a tar have."""
+    return sorted({field for sample in islice(_samples(file, None), 100) for field in sample} - {"__key__"})
+
+
+def _decoded(field: str, content: bytes) -> Any:
+    """The text of a field, or the value of one that holds JSON; None if that is broken."""
+    text = content.decode("utf-8", errors="replace")
+    if not field.endswith("json"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None
+
+
+def _samples(file: str, wanted: set[str] | None) -> Iterator[dict[str, Any]]:
+    """The samples of a tar as bytes by field, with their common name as `__key__`.
+
+    The files of a sample have the same name up to the first dot. What follows the dot is the field.
+
+    Args:
+        wanted: the fields to read; None for all.
+    """
+    sample: dict[str, Any] = {}
+    for name, member in datasets.StreamingDownloadManager().iter_archive(file):
+        folder, _, base = name.rpartition("/")
+        stem, dot, field = base.partition(".")
+        key = f"{folder}/{stem}" if folder else stem
+        if not dot:
+            continue
+        if sample and sample["__key__"] != key:
+            yield sample
+            sample = {}
+        sample["__key__"] = key
+        if wanted is None or field.lower() in wanted:
+            sample[field.lower()] = member.read()
+    if sample:
+        yield sample

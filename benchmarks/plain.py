@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tcl_hf import TCLConfig, TCLTextConfig, TCLVisionConfig
-from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedPairs
+from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedSamples
 from tcl_hf.models.configuration_tcl import MAX_TEMPERATURE, MIN_TEMPERATURE
 from tcl_hf.models.losses import NO_IMAGE_ID
 from tcl_hf.models.modeling_tcl import MATCHES

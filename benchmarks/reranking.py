@@ -19,7 +19,7 @@ from tcl_hf.evaluation.retrieval import NOT_SCORED, EncodedSamples, candidates, 
 from tcl_hf.models.processing_tcl import TCLProcessor
 
 
-def random_pairs(images: int, texts: int) -> tuple[TCLForImageTextRetrieval, EncodedPairs]:
+def random_pairs(images: int, texts: int) -> tuple[TCLForImageTextRetrieval, EncodedSamples]:
     """A model of width 384 with three fusion layers, and random states in place of those of its encoders."""
     torch.manual_seed(0)
     config = TCLConfig(

@@ -1,14 +1,9 @@
 """Memory of a long stream, which should not grow: `python benchmarks/stream_memory.py`.
 
 Small JPEGs with captions are written into tars in a temporary folder and read through the loader that training uses,
-<<<<<<< HEAD
 with decoding and augmentation; nothing is trained. Every 5,000 samples (`--every`) it prints the memory of this process
 and its workers: their resident sets (RSS), in which shared pages count several times, and their proportional sets
 (PSS), in which every page counts once.
-=======
-decoding and augmentation included; nothing is trained. At intervals it prints the memory of this process and its
-workers: the resident set (RSS), in which pages that they share count several times, and their proportional share (PSS).
->>>>>>> data
 """
 
 import argparse

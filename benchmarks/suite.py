@@ -527,7 +527,7 @@ def limits(measured: dict[str, list[dict[str, Any]]]) -> str:
 
     config = TCLConfig()
     masked = random_batch(config, 4, LENGTH)["mlm_positions"].shape[1]
-    flops = sum(work.flops for work in operations(config, 4, LENGTH, masked).values())
+    flops = run_step(config, 4, LENGTH, num_masked=masked).flops
     products, copies = zip(*(answer["numbers"] for answer in measured[MACHINE]), strict=True)
     around = [statistics.mean(pair) for pair in zip(products[::2], products[1::2], strict=True)]
     shares = [flops / a["seconds"] / product for a, product in zip(measured[OURS], around, strict=True)]

@@ -271,7 +271,7 @@ def test_features_are_the_same(seed):
     assert plain_features(plain, None, batch["input_ids"], batch["attention_mask"])[0] is None
 
 
-def encoded(ours: TCLForPreTraining, num_images: int, num_texts: int, seed: int) -> EncodedPairs:
+def encoded(ours: TCLForPreTraining, num_images: int, num_texts: int, seed: int) -> EncodedSamples:
     """Images and texts, encoded by a model."""
     texts = training_batch(num_texts, config=ours.config, seed=seed)
     ids, mask = texts["input_ids"], texts["attention_mask"]

@@ -47,6 +47,7 @@ def evaluate_answers(
     answers: list[str],
     k: int = 128,
     batch_size: int = 32,
+    max_tokens: int = MAX_QUESTION_TOKENS,
     progress: bool = False,
 ) -> Evaluation:
     """Accuracy in percent of ranked answers.
@@ -55,7 +56,7 @@ def evaluate_answers(
     after its normalisation. An answer that is a list, with commas, must have the same items in any order. Beside it
     stands what the most frequent answer would reach, and the share of questions whose answer is among the candidates.
     """
-    predictions = answer_questions(model, processor, records, answers, k, batch_size, progress=progress)
+    predictions = answer_questions(model, processor, records, answers, k, batch_size, max_tokens, progress)
     return Evaluation(answer_metrics(predictions, records, answers), predictions)
 
 

@@ -11,7 +11,7 @@ from ..data.images import open_image
 from ..models.encoders import KeyValue
 from ..models.losses import similarity as scaled_similarity
 from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval
-from ..models.processing_tcl import TCLProcessor
+from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .metrics import retrieval_metrics
 from .shares import batches, evaluating, exchange, own_share
 
@@ -73,6 +73,7 @@ def encode_pairs(
     batch_size: int = 64,
     states_dtype: torch.dtype | None = None,
     progress: bool = False,
+    max_tokens: int = MAX_TOKENS,
 ) -> EncodedPairs:
     """Encode the images and captions of records; the model's mode is the caller's.
 
@@ -84,6 +85,7 @@ def encode_pairs(
         states_dtype: keep states so on the CPU, for example `torch.float16`: their size, and not the model's, decides
             how much memory a large data set needs. None keeps them as they are.
         progress: show a progress bar.
+        max_tokens: longest text, [CLS] included.
     """
     device = model.device
 
@@ -103,7 +105,7 @@ def encode_pairs(
         image_embeds += model.tcl.image_features(states[:, 0]).unbind()
         image_states += kept(states).unbind()
         bar.update(len(rows))
-    tokens = processor(text=texts, return_tensors="pt")
+    tokens = processor(text=texts, return_tensors="pt", max_length=max_tokens)
     for rows in batches(text_rows, batch_size):
         mask = tokens["attention_mask"][rows].to(device)
         states = model.tcl.encode_text(tokens["input_ids"][rows].to(device), mask)
@@ -171,6 +173,7 @@ def evaluate_retrieval(
     batch_size: int = 64,
     states_dtype: torch.dtype | None = None,
     progress: bool = False,
+    max_tokens: int = MAX_TOKENS,
 ) -> dict[str, float]:
     """Recall in percent by similarity, and by matching among the k most similar (`reranked_...`).
 
@@ -180,10 +183,12 @@ def evaluate_retrieval(
         model: a head with matching; it is left in the mode in which it came.
         records: images with captions, each image once.
         k: candidates to re-rank; None for similarity alone.
-        captions_per_image, batch_size, states_dtype: as in `encode_pairs`.
+        captions_per_image, batch_size, states_dtype, max_tokens: as in `encode_pairs`.
     """
     with evaluating(model):
-        pairs = encode_pairs(model, processor, records, captions_per_image, batch_size, states_dtype, progress)
+        pairs = encode_pairs(
+            model, processor, records, captions_per_image, batch_size, states_dtype, progress, max_tokens
+        )
         similarity = pairs.similarity()
         metrics = retrieval_metrics(similarity, similarity, pairs.image_of_text)
         if k is not None:

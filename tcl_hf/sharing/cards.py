@@ -13,6 +13,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..data.embedded.openmoji import ATTRIBUTION
 from ..data.images import open_image
+from ..evaluation.protocol import EvaluationProtocol
+from ..models import modeling_tcl, modeling_tcl_tasks
+from ..models.modeling_tcl import TCLForImageTextRetrieval, TCLForPreTraining
+from ..models.modeling_tcl_tasks import TCLForQuestionAnswering
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD = "README.md"
@@ -32,16 +36,11 @@ For research and for trying the package. It knows what its training data shows a
 recognises colours and coarse shapes. It has learned whatever bias is in its texts. It was not tested for any decision
 about people."""
 
-# Per task: the class that opens it, the Hub's name for what it does (it has none for statements about images), and
-# what the Hub calls the task of a result.
-_TASKS = {
-    "pretraining": ("TCLForPreTraining", "zero-shot-image-classification", "image-text-retrieval"),
-    "retrieval": ("TCLForImageTextRetrieval", "zero-shot-image-classification", "image-text-retrieval"),
-    "grounding": ("TCLForImageTextRetrieval", "zero-shot-image-classification", "visual-grounding"),
-    "question_answering": ("TCLForQuestionAnswering", "visual-question-answering", "visual-question-answering"),
-    "visual_entailment": ("TCLForVisualEntailment", None, "visual-entailment"),
-    "visual_reasoning": ("TCLForVisualReasoning", None, "visual-reasoning"),
-    "text_assignment": ("TCLForTextAssignment", None, "text-assignment"),
+# The Hub's name for what a head does; it has none for statements about images.
+_PIPELINE_TAGS = {
+    TCLForPreTraining: "zero-shot-image-classification",
+    TCLForImageTextRetrieval: "zero-shot-image-classification",
+    TCLForQuestionAnswering: "visual-question-answering",
 }
 _EMBEDDED = ("openmoji", "scenes")  # data of OpenMoji pictures, whose licence a model of them takes over
 
@@ -67,23 +66,23 @@ class Card:
     """
 
     name: str
+    model_class: type
     task: str
+    result_type: str
     datasets: Sequence[str]
     summary: str
     results: str
     training: str
     metrics: dict[str, float] = field(default_factory=dict)
-    said: dict[str, Any] = field(default_factory=dict)
+    protocol: EvaluationProtocol | None = None
     base_models: Sequence[str] = ()
     pictures: Sequence[tuple[str, str]] = ()
     example: dict[str, Any] | None = None
-    model_class: str | None = None
     limits: str = LIMITS
 
     def write(self, folder: Path) -> ModelCard:
         """Write the card, and the picture of its widget, into a folder."""
-        model_class, pipeline_tag, _ = _TASKS[self.task]
-        model_class = self.model_class or model_class
+        pipeline_tag, model_class = _PIPELINE_TAGS.get(self.model_class), self.model_class.__name__
         emojis = any(name in _EMBEDDED for name in self.datasets)
         data = ModelCardData(
             license="cc-by-sa-4.0" if emojis else None,
@@ -93,7 +92,7 @@ class Card:
             datasets=list(self.datasets) or None,
             base_model=[name_of_model(model) for model in self.base_models] or None,
             model_name=self.name,
-            eval_results=eval_results(self.task, self.metrics, self.said) or None,
+            eval_results=eval_results(self.result_type, self.metrics, self.protocol) or None,
             widget=self._widget(folder, pipeline_tag),
         )
         load = (
@@ -133,13 +132,14 @@ def name_of_model(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model
 
 
-def eval_results(task: str, metrics: dict[str, float], said: dict[str, Any]) -> list[EvalResult]:
+def eval_results(result_type: str, metrics: dict[str, float], protocol: EvaluationProtocol | None) -> list[EvalResult]:
     """Metrics as a card's metadata has them; those of single labels, and counts, are left to the table."""
+    said = protocol.to_dict() if protocol else {}
     how: dict[str, Any] = {name: said[name] for name in ("protocol", "k", "resolution", "heat") if name in said}
     left_out = ("step", "epoch", "records", "phrases")
     return [
         EvalResult(
-            task_type=_TASKS[task][2],
+            task_type=result_type,
             dataset_type=said["dataset"],
             dataset_name=said["dataset"],
             dataset_split=said["split"],
@@ -153,12 +153,12 @@ def eval_results(task: str, metrics: dict[str, float], said: dict[str, Any]) -> 
     ]
 
 
-def add_results(folder: Path, task: str, metrics: dict[str, float], said: dict[str, Any]) -> None:
+def add_results(folder: Path, result_type: str, metrics: dict[str, float], protocol: EvaluationProtocol) -> None:
     """Add measured results to the metadata of a folder's card, in place of earlier ones of the same measurement."""
     if not (folder / CARD).is_file():
         return
     card = ModelCard.load(folder / CARD)
-    new = eval_results(task, metrics, said)
+    new = eval_results(result_type, metrics, protocol)
     known = [old for old in card.data.eval_results or [] if not any(_same(old, result) for result in new)]
     if known or new:
         card.data.model_name = card.data.model_name or folder.resolve().name
@@ -181,17 +181,17 @@ def plain_card(name: str, model_class: str, trained_on: Sequence[dict[str, Any]]
         trained_on: the config's.
         origin: where it came from, in a sentence.
     """
-    task = next((task for task, (head, _, _) in _TASKS.items() if head == model_class), "pretraining")
     datasets = list(dict.fromkeys(data for step in trained_on or () for data in step["data"]))
     learned = f" It has learned from {', '.join(datasets)}." if datasets else ""
     return Card(
         name=name,
-        task=task,
+        model_class=getattr(modeling_tcl_tasks, model_class, None) or getattr(modeling_tcl, model_class),
+        task="pretraining",
+        result_type="",
         datasets=datasets,
         summary=f"A model of {METHOD}. {origin}{learned}".strip(),
         results="Nothing was measured of it here: `scripts/evaluate.py` does, and adds the results to this card.",
         training="How it was trained is not known to this card.",
-        model_class=model_class,
         limits=_LIMITS_OF_OTHERS,
     )
 
@@ -225,7 +225,9 @@ def paper_card(recipe: str, task: str, datasets: Sequence[str], base_model: str 
     start = " --model FOLDER" if base_model else ""
     return Card(
         name=recipe,
+        model_class=TCLForPreTraining,
         task=task,
+        result_type="",
         datasets=datasets,
         summary=f"The paper's recipe for {task.replace('_', ' ')}: {METHOD}. Weights that the authors trained with it "
         "open here after `python scripts/convert_checkpoint.py SOURCE FOLDER`.",

@@ -22,7 +22,6 @@ from ..data.pairs import DataError
 from ..data.skipped import SkippedSamples
 from ..data.streams import StreamLoader
 from ..models.processing_tcl import TCLProcessor
-from ..sharing.hub import BackgroundPush
 from .agreement import Agreement
 from .allocation import keep_freed_memory
 from .arguments import TCLTrainingArguments, TrainingError
@@ -47,6 +46,7 @@ def train(
     processor: TCLProcessor,
     args: TCLTrainingArguments,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    push_checkpoint: Any = None,
 ) -> dict[str, float]:
     """Train a head; save it with its processor, metrics and checkpoints in `output_dir`.
 
@@ -54,6 +54,7 @@ def train(
         model: a `TCLTaughtModel`, whose output has `loss`, and perhaps losses by name.
         pairs: records, map-style or a stream.
         collator: makes batches of records; its `skipped`, if any, notes bad samples.
+        push_checkpoint: pushes every checkpoint that is written, see `sharing.hub.BackgroundPush`.
         evaluate: called with the model each `eval_steps` and at the end, by every process; returns metrics by name.
 
     Returns:
@@ -68,7 +69,7 @@ def train(
     """
     skipped = getattr(collator, "skipped", None) or SkippedSamples()
     with StopSignal() as stop, skipped.naming_dead_workers():
-        return _train(model, pairs, collator, processor, args, evaluate, stop, skipped)
+        return _train(model, pairs, collator, processor, args, evaluate, stop, skipped, push_checkpoint)
 
 
 def _train(
@@ -80,6 +81,7 @@ def _train(
     evaluate: Callable[[nn.Module], dict[str, float]] | None,
     stop: "StopSignal",
     skipped: SkippedSamples,
+    pusher: Any,
 ) -> dict[str, float]:
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -170,10 +172,6 @@ def _train(
     log = MetricsLog(output_dir / METRICS, progress.step if args.resume else 0, accelerator)
     guard = UpdateGuard(accelerator.device)
     bar = tqdm(total=num_steps, initial=progress.step, desc="Training", disable=not accelerator.is_main_process)
-
-    pusher = None
-    if args.push_to_hub and accelerator.is_main_process:
-        pusher = BackgroundPush(args.hub_model_id)
 
     # The loop.
     line: dict[str, float] = {}

@@ -61,8 +61,9 @@ def load_evaluation_data(args: DataArguments) -> Dataset:
         DataError: if there are none, or they cannot be read.
     """
     sources = args.validation_data or args.data
-    instead = {"annotations": args.validation_annotations} if getattr(args, "validation_annotations", None) else {}
-    records = _load(args, sources, args.validation_split, **instead)
+    for_validation = {name: getattr(args, f"validation_{name}", None) for name in TASKS[args.task].load_options}
+    options = {name: value for name, value in for_validation.items() if value}
+    records = _load(args, sources, args.validation_split, **options)
     if args.eval_images:
         records = records.select(range(min(args.eval_images, len(records))))
     reasons = [why_unusable(record) for record in records]

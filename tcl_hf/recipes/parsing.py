@@ -193,7 +193,8 @@ def _options_in(argv: Sequence[str], parser: _Parser, command: Command) -> list[
 
 def _not_read(command: Command, name: str, path: Path | None = None) -> RecipeError:
     """The error for an argument, in a recipe or on the command line, that a command does not read."""
-    readers = [f"{other.name}.py" for other in COMMANDS if name.replace("-", "_") in other.reads]
+    name = name.replace("-", "_")
+    readers = [f"{other.name}.py" for other in COMMANDS if name in other.reads]
     if readers:
         place = "--" if path is None else f"{path}: "
         return RecipeError(f"{place}{name} is read by {_listed(readers)} only: leave it out of {command.name}.py.")

@@ -24,14 +24,14 @@ def train_task(
     processor: TCLProcessor,
     samples: Any,
     records: Sequence[dict] | None,
-    answers: Sequence[str] = (),
+    answers: list[str] | None = None,
 ) -> dict[str, float]:
     """Train a model for a task, and save it with its processor, metrics and checkpoints.
 
     Args:
         samples: the data to train on, map-style or a stream.
         records: the data to evaluate on; None for no evaluation.
-        answers: the answers to choose from, for tasks that do.
+        answers: the answers to choose from, for a task that chooses answers.
 
     Returns:
         The last line of `metrics.jsonl`.
@@ -45,7 +45,8 @@ def train_task(
     collator = task.build_collator(data_args, model.config, processor)
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
-        return task.evaluate(model, processor, records, data_args, answers).metrics
+        assert task.evaluate is not None and records is not None
+        return task.evaluate(model, processor, records, data_args, answers or []).metrics
 
     pushes = args.push_to_hub and PartialState().is_main_process
     return train(
@@ -55,7 +56,7 @@ def train_task(
         processor,
         args,
         evaluate if records else None,
-        push_checkpoint=BackgroundPush(args.hub_model_id) if pushes else None,
+        push_checkpoint=BackgroundPush(str(args.hub_model_id)) if pushes else None,
     )
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from PIL import Image
 
-from tcl_hf.recipes.build import name_of
+from tcl_hf.recipes.arguments import name_of
 from tcl_hf.sharing.cards import CITATION, Card, add_results, paper_card
 
 RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "tcl_hf/recipes").glob("*.yaml"))}

@@ -33,7 +33,7 @@ from ..models.modeling_tcl_tasks import (
     TCLForVisualReasoning,
 )
 from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_TOKENS, TCLProcessor
-from .arguments import DataArguments, TaskArguments, TrainingDataArguments
+from .arguments import TrainingDataArguments
 
 Collator = TCLPreTrainingCollator | TCLTaskCollator
 
@@ -46,7 +46,7 @@ _OF_EVALUATION = (
     *("validation_data", "eval_images", "eval_max_tokens", "per_device_eval_batch_size"),
     *("eval_steps", "metric_for_best_model"),
 )
-_OF_RETRIEVAL = (*_OF_EVALUATION, "eval_k", "eval_captions", "half_precision_states")
+_OF_RETRIEVAL = (*_OF_EVALUATION, "eval_k", "half_precision_states")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +142,7 @@ def _collate_statements(args: TrainingDataArguments, config: TCLConfig, processo
 # Evaluations
 
 
-def _evaluate_retrieval(
-    model: TCLForImageTextRetrieval,
-    processor: TCLProcessor,
-    records: Sequence[dict],
-    args: DataArguments,
-    answers: list[str],
-) -> Evaluation:
+def _evaluate_retrieval(model, processor, records, args, answers) -> Evaluation:
     metrics = evaluate_retrieval(
         model,
         processor,
@@ -163,52 +157,22 @@ def _evaluate_retrieval(
     return Evaluation(metrics)
 
 
-def _evaluate_answers(
-    model: TCLForQuestionAnswering,
-    processor: TCLProcessor,
-    records: Sequence[dict],
-    args: TaskArguments,
-    answers: list[str],
-) -> Evaluation:
+def _evaluate_answers(model, processor, records, args, answers) -> Evaluation:
+    max_tokens, batch_size = args.eval_max_tokens or MAX_QUESTION_TOKENS, args.per_device_eval_batch_size
     return evaluate_answers(
-        model,
-        processor,
-        records,
-        answers,
-        args.eval_k,
-        args.per_device_eval_batch_size,
-        max_tokens=args.eval_max_tokens or MAX_QUESTION_TOKENS,
-        progress=True,
+        model, processor, records, answers, args.eval_k, batch_size, max_tokens=max_tokens, progress=True
     )
 
 
-def _evaluate_statements(
-    model: TCLForVisualEntailment | TCLForVisualReasoning,
-    processor: TCLProcessor,
-    records: Sequence[dict],
-    args: TaskArguments,
-    answers: list[str],
-) -> Evaluation:
+def _evaluate_statements(model, processor, records, args, answers) -> Evaluation:
     max_tokens = args.eval_max_tokens or MAX_TOKENS
     return evaluate_classes(model, processor, records, args.per_device_eval_batch_size, max_tokens, progress=True)
 
 
-def _evaluate_grounding(
-    model: TCLForImageTextRetrieval,
-    processor: TCLProcessor,
-    records: Sequence[dict],
-    args: TaskArguments,
-    answers: list[str],
-) -> Evaluation:
+def _evaluate_grounding(model, processor, records, args, answers) -> Evaluation:
+    max_tokens, batch_size = args.eval_max_tokens or MAX_TOKENS, args.per_device_eval_batch_size
     return evaluate_grounding(
-        model,
-        processor,
-        records,
-        args.heat_layer,
-        args.per_device_eval_batch_size,
-        args.eval_max_tokens or MAX_TOKENS,
-        progress=True,
-        heat=args.heat,
+        model, processor, records, args.heat_layer, batch_size, max_tokens, progress=True, heat=args.heat
     )
 
 
@@ -240,7 +204,7 @@ TASKS = {
         collator_options=_OF_VIEWS,
         result_type="image-text-retrieval",
         evaluate=_evaluate_retrieval,
-        evaluation_options=_OF_RETRIEVAL,
+        evaluation_options=(*_OF_RETRIEVAL, "eval_captions"),
         protocol_options={"k": "eval_k"},
     ),
     "question_answering": Task(

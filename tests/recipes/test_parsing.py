@@ -216,7 +216,7 @@ def test_a_key_of_another_command_s_recipe_is_refused_with_the_file(command, key
         ("retrieval", "share_images", "question_answering, visual_entailment and visual_reasoning"),
         ("retrieval", "annotations", "question_answering and grounding"),
         ("visual_entailment", "eval_k", "pretraining, retrieval and question_answering"),
-        ("visual_entailment", "eval_captions", "pretraining and retrieval"),
+        ("visual_entailment", "eval_captions", "retrieval"),
         ("visual_entailment", "validation_annotations", "question_answering and grounding"),
         ("question_answering", "half_precision_states", "pretraining and retrieval"),
         ("question_answering", "image_column", "pretraining, retrieval and text_assignment"),

@@ -11,7 +11,7 @@ from ..data.images import open_image
 from ..models.attention import KeyValue
 from ..models.losses import similarity as scaled_similarity
 from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval
-from ..models.processing_tcl import TCLProcessor
+from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .metrics import retrieval_metrics
 from .shares import eval_mode, gather_results, in_batches, process_share
 
@@ -88,6 +88,7 @@ def encode_samples(
     batch_size: int = 64,
     states_dtype: torch.dtype | None = None,
     progress: bool = False,
+    max_tokens: int = MAX_TOKENS,
 ) -> EncodedSamples:
     """Encode the images and captions of records, with the model in the mode that it is in.
 
@@ -99,6 +100,7 @@ def encode_samples(
         states_dtype: move states to the CPU with this dtype, for example `torch.float16`: the memory that a large data
             set needs depends on their size, not on the model's. None leaves them as they are.
         progress: show a progress bar.
+        max_tokens: longest text, [CLS] included.
     """
     device = model.device
 
@@ -118,7 +120,7 @@ def encode_samples(
         image_embeds += model.tcl.image_features(states[:, 0]).unbind()
         image_states += kept(states).unbind()
         bar.update(len(rows))
-    tokens = processor(text=texts, return_tensors="pt")
+    tokens = processor(text=texts, return_tensors="pt", max_length=max_tokens)
     for rows in in_batches(text_rows, batch_size):
         mask = tokens["attention_mask"][rows].to(device)
         states = model.tcl.encode_text(tokens["input_ids"][rows].to(device), mask)
@@ -192,6 +194,7 @@ def evaluate_retrieval(
     batch_size: int = 64,
     states_dtype: torch.dtype | None = None,
     progress: bool = False,
+    max_tokens: int = MAX_TOKENS,
 ) -> dict[str, float]:
     """Recall in percent by similarity, and by matching among the k most similar (`reranked_...`).
 
@@ -201,10 +204,12 @@ def evaluate_retrieval(
         model: a head with matching. Its mode is restored.
         records: images with captions; no image occurs twice.
         k: candidates to re-rank; None for similarity alone.
-        captions_per_image, batch_size, states_dtype, progress: as in `encode_samples`.
+        captions_per_image, batch_size, states_dtype, progress, max_tokens: as in `encode_samples`.
     """
     with eval_mode(model):
-        encoded = encode_samples(model, processor, records, captions_per_image, batch_size, states_dtype, progress)
+        encoded = encode_samples(
+            model, processor, records, captions_per_image, batch_size, states_dtype, progress, max_tokens
+        )
         similarity = encoded.similarity()
         metrics = retrieval_metrics(similarity, similarity, encoded.image_of_text)
         if k is not None:

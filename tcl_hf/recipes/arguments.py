@@ -1,193 +1,245 @@
-"""Recipes: YAML files of arguments, with the command line over them."""
+"""The arguments of a run, beside those of training: its data, its task, its evaluation, and its model."""
 
-import argparse
-import dataclasses
-import difflib
 import json
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-import yaml
-from transformers import HfArgumentParser
-
+from ..inference.grounding import HEAT_KINDS
 from ..models.configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
-from ..models.processing_tcl import MAX_TOKENS
-
-RECIPES = Path(__file__).parent
+from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_TOKENS
+from .hints import did_you_mean
 
 
 class RecipeError(ValueError):
-    """A recipe or command line that can not be used; the message says what, where, and the remedy."""
+    """A recipe or command line that cannot be used; the message names the value, the place and the remedy."""
 
 
 @dataclass
 class DataArguments:
-    """What to train on."""
+    """The data, and how a model is evaluated on it."""
 
+    task: str = field(default="pretraining", init=False)  # a key of `tasks.TASKS`; an option of `TaskArguments` only
     data: list[str] = field(
         default_factory=lambda: ["openmoji"],
-        metadata={"help": "Sources of pairs: openmoji, JSON lists, tars, parquet, folders, or names on the Hub."},
-    )
-    data_weights: list[float] = field(
-        default_factory=list,
-        metadata={"help": "How often each source is drawn, in proportion; streams only. Each source once if empty."},
+        metadata={"help": "Sources of data: openmoji, JSON lists, tars, parquet, folders, or names on the Hub."},
     )
     validation_data: list[str] = field(
-        default_factory=list, metadata={"help": "Sources to evaluate on; those of --data if none are named."}
+        default_factory=list, metadata={"help": "Sources to evaluate on; the sources in --data if there are none here."}
     )
-    split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(default="validation", metadata={"help": "Split to evaluate on; empty for none."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder of the images of JSON lists."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if unusual."})
-    caption_column: str | None = field(default=None, metadata={"help": "Column of the captions, if unusual."})
-    streaming: bool = field(default=False, metadata={"help": "Read the data while training."})
-    max_tokens: int = field(
-        default=MAX_TOKENS, metadata={"help": "Longest text, [CLS] included; the paper pre-trains with 25."}
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder to which the image paths of annotation files are relative."}
     )
-    two_views: bool = field(default=True, metadata={"help": "A second view of the image for the teacher (ALBEF: no)."})
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.2, 1.0], metadata={"help": "Smallest and largest cropped share of an image."}
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if its name is unusual."})
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column of the captions, if its name is unusual."}
     )
-    color_jitter: bool = field(default=True, metadata={"help": "Jitter, grey and blur (ALBEF: no)."})
-    flip: bool = field(default=True, metadata={"help": "Mirror every other view."})
-    num_operations: int = field(default=2, metadata={"help": "Further image operations drawn for a view."})
-    eval_images: int = field(default=1000, metadata={"help": "Evaluate on at most so many images."})
-    eval_k: int = field(default=32, metadata={"help": "Candidates re-ranked by matching."})
+    eval_images: int = field(default=1000, metadata={"help": "Evaluate on at most this many samples; 0 for all."})
+    eval_k: int = field(
+        default=32, metadata={"help": "Candidates that are re-ranked by matching, or answers that are scored in full."}
+    )
+    eval_captions: int | None = field(
+        default=None, metadata={"help": "Number of captions of each image to retrieve; all if None."}
+    )
+    eval_max_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Longest text in evaluation, [CLS] included; None for {MAX_TOKENS}, "
+            f"and {MAX_QUESTION_TOKENS} for questions."
+        },
+    )
+    per_device_eval_batch_size: int = field(
+        default=64, metadata={"help": "Samples in a forward pass of the evaluation, in each process."}
+    )
+    half_precision_states: bool = field(
+        default=False,
+        metadata={"help": "Keep encoded states in float16 on the CPU while re-ranking, which takes less memory."},
+    )
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """The names of the training data in results and cards."""
+        return [name_of([source]) for source in self.data]
 
 
 @dataclass
-class ModelArguments:
-    """What to train."""
+class TrainingDataArguments(DataArguments):
+    """The data, and how training samples are made of it."""
 
-    model: str | None = field(default=None, metadata={"help": "TCL checkpoint to go on from: folder or Hub name."})
-    vision_model: str | None = field(default=None, metadata={"help": "ViT or DINOv2 of transformers to start from."})
-    text_model: str | None = field(default=None, metadata={"help": "BERT of transformers to start from."})
-    tokenizer: str | None = field(
+    split: str = field(default="train", metadata={"help": "Split to train on."})
+    max_tokens: int = field(
+        default=MAX_TOKENS, metadata={"help": "Longest text in training, [CLS] included; the paper pre-trains with 25."}
+    )
+    two_views: bool = field(
+        default=True, metadata={"help": "Make a second view of each image for the teacher (ALBEF does not)."}
+    )
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.2, 1.0],
+        metadata={"help": "Smallest and largest share of an image's area that a view shows."},
+    )
+    color_jitter: bool = field(
+        default=True, metadata={"help": "Change colours, and sometimes turn grey and blur (ALBEF does not)."}
+    )
+    flip: bool = field(default=True, metadata={"help": "Mirror half of the views, chosen at random."})
+    num_operations: int = field(default=2, metadata={"help": "Number of further random image operations for a view."})
+
+
+@dataclass
+class PretrainingDataArguments(TrainingDataArguments):
+    """The data of pre-training, which may be a stream or a mixture of streams."""
+
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training."})
+    data_weights: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "How often each source is drawn, in proportion, for streams only; if empty, each source is read "
+            "once, one after another."
+        },
+    )
+    eval_captions: int | None = field(default=1, init=False)
+
+
+@dataclass
+class TaskArguments(DataArguments):
+    """A downstream task, its data, and how a model is evaluated on it."""
+
+    task: str = field(default="retrieval", metadata={"help": "Name of the task."})
+    annotations: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Further files: the answers to VQA v2 questions, or the RefCOCO folder of ALBEF's lists."},
+    )
+    validation_annotations: list[str] = field(
+        default_factory=list, metadata={"help": "Further files of the data to evaluate on; --annotations if empty."}
+    )
+    answer_list: str | None = field(
         default=None,
-        metadata={"help": "Tokenizer or vocab.txt; else the text model's, else one trained on the captions."},
+        metadata={"help": "JSON list of the answers to choose from; the answers of the training data if None."},
     )
-    vocab_size: int = field(default=30522, metadata={"help": "Largest vocabulary of a trained tokenizer."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Name of the data in results; the name of its first source if None."}
+    )
+    add_words: bool = field(
+        default=False, metadata={"help": "Add the words of the data that the tokenizer would cut into pieces."}
+    )
+    heat: str = field(
+        default="matching", metadata={"help": "Score whose heat map locates a phrase: 'matching' or 'similarity'."}
+    )
+    heat_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Layer whose attention the heat map reads: a fusion layer for matching, a vision layer for "
+            "similarity."
+        },
+    )
+
+    def __post_init__(self):
+        if self.heat not in HEAT_KINDS:
+            raise RecipeError(f"heat: there is no map of '{self.heat}': choose one of {', '.join(HEAT_KINDS)}.")
+
+    @property
+    def dataset_names(self) -> list[str]:
+        """The name of the data in results and cards, as a list of one."""
+        return [self.dataset_name or name_of(self.data)]
+
+
+@dataclass
+class FinetuningDataArguments(TaskArguments, TrainingDataArguments):
+    """A downstream task, its data, and how training samples are made of it."""
+
+    share_images: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on all texts about an image together, so that it is read once; a batch is then "
+            "counted in images."
+        },
+    )
+
+
+@dataclass
+class EvaluationArguments:
+    """An evaluation without training."""
+
+    results: str | None = field(
+        default=None, metadata={"help": "Folder for the results; the folder of the model if None."}
+    )
+    shuffle_images: bool = field(
+        default=False,
+        metadata={"help": "Give each record the image of another one: this measures what the texts alone allow."},
+    )
+
+
+@dataclass
+class CheckpointArguments:
+    """The checkpoint that a run starts from."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "TCL checkpoint to start from: a folder or a name on the Hub."}
+    )
     image_size: int | None = field(
-        default=None, metadata={"help": "Pixels of a side of the images; those of the model started from, or 256."}
-    )
-    fusion_layer: int | None = field(default=None, metadata={"help": "Layers of --text_model that encode the text."})
-    num_fusion_layers: int = field(default=6, metadata={"help": "Layers that fuse, on top of these."})
-    image_mean: list[float] | None = field(
-        default=None, metadata={"help": "Mean of the images, by channel; the vision encoder's if not given."}
-    )
-    image_std: list[float] | None = field(
-        default=None, metadata={"help": "Standard deviation of the images, by channel; likewise."}
+        default=None,
+        metadata={"help": "Pixels of a side of the images; those of the model started from if None, or 256."},
     )
     config: str = field(
         default="{}", metadata={"help": "Fields of TCLConfig, vision_config and text_config among them, as JSON."}
     )
-    config_fields: dict = field(init=False)
+    config_fields: dict[str, Any] = field(init=False)
 
     def __post_init__(self):
-        self.config_fields = _json_object(self.config)
-        _check_fields(self.config_fields, TCLConfig, "config")
-        _check_fields(self.config_fields.get("vision_config") or {}, TCLVisionConfig, "config.vision_config")
-        _check_fields(self.config_fields.get("text_config") or {}, TCLTextConfig, "config.text_config")
+        self.config_fields = json_object(self.config)
+        for part, config_class in (("", TCLConfig), ("vision_config", TCLVisionConfig), ("text_config", TCLTextConfig)):
+            given = self.config_fields.get(part) or {} if part else self.config_fields
+            known = {field.name for field in fields(config_class)}
+            for name in given:
+                if name not in known:
+                    place = f"config.{part}" if part else "config"
+                    raise RecipeError(f"{place} has no field '{name}'{did_you_mean(name, known)}.")
 
 
-def parse_recipe(types: Sequence[type], recipe: str | os.PathLike, argv: Sequence[str] | None = None) -> tuple:
-    """Parse a recipe and the command line over it: `--recipe FILE --name value ...`.
+@dataclass
+class ModelArguments(CheckpointArguments):
+    """The checkpoint, or the encoders, that pre-training starts from."""
 
-    Args:
-        types: dataclasses of arguments.
-        recipe: the recipe used where the command line names none.
-        argv: the command line; that of the process if None.
+    vision_model: str | None = field(default=None, metadata={"help": "ViT or DINOv2 of transformers to start from."})
+    text_model: str | None = field(default=None, metadata={"help": "BERT of transformers to start from."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokenizer or vocab.txt; the tokenizer of the text model if None, or one trained on the captions."
+        },
+    )
+    vocab_size: int = field(default=30522, metadata={"help": "Largest vocabulary of a tokenizer that is trained here."})
+    fusion_layer: int | None = field(
+        default=None, metadata={"help": "Number of layers of --text_model that encode the text; all of them if None."}
+    )
+    num_fusion_layers: int = field(default=6, metadata={"help": "Number of fusion layers on top of these."})
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Mean of the images by channel; that of the vision encoder if None."}
+    )
+    image_std: list[float] | None = field(
+        default=None,
+        metadata={"help": "Standard deviation of the images by channel; that of the vision encoder if None."},
+    )
 
-    `--config` changes the fields it names and leaves the recipe's others.
 
-    Returns:
-        One object of each type.
+def name_of(sources: Sequence[str]) -> str:
+    """The name of data in results: the first source's name without folder, file ending and split."""
+    stem = Path(sources[0].rstrip("/")).name.split(".")[0].split("*")[0] if sources else "?"
+    words = [word for word in stem.replace("-", "_").split("_") if word not in ("train", "val", "dev", "test")]
+    return "_".join(word for word in words if word) or stem
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object that `--config` holds as JSON.
 
     Raises:
-        RecipeError: for a file that is not there, a key or option that does not exist, or a value of a wrong type.
+        RecipeError: if it is not one.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(types)
-    parser.add_argument("--recipe", default=str(recipe), help="YAML file of arguments (default: %(default)s)")
-    known = {f.name for t in types for f in dataclasses.fields(t)}
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chosen.add_argument("--recipe", default=str(recipe))
-    path = chosen.parse_known_args(argv)[0].recipe
-    argv = [*_recipe_as_argv(recipe_file(path), known), *argv]
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        [*argv, *_merged_configs(argv)], return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise RecipeError(f"There is no option {unknown[0]}{did_you_mean(unknown[0].lstrip('-'), known)}.")
-    return tuple(parsed)
-
-
-def _check_fields(fields: dict, config_class: type, where: str) -> None:
-    known = {field.name for field in dataclasses.fields(config_class)}
-    for name in fields:
-        if name not in known:
-            raise RecipeError(f"{where} has no field '{name}'{did_you_mean(name, known)}.")
-
-
-def recipe_file(name: str) -> Path:
-    """The file of a recipe: one of the package's by its name, such as `openmoji`, or any by its path."""
-    ours = RECIPES / f"{name}.yaml"
-    return ours if ours.exists() else Path(name)
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        raise RecipeError(f"{message[0].upper()}{message[1:]} (--help lists the options).")
-
-
-def _recipe_as_argv(path: Path, known: set[str]) -> list[str]:
-    """The entries of a recipe as options, so that both are checked alike."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError as error:
-        raise RecipeError(f"There is no recipe {path}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} is not a list of `name: value`.")
-    argv = []
-    for key, value in values.items():
-        if key not in known:
-            raise RecipeError(f"{path}: there is no argument '{key}'{did_you_mean(str(key), known)}.")
-        if value is None or value == []:
-            continue
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        argv += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return argv
-
-
-def _merged_configs(argv: list[str]) -> list[str]:
-    """All configs of a command line as one, where it has several; a later one has the last word on a field."""
-    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    option.add_argument("--config", action="append", default=[])
-    configs = [_json_object(config) for config in option.parse_known_args(argv)[0].config]
-    merged: dict = {}
-    for config in configs:
-        for name, value in config.items():
-            both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-            merged[name] = merged[name] | value if both else value
-    return ["--config", json.dumps(merged)] if len(configs) > 1 else []
-
-
-def _json_object(text: str) -> dict:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise RecipeError(f"--config is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise RecipeError("--config is no object: give fields of TCLConfig by name.")
+        raise RecipeError(f"--config is not an object, but {text}: give fields of TCLConfig by name.")
     return value
-
-
-def did_you_mean(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""

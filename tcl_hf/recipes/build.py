@@ -1,18 +1,20 @@
-"""The parts of a run that its arguments describe: data, model, processor, collator."""
+"""The parts of a run that its arguments describe: data, answers, model and processor."""
 
 import glob
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from tokenizers import AddedToken
+from transformers import PreTrainedModel
 
-from ..data.augmentation import TCLAugmentation
-from ..data.collators import TCLPreTrainingCollator
+from ..data.annotations.questions import read_answer_list
 from ..data.images import why_unusable
-from ..data.pairs import DataError, load_pairs
+from ..data.pairs import DataError
 from ..data.streams import MixedStreams
 from ..data.tokenizer import train_tokenizer
 from ..models.configuration_tcl import TCLConfig
@@ -21,106 +23,201 @@ from ..models.image_processing_tcl import TCLImageProcessorPil
 from ..models.modeling_tcl import TCLForPreTraining
 from ..models.processing_tcl import TCLProcessor
 from ..models.starting_points import read_text_encoder, read_vision_encoder
-from ..models.tokenization_tcl import TCLTokenizer
-from .arguments import DataArguments, ModelArguments, RecipeError
+from ..models.tokenization_tcl import TCLTokenizer, clean_caption, clean_question
+from .arguments import (
+    CheckpointArguments,
+    DataArguments,
+    ModelArguments,
+    PretrainingDataArguments,
+    RecipeError,
+    TaskArguments,
+    TrainingDataArguments,
+)
+from .tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
+ANSWERS = "answers.json"  # beside a model that chooses among answers
+MAX_NAMED = 10  # records that cannot be used and are named in warnings; the others are counted
 
-_SIZES = ("vision_config", "text_config", "projection_dim")  # fields of a config that a checkpoint decides
-_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")  # but not these, within them
+# Fields of a config that a checkpoint decides; within them, dropout may be chosen anew.
+_SIZES = ("vision_config", "text_config", "projection_dim")
+_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
 
 
-def load_data(args: DataArguments) -> tuple[Dataset | IterableDataset | MixedStreams, list[dict]]:
-    """Load the pairs to train on, and the records to evaluate on.
+def load_training_data(args: TrainingDataArguments) -> Dataset:
+    """Load the samples that a task trains on.
 
-    Without validation data of its own a run evaluates on the validation split of its data. Where there is none, it
-    does not evaluate, and says so.
+    Raises:
+        DataError: if there are none, or they cannot be read.
     """
-    columns: dict[str, Any] = {
-        "image_root": args.image_root,
-        "image_column": args.image_column,
-        "caption_column": args.caption_column,
-    }
+    return _load(args, args.data, args.split)
+
+
+def load_evaluation_data(args: DataArguments) -> Dataset:
+    """Load the records that a task is evaluated on: at most `eval_images`, without those that cannot be used.
+
+    Raises:
+        DataError: if there are none, or they cannot be read.
+    """
+    sources = args.validation_data or args.data
+    for_validation = {name: getattr(args, f"validation_{name}", None) for name in TASKS[args.task].load_options}
+    options = {name: value for name, value in for_validation.items() if value}
+    records = _load(args, sources, args.validation_split, **options)
+    if args.eval_images:
+        records = records.select(range(min(args.eval_images, len(records))))
+    reasons = [why_unusable(record) for record in records]
+    bad = [row for row, reason in enumerate(reasons) if reason is not None]
+    for row in bad[:MAX_NAMED]:
+        logger.warning("Not evaluated: %s (%s)", records[row].get("image_id"), reasons[row])
+    if len(bad) > MAX_NAMED:
+        logger.warning("Not evaluated: %d more records.", len(bad) - MAX_NAMED)
+    if bad:
+        records = records.select([row for row, reason in enumerate(reasons) if reason is None])
+    if not len(records):
+        raise DataError(f"No record of the split '{args.validation_split}' of {', '.join(sources)} can be evaluated.")
+    return records
+
+
+def load_pretraining_data(
+    args: PretrainingDataArguments,
+) -> tuple[Dataset | IterableDataset | MixedStreams, Dataset | None]:
+    """Load the pairs to train on, which may be a stream, and the records to evaluate on.
+
+    A run for which no validation data is named evaluates on the validation split of its data. If there is none, the
+    run does not evaluate, and a warning says so.
+    """
     pairs: Dataset | IterableDataset | MixedStreams
+    if args.data_weights and not args.streaming:
+        raise DataError("data_weights mixes streams: set streaming to true, or leave the weights out.")
     if args.data_weights:
-        if not args.streaming:
-            raise DataError("data_weights mixes streams: set streaming to true, or leave the weights out.")
-        streams = [load_pairs(source, args.split, streaming=True, **columns) for source in args.data]
+        streams = [_load(args, [source], args.split, streaming=True) for source in args.data]
         pairs = MixedStreams(streams, args.data_weights)
     else:
-        pairs = load_pairs(args.data, args.split, streaming=args.streaming, **columns)
+        pairs = _load(args, args.data, args.split, streaming=args.streaming)
     if not args.validation_split:
-        return pairs, []
+        return pairs, None
     if not args.validation_data and any(os.path.isfile(source) or glob.has_magic(source) for source in args.data):
         logger.warning("Files have no validation split: nothing is evaluated unless you name --validation_data.")
-        return pairs, []
+        return pairs, None
     try:
-        held_out = load_pairs(args.validation_data or args.data, args.validation_split, **columns)
+        return pairs, load_evaluation_data(args)
     except DataError as error:
         if args.validation_data:
             raise
         logger.warning("Nothing is evaluated: %s", error)
-        return pairs, []
-    records = []
-    for record in held_out.take(args.eval_images):
-        reason = why_unusable(record)
-        if reason is None:
-            records.append(record)
-        else:
-            logger.warning("Not evaluated: %s (%s)", record.get("image_id"), reason)
-    if not records:
-        logger.warning("Nothing is evaluated: no sample of the split '%s' can be used.", args.validation_split)
-    return pairs, records
+        return pairs, None
+
+
+def _load(args: DataArguments, sources: list[str], split: str, **options: Any) -> Any:
+    """Load a split with the task's loader, or data that comes with the package; `options` override the arguments."""
+    task = TASKS[args.task]
+    if len(sources) == 1 and sources[0] in task.embedded:
+        try:
+            return task.embedded[sources[0]](split)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+    given = {name: getattr(args, name) for name in task.load_options}
+    given = {name: value for name, value in given.items() if value != []}
+    return task.load(sources, split, **given | options)
+
+
+def candidate_answers(args: TaskArguments, records: Dataset | None, folder: str | None = None) -> list[str]:
+    """The answers to choose from: those of the list that was named, of the model's folder, or of the training data.
+
+    Those of the training data come most frequent first. Tasks that do not choose answers have none.
+
+    Args:
+        records: the training data; None if it is not at hand.
+        folder: the model's.
+
+    Raises:
+        RecipeError: if the task needs answers and there are none.
+    """
+    if not TASKS[args.task].chooses_answers:
+        return []
+    if args.answer_list is not None:
+        return read_answer_list(args.answer_list)
+    if folder is not None and (Path(folder) / ANSWERS).exists():
+        return read_answer_list(str(Path(folder) / ANSWERS))
+    if records is None:
+        raise RecipeError("There are no answers to choose from: name a JSON list of them with --answer_list.")
+    counts = Counter(answer for answers in records.select_columns(["answers"])["answers"] for answer in answers)
+    return [answer for answer, _ in counts.most_common()]
+
+
+def add_words(model: PreTrainedModel, processor: TCLProcessor, records: Dataset) -> list[str]:
+    """Add the words of a task's texts and answers that the tokenizer cuts into pieces or does not have; return them.
+
+    This is for small vocabularies: one that was trained on names of things lacks the words of questions.
+    """
+    columns = [name for name in ("question", "captions", "answers") if name in records.column_names]
+    words: set[str] = set()
+    for record in records.select_columns(columns):
+        for column in columns:
+            texts = [record[column]] if isinstance(record[column], str) else record[column]
+            for text in texts:
+                words.update((clean_question(text) if column == "question" else clean_caption(text)).split())
+    pieces = {word: processor.tokenizer.tokenize(word) for word in words}
+    unknown = processor.tokenizer.unk_token
+    new = sorted(word for word, parts in pieces.items() if len(parts) != 1 or parts[0] == unknown)
+    processor.tokenizer.add_tokens([AddedToken(word, single_word=True) for word in new])
+    model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    return new
 
 
 def open_model(
-    args: ModelArguments, model_class: type[TCLPreTrainedModel], to_train: bool = True
+    args: CheckpointArguments, model_class: type[TCLPreTrainedModel], to_train: bool = True
 ) -> tuple[Any, TCLProcessor]:
-    """Open a TCL checkpoint as a head of `model_class`, with its processor; with a teacher if it is to be trained.
+    """Open a TCL checkpoint as a head of `model_class`, with its processor.
 
-    The checkpoint keeps the sizes of its encoders; `config` has the last word on the other fields, `image_size` on the
-    size of images.
+    The checkpoint keeps the sizes of its encoders; `config` overrides its other fields, and `image_size` the size of
+    images.
+
+    Args:
+        to_train: give the model a teacher, unless `config` says otherwise.
 
     Raises:
         RecipeError: if there is no checkpoint, or the arguments contradict it.
     """
     if args.model is None:
-        raise RecipeError("No checkpoint was named: say with --model what to start from.")
-    if args.vision_model or args.text_model or args.tokenizer:
-        raise RecipeError("--model brings its encoders and tokenizer: leave out the others.")
+        raise RecipeError("There is no checkpoint to start from: name one with --model.")
     try:
         processor = TCLProcessor.from_pretrained(args.model)
         fields = {name: value for name, value in args.config_fields.items() if name not in _SIZES}
-        # A checkpoint for inference has no teacher, but whoever trains wants one; who evaluates does not.
+        # A checkpoint for inference has no teacher; training needs one, and evaluation does not.
         fields["use_momentum_teacher"] = to_train and fields.get("use_momentum_teacher", True)
         config = TCLConfig.from_pretrained(args.model, image_size=args.image_size, **fields)
-        for part, known in (("vision_config", config.vision_config), ("text_config", config.text_config)):
+        for part in ("vision_config", "text_config"):
             for name, value in args.config_fields.get(part, {}).items():
                 if name in _DROPOUT:
-                    setattr(known, name, value)
+                    setattr(getattr(config, part), name, value)
         config.text_config.bos_token_id = processor.tokenizer.cls_token_id
         config.text_config.eos_token_id = processor.tokenizer.sep_token_id
         processor.image_size = config.vision_config.image_size
         return model_class.from_pretrained(args.model, config=config), processor
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise RecipeError(f"{args.model} can not be opened: {error}") from error
+        raise RecipeError(f"{args.model} cannot be opened: {error}") from error
 
 
 def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPreTraining, TCLProcessor]:
     """Make the model to pre-train and its processor.
 
-    The model goes on from a TCL checkpoint (see `open_model`), starts from encoders of transformers, or is new;
-    `config` has the last word on its fields, `image_size` on the size. The normalisation of images follows the vision
-    encoder.
+    The model starts from a TCL checkpoint (see `open_model`), from encoders of transformers, or from random weights;
+    `config` overrides its fields, and `image_size` the size of images. Images are normalised as those of the vision
+    encoder were.
 
     Args:
-        captions: texts to train a tokenizer on, where none is given; read only then.
+        captions: texts to train a tokenizer on; they are read only if no tokenizer is given.
 
     Raises:
         RecipeError: if the arguments contradict each other or the parts do not fit.
     """
     if args.model is not None:
+        if args.vision_model or args.text_model or args.tokenizer:
+            raise RecipeError(
+                "--model brings its encoders and tokenizer: leave out the others (vision_model, text_model, tokenizer)."
+            )
         return open_model(args, TCLForPreTraining)
     try:
         vision = read_vision_encoder(args.vision_model, args.image_size) if args.vision_model else None
@@ -129,8 +226,8 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
             text = read_text_encoder(args.text_model, args.fusion_layer, args.num_fusion_layers)
         tokenizer = _tokenizer(args, captions)
         fields = dict(args.config_fields)
-        known = text.config["vocab_size"] if text else 0
-        ids = {"vocab_size": max(len(tokenizer), known), "pad_token_id": tokenizer.pad_token_id}
+        text_vocab_size = text.config["vocab_size"] if text else 0
+        ids = {"vocab_size": max(len(tokenizer), text_vocab_size), "pad_token_id": tokenizer.pad_token_id}
         ids |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
         fields["text_config"] = fields.get("text_config", {}) | ids
         model = TCLForPreTraining.from_vision_text_pretrained(vision, text, image_size=args.image_size, **fields)
@@ -145,40 +242,8 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
     return model, TCLProcessor(image_processor, tokenizer)
 
 
-def name_of(sources: Sequence[str]) -> str:
-    """What data is called in results: the first source's name without folder, ending and split."""
-    stem = Path(sources[0].rstrip("/")).name.split(".")[0].split("*")[0] if sources else "?"
-    words = [word for word in stem.replace("-", "_").split("_") if word not in ("train", "val", "dev", "test")]
-    return "_".join(word for word in words if word) or stem
-
-
-def build_augmentation(data: DataArguments, processor: TCLProcessor) -> TCLAugmentation:
-    """Make the augmentation that the arguments describe."""
-    pixels = processor.image_processor
-    return TCLAugmentation(
-        pixels.size["height"],
-        pixels.image_mean,
-        pixels.image_std,
-        crop_scale=tuple(data.crop_scale),
-        color_jitter=data.color_jitter,
-        flip=data.flip,
-        num_operations=data.num_operations,
-    )
-
-
-def build_collator(data: DataArguments, config: TCLConfig, processor: TCLProcessor) -> TCLPreTrainingCollator:
-    """Make the collator of a pre-training run."""
-    return TCLPreTrainingCollator(
-        processor,
-        build_augmentation(data, processor),
-        data.max_tokens,
-        two_views=data.two_views,
-        mlm_probability=config.mlm_probability if config.mlm_weight else 0.0,
-    )
-
-
 def _tokenizer(args: ModelArguments, captions: Iterable[str]) -> TCLTokenizer:
-    """The tokenizer that was named, that of the text model, or a new one."""
+    """The tokenizer that was named, the one of the text model, or a new one that is trained on the captions."""
     source = args.tokenizer or args.text_model
     if source is None:
         return train_tokenizer(captions, args.vocab_size)

@@ -1,4 +1,4 @@
-"""What a run leaves besides weights: a table of results, curves, a sheet of retrieved pictures, a model card."""
+"""The report of a run: tables of results, curves, sheets of pictures, and the model card."""
 
 import math
 import random
@@ -12,16 +12,18 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..data.images import open_image
+from ..evaluation.protocol import EvaluationProtocol
 from ..evaluation.retrieval import chance_recall, encode_samples, matching_scores
 from ..models.modeling_tcl import TCLForImageTextRetrieval
 from ..models.processing_tcl import TCLProcessor
 from ..sharing.cards import METHOD, Card, name_of_model
 from ..training.log import METRICS, read_metrics
+from .tasks import TASKS
 
 CURVES = "training.png"
 SHEET = "retrieved.png"
 PREDICTIONS = "predictions.png"
-SHEET_SIDE, FRAME = 160, 2  # pixels of a picture on the sheet of predictions, and of the line around it
+SHEET_SIDE, FRAME = 160, 2  # side of a picture on the sheet of predictions and width of its frame, in pixels
 
 
 @dataclass(frozen=True)
@@ -29,46 +31,50 @@ class Run:
     """How a model was trained, for its card.
 
     Args:
-        data: names of what it was trained on.
-        num_train: pairs or records trained on; None if they were a stream.
-        base_models: what it started from: Hub names or folders.
-        command: how the run was started.
+        task: a key of `tasks.TASKS`.
+        training: "pre-trained", or "fine-tuned for" something.
+        amount: how much data it was trained on, such as "100 pairs".
+        data: names of the data.
+        base_models: Hub names or folders of the models that it started from.
+        command: the command line that started the run.
+        output_dir: the run's folder, which gives the model its name.
     """
 
+    task: str
+    training: str
+    amount: str
     data: list[str]
-    num_train: int | None
     base_models: list[str]
     command: str
+    output_dir: Path
 
-    def card(
+    def write_card(
         self,
-        task: str,
         results: str,
         metrics: dict[str, float],
-        said: dict[str, Any],
+        protocol: EvaluationProtocol,
         pictures: list[tuple[str, str]],
         example: dict[str, Any] | None,
-        output_dir: Path,
     ) -> None:
         """Write the run's card; see `cards.Card`."""
-        what = "pairs" if task == "pretraining" else "records"
-        learned = f"{self.num_train} {what}" if self.num_train is not None else f"a stream of {what}"
         names = [name_of_model(model) for model in self.base_models]
-        started = f"It started from {', '.join(names)}." if names else "It was trained from scratch."
-        how = "pre-trained" if task == "pretraining" else f"fine-tuned for {task.replace('_', ' ')}"
+        start = f"It started from {', '.join(names)}." if names else "It was trained from scratch."
+        data = ", ".join(self.data)
         Card(
-            name=output_dir.resolve().name,
-            task=task,
+            name=self.output_dir.resolve().name,
+            model_class=TASKS[self.task].model_class,
+            task=self.task,
+            result_type=TASKS[self.task].result_type,
             datasets=self.data,
-            summary=f"A model of {METHOD}, {how} by `tcl_hf` on {learned} of {', '.join(self.data)}. {started}",
+            summary=f"A model of {METHOD}, {self.training} by `tcl_hf` on {self.amount} of {data}. {start}",
             results=results,
             training=f"`{self.command}`; losses and metrics along the run are in `{METRICS}`.",
             metrics=metrics,
-            said=said,
+            protocol=protocol,
             base_models=self.base_models,
             pictures=pictures,
             example=example,
-        ).write(output_dir)
+        ).write(self.output_dir)
 
 
 def results_table(metrics: dict[str, float], num_images: int, k: int, baseline: dict[str, float] | None = None) -> str:
@@ -76,20 +82,14 @@ def results_table(metrics: dict[str, float], num_images: int, k: int, baseline: 
 
     Args:
         metrics: those of `evaluate_retrieval`.
-        num_images: images retrieved from.
-        k: candidates re-ranked.
+        num_images: number of images that were retrieved from.
+        k: number of candidates that were re-ranked.
         baseline: metrics of `ridge_baseline`.
     """
     columns = [f"{way}_recall@{at}" for way in ("i2t", "t2i") for at in (1, 5, 10)] + ["recall@1"]
+    reranked = {name.removeprefix("reranked_"): v for name, v in metrics.items() if name.startswith("reranked_")}
     chance = {name: chance_recall(num_images, int(name.split("@")[1])) for name in columns}
-    rows = [
-        ("by similarity", metrics),
-        (
-            f"re-ranked by matching (k = {k})",
-            {n.removeprefix("reranked_"): v for n, v in metrics.items() if "reranked_" in n},
-        ),
-        ("chance", chance),
-    ]
+    rows = [("by similarity", metrics), (f"re-ranked by matching (k = {k})", reranked), ("chance", chance)]
     if baseline is not None:
         rows.append(("linear baseline (ridge)", baseline))
     lines = [
@@ -131,7 +131,7 @@ def plot_training(lines: list[dict[str, float]], path: Path) -> None:
 def picture_sheet(
     model: TCLForImageTextRetrieval,
     processor: TCLProcessor,
-    records: list[dict],
+    records: Sequence[dict],
     path: Path,
     k: int = 32,
     num_texts: int = 8,
@@ -142,9 +142,9 @@ def picture_sheet(
     The captions are spread evenly over the records: none is chosen for its result.
 
     Args:
-        k: candidates by similarity, re-ranked by matching.
-        num_texts: rows; as many captions.
-        num_images: columns; as many images of each.
+        k: number of candidates by similarity that are re-ranked by matching.
+        num_texts: number of captions, one in each row.
+        num_images: number of images for each caption.
     """
     plt = _pyplot()
     model.eval()
@@ -171,14 +171,13 @@ def picture_sheet(
     plt.close(figure)
 
 
-def write_report(
+def write_pretraining_report(
+    run: Run,
     model: TCLForImageTextRetrieval,
     processor: TCLProcessor,
-    records: list[dict],
+    records: Sequence[dict],
     metrics: dict[str, float],
-    said: dict[str, Any],
-    run: Run,
-    output_dir: Path,
+    protocol: EvaluationProtocol,
     baseline: dict[str, float] | None = None,
 ) -> str:
     """Write curves, picture sheet and model card of pre-training into its folder; return its table of results.
@@ -186,15 +185,15 @@ def write_report(
     Args:
         records: the held-out images, with captions.
         metrics: those of `evaluate_retrieval` on them.
-        said: how they were measured; its `k` are the candidates re-ranked.
+        protocol: how they were measured; its `k` is the number of candidates that were re-ranked.
         baseline: metrics of `ridge_baseline` on them.
     """
-    k = said["k"]
+    k, folder = protocol.k or 0, run.output_dir
     table = results_table(metrics, len(records), k, baseline)
-    plot_training(read_metrics(output_dir / METRICS), output_dir / CURVES)
-    picture_sheet(model, processor, records, output_dir / SHEET, k)
+    plot_training(read_metrics(folder / METRICS), folder / CURVES)
+    picture_sheet(model, processor, records, folder / SHEET, k)
     results = f"""\
-Split `{said["split"]}`, which this run did not train on, one caption per image, measured at its end. Similarity is the
+Split `{protocol.split}`, which this run did not train on, one caption per image, measured at its end. Similarity is the
 cosine of both encoders' features; re-ranking scores the {k} most similar candidates of each query by the matching head
 alone. Pixels were made by the PIL backend of the image processor.
 
@@ -203,20 +202,19 @@ alone. Pixels were made by the PIL backend of the image processor.
         (CURVES, "Losses and recall along the run."),
         (SHEET, "Retrieved pictures; the right one is framed. The captions are spread evenly over the split."),
     ]
-    of_both_directions = {n: v for n, v in metrics.items() if n.removeprefix("reranked_").startswith("recall@")}
-    example = records[0] | {"captions": [record["captions"][0] for record in records[:4]]}
-    run.card("pretraining", results, of_both_directions, said, pictures, example, output_dir)
+    mean_recall = {name: v for name, v in metrics.items() if name.removeprefix("reranked_").startswith("recall@")}
+    labels = [records[row]["captions"][0] for row in range(min(4, len(records)))]
+    run.write_card(results, mean_recall, protocol, pictures, example=records[0] | {"captions": labels})
     return table
 
 
 def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Path, columns: int = 6) -> None:
-    """Draw pictures with what was asked or said of them, and the prediction, as a PNG; right ones are framed green.
+    """Draw pictures with the text about them and the prediction, as a PNG; right ones are framed green.
 
-    The records are drawn with a fixed seed: none is chosen for its result. Grounded phrases show their point and best
-    box beside the true ones.
+    The records are drawn with a fixed seed: none is chosen for its result. A grounded phrase shows its point.
 
     Args:
-        records: what was evaluated.
+        records: the records that were evaluated.
         predictions: those of an evaluator; several of one record share its `image_id`.
     """
     plt = _pyplot()
@@ -232,22 +230,10 @@ def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Pat
         pictures = [open_image(image).convert("RGB") for image in record.get("images") or [record["image"]]]
         axis.imshow(np.concatenate([np.asarray(_framed(picture)) for picture in pictures], axis=1))
         if "point" in prediction:
-            asked, said, right = prediction["phrase"], "", None
-            size = pictures[0].size
-            scale = SHEET_SIDE / max(size)
-            x, y = (
-                (SHEET_SIDE - scale * side) / 2 + scale * at for side, at in zip(size, prediction["point"], strict=True)
-            )
-            axis.plot(x + FRAME, y + FRAME, marker="+", color="red", markersize=12)
-        else:
-            asked = record.get("question") or record["captions"][0]
-            said = prediction.get("answer") or prediction["label"]
-            true = (record.get("answers") or [record.get("label")])[0]
-            right = said == true
-            said = said if right else f"{said} ({true})"
-        color = "black" if right is None else "tab:green" if right else "tab:red"
-        axis.set_title(textwrap.fill(asked, 24), fontsize=8)
-        axis.text(0.5, -0.08, said, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=color)
+            axis.plot(*_on_sheet(prediction["point"], pictures[0].size), marker="+", color="red", markersize=12)
+        text, result, color = _caption_of(prediction, record)
+        axis.set_title(textwrap.fill(text, 24), fontsize=8)
+        axis.text(0.5, -0.08, result, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=color)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -257,9 +243,27 @@ def _framed(picture: Image.Image) -> Image.Image:
     return ImageOps.expand(ImageOps.pad(picture, (SHEET_SIDE, SHEET_SIDE), color="lightgrey"), FRAME, "lightgrey")
 
 
-def task_table(metrics: dict[str, float], said: dict[str, Any]) -> str:
-    """A Markdown table of a task's metrics under a line that says how they were measured."""
-    line = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in said.items() if value is not False)
+def _on_sheet(point: Sequence[float], size: tuple[int, int]) -> tuple[float, ...]:
+    """Where a point of a picture is after `_framed`."""
+    scale = SHEET_SIDE / max(size)
+    return tuple((SHEET_SIDE - scale * side) / 2 + scale * at + FRAME for side, at in zip(size, point, strict=True))
+
+
+def _caption_of(prediction: dict, record: dict) -> tuple[str, str, str]:
+    """The text about a picture, the result below it, and the colour of the result."""
+    if "phrase" in prediction:
+        return prediction["phrase"], "", "black"
+    text = record.get("question") or record["captions"][0]
+    predicted = prediction.get("answer") or prediction["label"]
+    true = (record.get("answers") or [record.get("label")])[0]
+    if predicted == true:
+        return text, predicted, "tab:green"
+    return text, f"{predicted} ({true})", "tab:red"
+
+
+def task_table(metrics: dict[str, float], protocol: EvaluationProtocol) -> str:
+    """A Markdown table of a task's metrics, under a line with the protocol of their measurement."""
+    line = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in protocol.to_dict().items())
     rows = [f"| {name} | {value:.2f} |" for name, value in metrics.items() if name not in ("step", "epoch")]
     return "\n".join([f"Measured with: {line}.", "", "| metric | value |", "|---|---|", *rows])
 
@@ -277,29 +281,29 @@ def plot_task(lines: list[dict[str, float]], metric: str, path: Path) -> None:
     plt.close(figure)
 
 
-def write_task_report(
-    output_dir: Path,
-    metrics: dict[str, float],
-    said: dict[str, Any],
+def write_finetuning_report(
     run: Run,
+    metrics: dict[str, float],
+    protocol: EvaluationProtocol,
     metric: str,
-    example: dict[str, Any] | None = None,
+    records: Sequence[dict] | None,
 ) -> str:
     """Write curve and model card of a fine-tuning run into its folder; return its table of results.
 
     Args:
-        metrics: those of the run's last evaluation; the table shows those of the model that was kept.
-        said: how they were measured, see `tasks.statement`.
+        metrics: the last line of the run's `metrics.jsonl`; the table shows those of the best evaluation.
+        protocol: how they were measured.
         metric: the one that the model was kept by; the first one if empty.
-        example: a record of the held-out data, for the card's widget.
+        records: the held-out data, of which the card's widget shows one; None if nothing was evaluated.
     """
-    evaluated = [line for line in read_metrics(output_dir / METRICS) if "loss" not in line]
+    lines = read_metrics(run.output_dir / METRICS)
+    evaluations = [line for line in lines if "loss" not in line]
     metric = metric or next((name for name in metrics if name not in ("step", "epoch")), "loss")
-    best = max(evaluated, key=lambda line: line.get(metric, -math.inf), default=metrics)
-    plot_task(read_metrics(output_dir / METRICS), metric, output_dir / CURVES)
-    table = task_table(best, said)
+    best = max(evaluations, key=lambda line: line.get(metric, -math.inf), default=metrics)
+    plot_task(lines, metric, run.output_dir / CURVES)
+    table = task_table(best, protocol)
     pictures = [(CURVES, "Loss and metric along the run.")]
-    run.card(said["task"], table, best, said, pictures, example, output_dir)
+    run.write_card(table, best if records else {}, protocol, pictures, example=records[0] if records else None)
     return table
 
 

@@ -1,134 +1,148 @@
-"""The downstream tasks: what differs between them is a row of a table, `TASKS`.
+"""The tasks: all that differs between them is a row of the table `TASKS`."""
 
-A task has a head, a loader of its data, batches, an evaluator, and the metric by which its best model is known.
-"""
-
-import json
-import random
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import datasets
 import torch
 from datasets import Dataset
-from tokenizers import AddedToken
-from transformers import PreTrainedModel
 
 from ..data.annotations.entailment import load_entailment
 from ..data.annotations.phrases import load_phrases
-from ..data.annotations.questions import load_questions, read_answer_list
+from ..data.annotations.questions import load_questions
 from ..data.annotations.reasoning import load_reasoning
+from ..data.augmentation import TCLAugmentation
 from ..data.collators import TCLPreTrainingCollator, TCLTaskCollator
 from ..data.embedded.easy_vqa import load_easy_vqa
 from ..data.embedded.scenes import load_scene_entailment, load_scene_phrases, load_scene_reasoning
-from ..data.images import why_unusable
-from ..data.pairs import DataError, load_pairs
+from ..data.pairs import load_pairs
 from ..evaluation.answers import evaluate_answers
 from ..evaluation.classes import evaluate_classes
 from ..evaluation.grounding import evaluate_grounding
 from ..evaluation.metrics import vqa_results
 from ..evaluation.retrieval import evaluate_retrieval
 from ..evaluation.shares import Evaluation
-from ..inference.grounding import HEAT_KINDS
 from ..models.configuration_tcl import TCLConfig
 from ..models.encoders import TCLPreTrainedModel
-from ..models.modeling_tcl import TCLForImageTextRetrieval
+from ..models.modeling_tcl import TCLForImageTextRetrieval, TCLForPreTraining
 from ..models.modeling_tcl_tasks import (
     TCLForQuestionAnswering,
     TCLForTextAssignment,
     TCLForVisualEntailment,
     TCLForVisualReasoning,
 )
-from ..models.processing_tcl import TCLProcessor
-from ..models.tokenization_tcl import clean_caption, clean_question
-from .arguments import DataArguments, RecipeError
-from .build import build_augmentation, name_of
+from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_TOKENS, TCLProcessor
+from .arguments import TrainingDataArguments
 
-ANSWERS = "answers.json"
+Collator = TCLPreTrainingCollator | TCLTaskCollator
 
-
-@dataclass
-class TaskArguments(DataArguments):
-    """Which task, and on what data."""
-
-    task: str = field(default="retrieval", metadata={"help": "The task."})
-    annotations: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Further files: the answers to VQA v2 questions, or the RefCOCO folder of ALBEF's lists."},
-    )
-    validation_annotations: list[str] = field(default_factory=list, metadata={"help": "The same, to evaluate on."})
-    answer_list: str | None = field(
-        default=None, metadata={"help": "JSON list of answers to choose from; those of the training data if not given."}
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "What the data is called in results; the name of its first source if not given."},
-    )
-    add_words: bool = field(
-        default=False, metadata={"help": "Add words of the data that the tokenizer would cut to pieces."}
-    )
-    share_images: bool = field(
-        default=False,
-        metadata={"help": "Train on all texts about an image together, and count images in a batch: it is read once."},
-    )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Samples in a forward of the evaluation."})
-    heat: str = field(default="matching", metadata={"help": "Score whose map shows where: 'matching' or 'similarity'."})
-    heat_layer: int | None = field(
-        default=None,
-        metadata={"help": "Layer whose attention it is: of fusion for matching, of vision for similarity."},
-    )
-    half_precision_states: bool = field(
-        default=False, metadata={"help": "Keep encoded states in float16 on the CPU while re-ranking: less memory."}
-    )
-    eval_captions: int | None = field(default=None, metadata={"help": "Captions per image to retrieve; all if None."})
-
-    def __post_init__(self):
-        if self.task not in TASKS:
-            raise RecipeError(f"There is no task '{self.task}': choose one of {', '.join(TASKS)}.")
-        if self.share_images and TASKS[self.task].makes_pairs:
-            raise RecipeError(f"share_images: '{self.task}' draws one caption of an image; leave it out.")
-        if self.heat not in HEAT_KINDS:
-            raise RecipeError(f"heat: there is no map of '{self.heat}': choose one of {', '.join(HEAT_KINDS)}.")
-        if self.dataset_name is None:
-            self.dataset_name = name_of(self.data)
+# Arguments that not every task reads, by the part of a task that reads them.
+_OF_PAIRS = ("image_root", "image_column", "caption_column")
+_OF_ANNOTATIONS = ("image_root", "annotations")
+_OF_VIEWS = ("two_views",)
+_OF_TEXTS = ("share_images",)
+_OF_EVALUATION = (
+    *("validation_data", "eval_images", "eval_max_tokens", "per_device_eval_batch_size"),
+    *("eval_steps", "metric_for_best_model"),
+)
+_OF_RETRIEVAL = (*_OF_EVALUATION, "eval_k", "half_precision_states")
 
 
-Evaluator = Callable[[Any, TCLProcessor, Sequence[dict], TaskArguments, list[str]], Evaluation]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One row of the table.
 
     Args:
         model_class: the head.
-        load: reads a source's split.
-        embedded: data that comes with the package, by name.
-        evaluate: given model, processor, records, arguments and candidate answers; None if there is nothing to measure.
-        metric: what tells the best model.
-        makes_pairs: trained on images with captions by contrast; other heads read labels or answers.
-        load_options: which arguments of files the loader takes.
+        load: reads the samples of a split: `load(sources, split, **options)`.
+        load_options: the arguments that it takes as options.
+        build_collator: makes the collator for training, of the arguments, the model's config and the processor.
+        collator_options: the arguments that only some collators read.
+        result_type: the Hub's name for the task of a result.
+        evaluate: returns the `Evaluation` of a model, given model, processor, records, arguments and the answers to
+            choose from; None if there is nothing to measure.
+        evaluation_options: the arguments that only some evaluations read.
+        embedded: functions that load a split of data that comes with the package, by the name of the data.
+        protocol_options: facts that the protocol of a result states, and the arguments that hold them.
+        measured_as: the task that the evaluation measures, if it is another one.
+        result_files: files beside `evaluation.json` that a server takes, and what makes their content of predictions.
+        is_downstream: whether the task is fine-tuned from a checkpoint, and evaluated by `evaluate.py`.
     """
 
     model_class: type[TCLPreTrainedModel]
-    load: Callable[..., Dataset]
-    embedded: dict[str, Callable[[str], Dataset]]
-    evaluate: Evaluator | None
-    metric: str
-    makes_pairs: bool = False
-    load_options: tuple[str, ...] = ("image_root",)
+    load: Callable[..., Any]
+    load_options: tuple[str, ...]
+    build_collator: Callable[[Any, TCLConfig, TCLProcessor], Collator]
+    collator_options: tuple[str, ...]
+    result_type: str
+    evaluate: Callable[[Any, TCLProcessor, Sequence[dict], Any, list[str]], Evaluation] | None = None
+    evaluation_options: tuple[str, ...] = ()
+    embedded: dict[str, Callable[[str], Dataset]] = field(default_factory=dict)
+    protocol_options: dict[str, str] = field(default_factory=dict)
+    measured_as: str | None = None
+    result_files: dict[str, Callable[[list[dict]], Any]] = field(default_factory=dict)
+    is_downstream: bool = True
+
+    @property
+    def options(self) -> set[str]:
+        """The arguments that this task reads, of those that not every task reads."""
+        for_validation = (f"validation_{name}" for name in self.load_options)
+        return {*self.load_options, *for_validation, *self.collator_options, *self.evaluation_options}
+
+    @property
+    def chooses_answers(self) -> bool:
+        """Whether the model chooses among a list of answers."""
+        return "answer_list" in self.options
 
 
-def _retrieval(
-    model: TCLForImageTextRetrieval,
+# Collators
+
+
+def build_augmentation(args: TrainingDataArguments, processor: TCLProcessor) -> TCLAugmentation:
+    """Make the augmentation that the arguments describe."""
+    pixels = processor.image_processor
+    return TCLAugmentation(
+        pixels.size["height"],
+        pixels.image_mean,
+        pixels.image_std,
+        crop_scale=tuple(args.crop_scale),
+        color_jitter=args.color_jitter,
+        flip=args.flip,
+        num_operations=args.num_operations,
+    )
+
+
+def _collate_pairs(
+    args: TrainingDataArguments,
+    config: TCLConfig,
     processor: TCLProcessor,
-    records: Sequence[dict],
-    args: TaskArguments,
-    answers: list[str],
-) -> Evaluation:
+    mask_words: bool = False,
+    with_image_ids: bool = False,
+) -> TCLPreTrainingCollator:
+    return TCLPreTrainingCollator(
+        processor,
+        build_augmentation(args, processor),
+        args.max_tokens,
+        two_views=args.two_views,
+        mlm_probability=config.mlm_probability if mask_words and config.mlm_weight else 0.0,
+        with_image_ids=with_image_ids,
+    )
+
+
+def _collate_questions(args: TrainingDataArguments, config: TCLConfig, processor: TCLProcessor) -> TCLTaskCollator:
+    return TCLTaskCollator(processor, build_augmentation(args, processor), args.max_tokens)
+
+
+def _collate_statements(args: TrainingDataArguments, config: TCLConfig, processor: TCLProcessor) -> TCLTaskCollator:
+    augmentation = build_augmentation(args, processor)
+    return TCLTaskCollator(processor, augmentation, args.max_tokens, label2id=dict(config.label2id))
+
+
+# Evaluations
+
+
+def _evaluate_retrieval(model, processor, records, args, answers) -> Evaluation:
     metrics = evaluate_retrieval(
         model,
         processor,
@@ -137,240 +151,125 @@ def _retrieval(
         args.eval_captions,
         args.per_device_eval_batch_size,
         torch.float16 if args.half_precision_states else None,
+        max_tokens=args.eval_max_tokens or MAX_TOKENS,
         progress=True,
     )
     return Evaluation(metrics)
 
 
-def _answers(
-    model: TCLForQuestionAnswering,
-    processor: TCLProcessor,
-    records: Sequence[dict],
-    args: TaskArguments,
-    answers: list[str],
-) -> Evaluation:
+def _evaluate_answers(model, processor, records, args, answers) -> Evaluation:
+    max_tokens, batch_size = args.eval_max_tokens or MAX_QUESTION_TOKENS, args.per_device_eval_batch_size
     return evaluate_answers(
-        model, processor, records, answers, args.eval_k, args.per_device_eval_batch_size, progress=True
+        model, processor, records, answers, args.eval_k, batch_size, max_tokens=max_tokens, progress=True
     )
 
 
-def _classes(
-    model: PreTrainedModel,
-    processor: TCLProcessor,
-    records: Sequence[dict],
-    args: TaskArguments,
-    answers: list[str],
-) -> Evaluation:
-    return evaluate_classes(model, processor, records, args.per_device_eval_batch_size, args.max_tokens, progress=True)
+def _evaluate_statements(model, processor, records, args, answers) -> Evaluation:
+    max_tokens = args.eval_max_tokens or MAX_TOKENS
+    return evaluate_classes(model, processor, records, args.per_device_eval_batch_size, max_tokens, progress=True)
 
 
-def _grounding(
-    model: TCLForImageTextRetrieval,
-    processor: TCLProcessor,
-    records: Sequence[dict],
-    args: TaskArguments,
-    answers: list[str],
-) -> Evaluation:
+def _evaluate_grounding(model, processor, records, args, answers) -> Evaluation:
+    max_tokens, batch_size = args.eval_max_tokens or MAX_TOKENS, args.per_device_eval_batch_size
     return evaluate_grounding(
-        model,
-        processor,
-        records,
-        args.heat_layer,
-        args.per_device_eval_batch_size,
-        args.max_tokens,
-        progress=True,
-        heat=args.heat,
+        model, processor, records, args.heat_layer, batch_size, max_tokens, progress=True, heat=args.heat
     )
 
+
+def _answers_for_server(predictions: list[dict]) -> list[dict[str, Any]]:
+    return vqa_results({prediction["question_id"]: prediction["answer"] for prediction in predictions})
+
+
+# The table
 
 TASKS = {
+    "pretraining": Task(
+        model_class=TCLForPreTraining,
+        load=load_pairs,
+        load_options=_OF_PAIRS,
+        build_collator=partial(_collate_pairs, mask_words=True),
+        collator_options=_OF_VIEWS,
+        result_type="image-text-retrieval",
+        evaluate=_evaluate_retrieval,
+        evaluation_options=_OF_RETRIEVAL,
+        protocol_options={"k": "eval_k"},
+        measured_as="retrieval",
+        is_downstream=False,
+    ),
     "retrieval": Task(
-        TCLForImageTextRetrieval,
-        load_pairs,
-        {},
-        _retrieval,
-        "reranked_recall_mean",
-        makes_pairs=True,
-        load_options=("image_root", "image_column", "caption_column"),
+        model_class=TCLForImageTextRetrieval,
+        load=load_pairs,
+        load_options=_OF_PAIRS,
+        build_collator=partial(_collate_pairs, with_image_ids=True),
+        collator_options=_OF_VIEWS,
+        result_type="image-text-retrieval",
+        evaluate=_evaluate_retrieval,
+        evaluation_options=(*_OF_RETRIEVAL, "eval_captions"),
+        protocol_options={"k": "eval_k"},
     ),
     "question_answering": Task(
-        TCLForQuestionAnswering,
-        load_questions,
-        {"easy_vqa": load_easy_vqa},
-        _answers,
-        "accuracy",
-        load_options=("image_root", "annotations"),
+        model_class=TCLForQuestionAnswering,
+        load=load_questions,
+        load_options=_OF_ANNOTATIONS,
+        build_collator=_collate_questions,
+        collator_options=_OF_TEXTS,
+        result_type="visual-question-answering",
+        evaluate=_evaluate_answers,
+        evaluation_options=(*_OF_EVALUATION, "eval_k", "answer_list"),
+        embedded={"easy_vqa": load_easy_vqa},
+        protocol_options={"k": "eval_k"},
+        result_files={"vqa_results.json": _answers_for_server},
     ),
     "visual_entailment": Task(
-        TCLForVisualEntailment, load_entailment, {"scenes": load_scene_entailment}, _classes, "accuracy"
+        model_class=TCLForVisualEntailment,
+        load=load_entailment,
+        load_options=("image_root",),
+        build_collator=_collate_statements,
+        collator_options=_OF_TEXTS,
+        result_type="visual-entailment",
+        evaluate=_evaluate_statements,
+        evaluation_options=_OF_EVALUATION,
+        embedded={"scenes": load_scene_entailment},
     ),
     "visual_reasoning": Task(
-        TCLForVisualReasoning, load_reasoning, {"scenes": load_scene_reasoning}, _classes, "accuracy"
+        model_class=TCLForVisualReasoning,
+        load=load_reasoning,
+        load_options=("image_root",),
+        build_collator=_collate_statements,
+        collator_options=_OF_TEXTS,
+        result_type="visual-reasoning",
+        evaluate=_evaluate_statements,
+        evaluation_options=_OF_EVALUATION,
+        embedded={"scenes": load_scene_reasoning},
     ),
     "text_assignment": Task(
-        TCLForTextAssignment,
-        load_pairs,
-        {},
-        None,
-        "",
-        makes_pairs=True,
-        load_options=("image_root", "image_column", "caption_column"),
+        model_class=TCLForTextAssignment,
+        load=load_pairs,
+        load_options=_OF_PAIRS,
+        build_collator=_collate_pairs,
+        collator_options=_OF_VIEWS,
+        result_type="text-assignment",
     ),
     "grounding": Task(
-        TCLForImageTextRetrieval,
-        load_phrases,
-        {"scenes": load_scene_phrases},
-        _grounding,
-        "pointing_accuracy",
-        makes_pairs=True,
-        load_options=("image_root", "annotations"),
+        model_class=TCLForImageTextRetrieval,
+        load=load_phrases,
+        load_options=_OF_ANNOTATIONS,
+        build_collator=partial(_collate_pairs, with_image_ids=True),
+        collator_options=_OF_VIEWS,
+        result_type="visual-grounding",
+        evaluate=_evaluate_grounding,
+        evaluation_options=(*_OF_EVALUATION, "heat", "heat_layer"),
+        embedded={"scenes": load_scene_phrases},
+        protocol_options={"heat": "heat"},
     ),
 }
 
 
-def load_task(args: TaskArguments, validation: bool = False) -> Dataset:
-    """Load what a task trains on, or the records it is evaluated on: at most `eval_images`, those that can be used.
-
-    Raises:
-        DataError: if there is nothing, or nothing that can be used.
-    """
-    task = TASKS[args.task]
-    sources = args.validation_data or args.data if validation else args.data
-    split = args.validation_split if validation else args.split
-    options = {
-        "image_root": args.image_root,
-        "image_column": args.image_column,
-        "caption_column": args.caption_column,
-        "annotations": (args.validation_annotations or args.annotations if validation else args.annotations) or None,
-    }
-    options = {name: options[name] for name in task.load_options}
-    if len(sources) == 1 and sources[0] in task.embedded:
-        try:
-            records = task.embedded[sources[0]](split)
-        except ValueError as error:
-            raise DataError(str(error)) from error
-    else:
-        records = task.load(sources, split, **options)
-    if not validation:
-        return records
-    records = records.select(range(min(args.eval_images, len(records)))) if args.eval_images else records
-    reasons = [why_unusable(record) for record in records]
-    if any(reasons):
-        bad = [number for number, reason in enumerate(reasons) if reason]
-        datasets.logging.get_logger(__name__).warning(
-            "Not evaluated: %d records, the first of them %s (%s)",
-            len(bad),
-            records[bad[0]].get("image_id"),
-            reasons[bad[0]],
-        )
-        records = records.select([number for number, reason in enumerate(reasons) if not reason])
-    if not len(records):
-        raise DataError(f"No record of the split '{split}' of {', '.join(sources)} can be evaluated.")
-    return records
+def readers_of(option: str) -> list[str]:
+    """The tasks that read an argument; none if it does not depend on the task."""
+    return [name for name, task in TASKS.items() if option in task.options]
 
 
-def build_task_collator(args: TaskArguments, config: TCLConfig, processor: TCLProcessor):
-    """Make the collator of a fine-tuning run."""
-    augmentation = build_augmentation(args, processor)
-    if TASKS[args.task].makes_pairs:
-        return TCLPreTrainingCollator(
-            processor,
-            augmentation,
-            args.max_tokens,
-            two_views=args.two_views,
-            mlm_probability=0.0,
-            with_image_ids=TASKS[args.task].evaluate is not None,
-        )
-    has_classes = TASKS[args.task].evaluate is _classes
-    return TCLTaskCollator(
-        processor, augmentation, args.max_tokens, label2id=dict(config.label2id) if has_classes else None
-    )
-
-
-def candidate_answers(args: TaskArguments, records: Dataset | None, folder: str | None = None) -> list[str]:
-    """The answers to choose from: the list that was named, that of the model's folder, or those of training data.
-
-    Those of training data come most frequent first. Other tasks than question answering have none.
-    """
-    if TASKS[args.task].evaluate is not _answers:
-        return []
-    if args.answer_list is not None:
-        return read_answer_list(args.answer_list)
-    if folder is not None and (Path(folder) / ANSWERS).exists():
-        return read_answer_list(str(Path(folder) / ANSWERS))
-    if records is None:
-        raise RecipeError("There are no answers to choose from: name a JSON list of them with --answer_list.")
-    counts = Counter(answer for answers in records.select_columns(["answers"])["answers"] for answer in answers)
-    return [answer for answer, _ in counts.most_common()]
-
-
-def add_words(model: PreTrainedModel, processor: TCLProcessor, records: Dataset) -> list[str]:
-    """Add the words of a task's texts and answers that the tokenizer cuts to pieces or does not know; return them.
-
-    For small vocabularies: what was trained on names of things lacks the words of questions.
-    """
-    columns = [name for name in ("question", "captions", "answers") if name in records.column_names]
-    words: set[str] = set()
-    for record in records.select_columns(columns):
-        for column in columns:
-            texts = [record[column]] if isinstance(record[column], str) else record[column]
-            for text in texts:
-                words.update((clean_question(text) if column == "question" else clean_caption(text)).split())
-    pieces = {word: processor.tokenizer.tokenize(word) for word in words}
-    new = sorted(word for word, own in pieces.items() if len(own) != 1 or own[0] == processor.tokenizer.unk_token)
-    processor.tokenizer.add_tokens([AddedToken(word, single_word=True) for word in new])
-    model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
-    return new
-
-
-def shuffle_images(records: Sequence[dict], seed: int = 0) -> list[dict]:
-    """The records, each with the image of another one: what a model reaches that only reads."""
-    order = list(range(len(records)))
-    random.Random(seed).shuffle(order)
-    neighbour = dict(zip(order, [*order[1:], *order[:1]], strict=True))
-    column = "images" if "images" in records[0] else "image"
-    return [record | {column: records[neighbour[row]][column]} for row, record in enumerate(records)]
-
-
-def protocol(config: TCLConfig, task: str, dataset_name: str) -> str:
-    """What an evaluation is called, by what the model has learned from.
-
-    `finetuned` on the data set itself, `pretrained_on_<data>` if it was seen in pre-training only,
-    `zero_shot_from_<data>` if the model was fine-tuned for the task on another set, else `zero_shot`. (The paper's
-    "zero-shot" Flickr30k numbers are those of a COCO-tuned model: `zero_shot_from_coco`.)
-    """
-    history = config.trained_on or []
-    tuned = [name for step in history if step["task"] == task for name in step["data"]]
-    if dataset_name in tuned:
-        return "finetuned"
-    if any(dataset_name in step["data"] for step in history):
-        return f"pretrained_on_{dataset_name}"
-    return f"zero_shot_from_{tuned[-1]}" if tuned else "zero_shot"
-
-
-def statement(args: DataArguments, config: TCLConfig, dataset: str, task: str, num_records: int) -> dict[str, Any]:
-    """What every result must be read with: protocol, data, split, candidates and resolution."""
-    said: dict[str, Any] = {
-        "task": task,
-        "dataset": dataset,
-        "split": args.validation_split,
-        "records": num_records,
-        "protocol": protocol(config, task, dataset),
-        "resolution": config.vision_config.image_size,
-    }
-    if task in ("retrieval", "question_answering"):
-        said["k"] = args.eval_k
-    if task == "grounding" and isinstance(args, TaskArguments):
-        said["heat"] = args.heat
-    return said
-
-
-def write_results(folder: Path, evaluation: Evaluation, said: dict[str, Any]) -> None:
-    """Write `evaluation.json`, `predictions.json`, and for answers the results file that the VQA server takes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(said | {"metrics": evaluation.metrics}, indent=2) + "\n")
-    if evaluation.predictions:
-        (folder / "predictions.json").write_text(json.dumps(evaluation.predictions) + "\n")
-    if said["task"] == "question_answering":
-        answers = {prediction["question_id"]: prediction["answer"] for prediction in evaluation.predictions}
-        (folder / "vqa_results.json").write_text(json.dumps(vqa_results(answers)) + "\n")
+def ignored_options(task: str, given: Iterable[str]) -> list[str]:
+    """Those of the given arguments that this task ignores."""
+    return sorted(option for option in given if readers_of(option) and task not in readers_of(option))

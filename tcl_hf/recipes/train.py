@@ -1,0 +1,72 @@
+"""Pre-training and fine-tuning share this: a task is trained, and its run is described."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from ..models.processing_tcl import TCLProcessor
+from ..sharing.hub import BackgroundPush
+from ..training.arguments import TCLTrainingArguments
+from ..training.loop import train
+from .arguments import TrainingDataArguments
+from .tasks import TASKS
+
+
+def train_task(
+    data_args: TrainingDataArguments,
+    args: TCLTrainingArguments,
+    model: PreTrainedModel,
+    processor: TCLProcessor,
+    samples: Any,
+    records: Sequence[dict] | None,
+    answers: list[str] | None = None,
+) -> dict[str, float]:
+    """Train a model for a task, and save it with its processor, metrics and checkpoints.
+
+    Args:
+        samples: the data to train on, map-style or a stream.
+        records: the data to evaluate on; None for no evaluation.
+        answers: the answers to choose from, for a task that chooses answers.
+
+    Returns:
+        The last line of `metrics.jsonl`.
+
+    Raises:
+        NonFiniteError, Preempted, CheckpointWriteError, TrainingError, DataError: as in `training.loop.train`.
+    """
+    task = TASKS[data_args.task]
+    history = model.config.trained_on or []
+    model.config.trained_on = [*history, {"task": data_args.task, "data": data_args.dataset_names}]
+    collator = task.build_collator(data_args, model.config, processor)
+
+    def evaluate(model: PreTrainedModel) -> dict[str, float]:
+        assert task.evaluate is not None and records is not None
+        return task.evaluate(model, processor, records, data_args, answers or []).metrics
+
+    pushes = args.push_to_hub and PartialState().is_main_process
+    return train(
+        model,
+        samples,
+        collator,
+        processor,
+        args,
+        evaluate if records else None,
+        push_checkpoint=BackgroundPush(str(args.hub_model_id)) if pushes else None,
+    )
+
+
+def command_line(name: str, argv: Sequence[str] | None) -> str:
+    """The command line of a run, for its card.
+
+    Args:
+        name: the module of this package that was run.
+        argv: the arguments that it was given; None for those of the process.
+    """
+    is_module = argv is not None or Path(sys.argv[0]).resolve() == Path(__file__).with_name(f"{name}.py").resolve()
+    program = f"-m {__package__}.{name}" if is_module else sys.argv[0]
+    return f"accelerate launch {program} {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip()

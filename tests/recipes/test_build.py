@@ -1,0 +1,177 @@
+"""Arguments become data, answers, models and processors."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import png, questions, tiny
+
+from tcl_hf import TCLForQuestionAnswering
+from tcl_hf.data.annotations.questions import QUESTION_FEATURES
+from tcl_hf.data.pairs import DataError
+from tcl_hf.recipes.arguments import PretrainingDataArguments, RecipeError, TaskArguments
+from tcl_hf.recipes.build import (
+    MAX_NAMED,
+    add_words,
+    build_model,
+    candidate_answers,
+    load_evaluation_data,
+    load_pretraining_data,
+)
+from tcl_hf.recipes.parsing import PRETRAIN, parse_recipe
+from tcl_hf.recipes.tasks import TASKS
+
+TINY = [
+    *("--image_size", "16", "--vocab_size", "60"),
+    "--config",
+    '{"queue_size": 8, "vision_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,'
+    ' "intermediate_size": 32, "patch_size": 8}, "text_config": {"hidden_size": 16, "num_hidden_layers": 2,'
+    ' "fusion_layer": 1, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 40}}',
+]
+
+
+def build(*argv):
+    data, model, _ = parse_recipe(PRETRAIN, ["--recipe", "openmoji", *TINY, *argv])
+    torch.manual_seed(0)
+    return data, *build_model(model, ["a red dog", "a blue cat"])
+
+
+# Models
+
+
+def test_a_new_model_and_its_processor_fit_together():
+    data, model, processor = build()
+    assert model.config.text_config.vocab_size == len(processor.tokenizer)
+    assert processor.image_processor.size["height"] == model.config.vision_config.image_size == 16
+    collator = TASKS[data.task].build_collator(data, model.config, processor)
+    assert collator.augmentation.image_size == 16
+    assert collator.augmentation.crop_scale == tuple(data.crop_scale)
+
+
+def test_a_run_goes_on_from_a_checkpoint_at_another_size(tmp_path):
+    _, model, processor = build()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    _, again, its_processor = build("--model", str(tmp_path), "--image_size", "32", "--config", '{"queue_size": 4}')
+    assert again.config.vision_config.image_size == 32 and len(again.queue.image) == 4
+    assert its_processor.image_processor.size["height"] == 32
+    assert torch.equal(again.itm_head.weight, model.itm_head.weight)
+    assert its_processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    _, parts, _ = parse_recipe(PRETRAIN, ["--recipe", "tcl_4m", "--model", str(tmp_path)])
+    parts.vision_model = parts.text_model = parts.image_size = None
+    same, _ = build_model(parts, [])
+    assert same.config.vision_config.image_size == 16  # the checkpoint's
+    with pytest.raises(RecipeError, match="image_size=30 does not divide"):
+        build("--model", str(tmp_path), "--image_size", "30")
+
+
+def test_patch_dropout_is_a_field_of_the_run_and_not_of_the_checkpoint(tmp_path):
+    _, model, processor = build("--config", '{"patch_dropout": 0.5}')
+    assert model.config.patch_dropout == 0.5
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    _, again, _ = build("--model", str(tmp_path), "--config", '{"patch_dropout": 0}')
+    assert again.config.patch_dropout == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--image_size", "17"], "image_size=17 does not divide into patches of 8"),
+        (["--config", '{"momentum": 2}'], "momentum=2"),
+        (["--model", "./nowhere"], "nowhere"),
+        (["--model", "./nowhere", "--vision_model", "x"], "leave out the others"),
+        (["--vision_model", "./nowhere"], "nowhere"),
+    ],
+)
+def test_models_that_cannot_be_built_are_one_sentence(argv, message):
+    with pytest.raises(RecipeError, match=message):
+        build(*argv)
+
+
+# Data
+
+
+def write_pairs(folder, rows) -> str:
+    (folder / "0.png").write_bytes(png(0))
+    (folder / "1.png").write_bytes(b"broken")
+    (folder / "pairs.json").write_text(json.dumps(rows))
+    return str(folder / "pairs.json")
+
+
+def test_a_run_without_a_validation_split_says_that_it_does_not_evaluate(tmp_path, caplog):
+    file = write_pairs(tmp_path, [{"image": "0.png", "caption": "a dog"}])
+    pairs, records = load_pretraining_data(PretrainingDataArguments(data=[file]))
+    assert len(pairs) == 1
+    assert records is None
+    assert "nothing is evaluated" in caplog.text
+    _, records = load_pretraining_data(PretrainingDataArguments(data=[file], validation_data=[file]))
+    assert records[0]["captions"] == ["a dog"]
+
+
+def test_held_out_samples_that_cannot_be_used_are_named_and_left_out(tmp_path, caplog):
+    rows = [{"image": f"{n}.png", "caption": "a dog"} for n in range(2)] + [{"image": "0.png", "image_id": "x"}]
+    file = write_pairs(tmp_path, rows)
+    _, records = load_pretraining_data(PretrainingDataArguments(data=[file], validation_data=[file]))
+    assert len(records) == 1
+    assert "Not evaluated: 1.png (UnidentifiedImageError" in caplog.text
+    assert "Not evaluated: x (no caption)" in caplog.text
+
+
+def test_many_samples_that_cannot_be_used_are_counted(tmp_path, caplog):
+    bad = [{"image": "0.png", "image_id": str(number)} for number in range(MAX_NAMED + 3)]
+    file = write_pairs(tmp_path, [*bad, {"image": "0.png", "caption": "a dog"}])
+    args = TaskArguments(task="retrieval", data=[file], validation_split="validation", eval_images=0)
+    assert len(load_evaluation_data(args)) == 1
+    assert caplog.text.count("(no caption)") == MAX_NAMED
+    assert "Not evaluated: 3 more records." in caplog.text
+
+
+def test_at_most_eval_images_are_evaluated_and_0_means_all(tmp_path):
+    file = write_pairs(tmp_path, [{"image": "0.png", "caption": "a dog"}] * 5)
+    for limit, number in ((3, 3), (0, 5), (9, 5)):
+        for args in (TaskArguments(data=[file]), PretrainingDataArguments(data=[file])):
+            args.eval_images = limit
+            assert len(load_evaluation_data(args)) == number
+
+
+def test_a_split_that_does_not_exist_is_one_sentence():
+    args = TaskArguments(task="visual_entailment", data=["scenes"], validation_split="test")
+    with pytest.raises(DataError, match="no split 'test'"):
+        load_evaluation_data(args)
+
+
+# Answers and words
+
+
+def test_answers_to_choose_from_are_those_of_training_most_frequent_first(tmp_path):
+    rows = [row | {"answer_type": None, "question_type": None} for row in questions(3)]
+    records = Dataset.from_list(rows, features=QUESTION_FEATURES)
+    args = TaskArguments(task="question_answering")
+    assert candidate_answers(args, records) == ["red", "big cat", "green"]
+    (tmp_path / "answers.json").write_text('["yes", "no"]')
+    assert candidate_answers(args, None, str(tmp_path)) == ["yes", "no"]
+    with pytest.raises(RecipeError, match="--answer_list"):
+        candidate_answers(args, None, str(tmp_path / "nothing"))
+    assert candidate_answers(TaskArguments(task="retrieval"), None) == []
+
+
+def test_new_words_become_one_token_each_and_survive_saving(tmp_path):
+    model, processor = tiny(TCLForQuestionAnswering)
+    rows = [row | {"answer_type": None, "question_type": None} for row in questions(3)]
+    records = Dataset.from_list(rows, features=QUESTION_FEATURES)
+    before = model.text_decoder.text_model.embeddings.word_embeddings.weight[:80].clone()
+    new = add_words(model, processor, records)
+    assert "what" in new and "red" not in new
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    again = type(processor).from_pretrained(tmp_path)
+    for text in ("What is the red, near?", "whatis"):
+        assert again(text=text)["input_ids"] == processor(text=text)["input_ids"]
+    assert len(again.tokenizer.tokenize("what is")) == 2
+    assert "what" not in again.tokenizer.tokenize("whatever")
+    reloaded = TCLForQuestionAnswering.from_pretrained(tmp_path)
+    embeddings = reloaded.text_decoder.text_model.embeddings.word_embeddings.weight
+    assert len(embeddings) == len(processor.tokenizer)
+    assert torch.equal(embeddings[:80], before)

@@ -1,0 +1,83 @@
+"""Fine-tuning and evaluation end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, png, small_patches, statements, tiny_processor
+
+from tcl_hf import TCLForPreTraining, TCLForVisualEntailment
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    processor = tiny_processor(16)
+    TCLForPreTraining(small_patches(vision_config={"image_size": 16})).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def run_script(name: str, *argv: object) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+def write_entailment(folder: Path, number: int = 8) -> Path:
+    rows = []
+    for i, row in enumerate(statements(("entailment", "neutral", "contradiction"), number)):
+        (folder / f"{i}.jpg").write_bytes(png(i))
+        rows.append({"image": str(i), "sentence": row["captions"][0], "label": row["label"]})
+    file = folder / "ve_train.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def test_both_scripts_run_a_task_from_files_to_results(checkpoint, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    file = write_entailment(tmp_path)
+    common = ["--recipe", "tcl_snli_ve", "--validation_data", file]
+    common += ["--image_root", tmp_path, "--image_size", 16, "--dataset_name", "tiny_ve"]
+    out = tmp_path / "out"
+    ran = run_script(
+        "finetune.py", *common, "--model", checkpoint, "--output_dir", out, "--num_train_epochs", 2,
+        "--per_device_train_batch_size", 4, "--data", file, "--dataloader_num_workers", 0,
+        "--eval_steps", 2,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert "protocol finetuned" in ran.stdout
+    card = (out / "README.md").read_text()
+    assert "tiny_ve" in card and "protocol: finetuned" in card
+    model = TCLForVisualEntailment.from_pretrained(out)
+    assert model.config.trained_on == [{"task": "visual_entailment", "data": ["tiny_ve"]}]
+
+    ran = run_script("evaluate.py", *common, "--model", out, "--shuffle_images", "true")
+    assert ran.returncode == 0, ran.stderr
+    written = json.loads((out / "evaluation.json").read_text())
+    assert (written["protocol"], written["resolution"], written["records"]) == ("finetuned", 16, 8)
+    assert written["images_shuffled"] is True and 0 <= written["metrics"]["accuracy"] <= 100
+    assert len(json.loads((out / "predictions.json").read_text())) == 8
+    assert (out / "predictions.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "nowhere"], "nowhere cannot be opened"),
+        (["--task", "captioning"], "no task 'captioning'"),
+        (["--data", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_bad_input_is_one_sentence(checkpoint, argv, message):
+    given = ["--recipe", "tcl_snli_ve", "--model", checkpoint, "--image_size", 16, *argv]
+    ran = run_script("finetune.py", *given)
+    assert ran.returncode == 1
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+    assert "Traceback" not in ran.stderr

@@ -1,0 +1,36 @@
+"""The config of a planned model: nothing but the recipe is read."""
+
+import pytest
+from helpers import small_patches
+
+from tcl_hf import TCLConfig
+from tcl_hf.recipes.arguments import ModelArguments, RecipeError
+from tcl_hf.recipes.plan import main, planned_config
+
+
+def test_encoders_count_at_the_sizes_of_the_config_and_else_at_the_paper_s():
+    config = planned_config(ModelArguments(vision_model="not/read", text_model="not/read", fusion_layer=6))
+    assert config.to_dict() == TCLConfig(vision_config={"image_size": 256}).to_dict()
+    args = ModelArguments(
+        image_size=32,
+        vocab_size=99,
+        fusion_layer=2,
+        num_fusion_layers=3,
+        config='{"queue_size": 8, "vision_config": {"patch_size": 8}, "text_config": {"hidden_size": 48}}',
+    )
+    config = planned_config(args)
+    assert (config.vision_config.image_size, config.vision_config.patch_size, config.queue_size) == (32, 8, 8)
+    text = config.text_config
+    assert (text.vocab_size, text.fusion_layer, text.num_hidden_layers, text.hidden_size) == (99, 2, 5, 48)
+
+
+def test_a_checkpoint_counts_at_its_own_sizes(tmp_path):
+    small_patches().save_pretrained(tmp_path)
+    assert planned_config(ModelArguments(model=str(tmp_path))).text_config.hidden_size == 32
+
+
+def test_a_checkpoint_that_does_not_exist_is_one_sentence():
+    with pytest.raises(RecipeError, match=r"The model cannot be planned: .*nowhere"):
+        planned_config(ModelArguments(model="./nowhere"))
+    with pytest.raises(SystemExit, match=r"^error: The model cannot be planned"):
+        main(["--model", "./nowhere"])

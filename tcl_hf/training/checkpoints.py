@@ -77,36 +77,30 @@ def save_checkpoint(
             accelerator.save_state(str(unfinished))
     except (OSError, RuntimeError, SafetensorError) as error:  # Torch and safetensors raise errors of their own.
         failure = error
-    if any_process(failure is not None):
-        if accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise _not_written(final, output_dir, failure) from failure
-    if accelerator.is_main_process:
+    is_saved = not any_process(failure is not None)
+    if accelerator.is_main_process and is_saved:
         try:
             _write_manifest(unfinished, {"step": step, "num_processes": accelerator.num_processes})
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             _flush(final.parent)
         except OSError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
             failure = error
-        else:
-            # Newer checkpoints must be damaged, because a resumed run has passed over them: they are removed first.
-            others = sorted(final.parent.glob(_NAME), key=lambda path: (path.name <= final.name, path.name))
-            for old in others[: -max(limit, 1)]:
-                if old != spared:
-                    _remove_in_background(old)
     if any_process(failure is not None):
-        raise _not_written(final, output_dir, failure) from failure
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        reason = str(failure).strip().splitlines()[0] if failure else "another process failed"
+        raise CheckpointWriteError(
+            f"{final} could not be written ({reason}): make room and go on with --resume. "
+            f"Last good checkpoint: {newest_checkpoint(output_dir) or 'none'}."
+        ) from failure
+    if accelerator.is_main_process:
+        # Newer checkpoints must be damaged, because a resumed run has passed over them: they are removed first.
+        others = sorted(final.parent.glob(_NAME), key=lambda path: (path.name <= final.name, path.name))
+        for old in others[: -max(limit, 1)]:
+            if old != spared:
+                _remove_in_background(old)
     return final
-
-
-def _not_written(final: Path, output_dir: Path, failure: Exception | None) -> CheckpointWriteError:
-    reason = str(failure).strip().splitlines()[0] if failure else "another process failed"
-    return CheckpointWriteError(
-        f"{final} could not be written ({reason}): make room and go on with --resume. "
-        f"Last good checkpoint: {newest_checkpoint(output_dir) or 'none'}."
-    )
 
 
 def _remove_in_background(checkpoint: Path) -> None:

@@ -27,8 +27,6 @@ from ..models.configuration_tcl import TCLConfig
 from ..models.modeling_tcl import TCLForPreTraining
 
 FLOAT = 4  # bytes of a float32
-# These concern the forward pass: weights, gradients and the moments of AdamW are float32 in any case.
-HALF_PRECISION = ("bf16", "fp16")
 LOSSES = "losses"
 
 
@@ -103,7 +101,8 @@ def run_step(
     Args:
         batch_size: pairs (B).
         num_tokens: tokens of each text, [CLS] included (L).
-        mixed_precision: "no", "bf16" or "fp16".
+        mixed_precision: "no", "bf16" or "fp16", for the forward pass: weights, gradients and the moments of AdamW are
+            float32 in any case.
         num_masked: masked tokens of each text (M); `typical_masked` if None.
         checkpointing: keep only what activation checkpointing keeps. Then only the forward pass runs, so that no
             operation is counted twice.
@@ -129,7 +128,7 @@ def run_step(
         batch = _batch(config, batch_size, num_tokens, num_masked)
         counter = StepCounter(model)
         with counter.counting():
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision in HALF_PRECISION):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision != "no"):
                 loss = model(**batch, alpha=config.alpha).loss
             if loss is not None and not checkpointing:
                 loss.backward()
@@ -206,10 +205,6 @@ def modules_by_part(model: TCLForPreTraining) -> dict[str, list[nn.Module]]:
     return parts | {"matching head": [model.itm_head]}
 
 
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
 def _attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
     return 2 * sdpa_flop_count(query.shape, key.shape, value.shape)
 
@@ -239,8 +234,10 @@ PRODUCTS = {
     aten.convolution: _Product(flop_registry[aten.convolution], slice(0, 2)),
     # The first two arguments are the output's gradient and the pixels, which need no gradient themselves.
     aten.convolution_backward: _Product(flop_registry[aten.convolution_backward], slice(0, 2), 2),
-    # torch has no formula for the attention kernel of the CPU.
-    aten._scaled_dot_product_flash_attention_for_cpu: _Product(_attention_flops, slice(0, 3)),
+    # torch has a formula for the attention kernels of GPUs, and none for that of the CPU.
+    aten._scaled_dot_product_flash_attention_for_cpu: _Product(
+        flop_registry[aten._scaled_dot_product_flash_attention], slice(0, 3)
+    ),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _Product(_attention_backward_flops, slice(0, 5), 3),
 }
 

@@ -22,18 +22,12 @@ class PlanArguments:
     """The machines and the data to plan for."""
 
     num_gpus: int = field(default=8, metadata={"help": "Number of processes, each with one GPU."})
-    num_samples: int = field(
-        default=0, metadata={"help": "Pairs in the data, from which the time of an epoch follows."}
-    )
-    samples_per_second: float = field(
-        default=0.0, metadata={"help": "Measured samples per second of all GPUs together."}
-    )
+    num_samples: int = field(default=0, metadata={"help": "Pairs in the data, for the time of an epoch."})
+    samples_per_second: float = field(default=0.0, metadata={"help": "Measured samples per second, all GPUs together."})
     gpu_tflops: float = field(
         default=0.0, metadata={"help": "Peak TFLOP/s of one GPU in the run's precision, if no speed was measured."}
     )
-    gpu_bandwidth: float = field(
-        default=0.0, metadata={"help": "Peak GB/s of the memory of one GPU, for --operations."}
-    )
+    gpu_bandwidth: float = field(default=0.0, metadata={"help": "Peak GB/s of one GPU's memory, for --operations."})
     utilisation: float = field(default=0.3, metadata={"help": "Share of the peak that the run is expected to reach."})
     operations: bool = field(default=False, metadata={"help": "Print operations, bytes and activations by part."})
 

@@ -3,7 +3,6 @@
 All cards follow the template `card_template.md`.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,9 +106,7 @@ class Card:
         pipeline_tag = self.model_class.pipeline_tag
         if self.example is None or pipeline_tag is None or "image" not in self.example:
             return None
-        file = io.BytesIO()
-        open_image(self.example["image"]).convert("RGB").save(file, "PNG")
-        (folder / EXAMPLE).write_bytes(file.getvalue())
+        open_image(self.example["image"]).convert("RGB").save(folder / EXAMPLE)
         text_field = "text" if pipeline_tag == "visual-question-answering" else "candidate_labels"
         text = self.example.get("question") or ", ".join(self.example["captions"])
         return [{"src": EXAMPLE, text_field: text}]
@@ -164,10 +161,7 @@ def add_results(folder: Path, result_type: str, metrics: dict[str, float], proto
 
 
 def plain_card(
-    name: str,
-    model_class: type[TCLPreTrainedModel],
-    trained_on: Sequence[dict[str, Any]] | None,
-    origin: str = "",
+    name: str, model_class: type[TCLPreTrainedModel], trained_on: Sequence[dict[str, Any]] | None, origin: str = ""
 ) -> Card:
     """Return the card of a folder in which no run of ours wrote one, such as a converted one.
 

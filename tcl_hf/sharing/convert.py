@@ -84,14 +84,14 @@ def from_original(state_dict: dict[str, Tensor], config: TCLConfig, report: Repo
         if key not in rows:
             report.dropped[key] = "positions are counted anew"
             continue
-        first, *_ = names = rows[key].ours
-        if first not in ours:
+        names = rows[key].ours
+        if names[0] not in ours:
             ours.update(_to_ours(rows[key], value))
             report.used[key] = ", ".join(names)
-        elif torch.equal(ours[first], value):
-            report.used[key] = f"{first}, as a copy"
+        elif torch.equal(ours[names[0]], value):
+            report.used[key] = f"{names[0]}, as a copy"
         else:
-            other = next(used for used in report.used if rows[used].ours[0] == first)
+            other = next(used for used in report.used if rows[used].ours[0] == names[0])
             raise CheckpointError(
                 f"'{key}' and '{other}' must be copies of one tensor, but they differ: get the file again."
             )
@@ -282,8 +282,8 @@ def open_saved(folder: str | os.PathLike, **fields) -> TCLPreTrainedModel:
     try:
         config = TCLConfig.from_pretrained(folder, **fields)
         written_by = (config.architectures or ["?"])[0]
-        heads = [model_class for kind in KINDS.values() for model_class in kind.model_classes]
-        known: list[type[TCLPreTrainedModel]] = [*heads, TCLModel, TCLForMaskedLM]
+        known: list[type[TCLPreTrainedModel]] = [TCLModel, TCLForMaskedLM]
+        known += [model_class for kind in KINDS.values() for model_class in kind.model_classes]
         classes = {model_class.__name__: model_class for model_class in known}
         if written_by not in classes:
             raise CheckpointError(f"it holds a '{written_by}', which is not one of {', '.join(classes)}")

@@ -88,26 +88,21 @@ def export(
         raise HubError(f"{folder} cannot be shared: {error}") from error
     model.save_pretrained(target, max_shard_size=max_shard_size)
     processor.save_pretrained(target)
-    for pattern in SHARED_FILES:
-        for path in sorted(folder.glob(pattern)):
-            _copy(path, target / path.name, folder)
+    shared = [path for pattern in SHARED_FILES for path in sorted(folder.glob(pattern))]
+    checkpoint = newest_checkpoint(folder) if training_state else None
+    if checkpoint:
+        shared += [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    for path in shared:
+        copy = target / path.relative_to(folder)
+        if path.resolve().is_relative_to(folder.resolve()):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        else:
+            logger.warning("%s is not shared, because it is a link to a file outside of %s.", path, folder)
     if not (target / CARD).exists():
         plain_card(folder.resolve().name, type(model), model.config.trained_on).write(target)
-    checkpoint = newest_checkpoint(folder) if training_state else None
-    for path in sorted(checkpoint.rglob("*")) if checkpoint else ():
-        if path.is_file():
-            _copy(path, target / path.relative_to(folder), folder)
     if with_code:
         _add_code(target, type(model))
-
-
-def _copy(path: Path, target: Path, folder: Path) -> None:
-    """Copy a file, unless it is a link to a file outside of the folder."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        logger.warning("%s is not shared, because it is a link to a file outside of %s.", path, folder)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
 
 
 def _add_code(target: Path, model_class: type[TCLPreTrainedModel]) -> None:
@@ -164,9 +159,8 @@ def push(
         export(folder, unpacked, training_state=training_state, with_code=with_code, max_shard_size=max_shard_size)
         card = Path(unpacked) / CARD  # the widget needs its picture's address on the Hub
         address = f"{api.endpoint}/{repo_id}/resolve/main/{EXAMPLE}"
-        card.write_text(
-            card.read_text(encoding="utf-8").replace(f"src: {EXAMPLE}\n", f"src: {address}\n"), encoding="utf-8"
-        )
+        text = card.read_text(encoding="utf-8").replace(f"src: {EXAMPLE}\n", f"src: {address}\n")
+        card.write_text(text, encoding="utf-8")
         with _hub_errors(repo_id, revision):
             if not create_pr:  # a pull request may come from an account that cannot create this repository
                 api.create_repo(repo_id, private=private, exist_ok=True)

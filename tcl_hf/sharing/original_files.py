@@ -75,8 +75,6 @@ def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
         notes = _verify_archive(path)
         # A zip archive is mapped, so that the states of an optimizer stay on the disk. Older files cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=not notes), notes
-    except CheckpointError:
-        raise
     except Exception as error:  # a damaged pickle can raise any exception
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:
@@ -99,7 +97,7 @@ def _verify_archive(path: Path) -> tuple[str, ...]:
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
-        raise CheckpointError(f"{path} is damaged (its part '{damaged}' has another checksum): get the file again.")
+        raise zipfile.BadZipFile(f"its part '{damaged}' has another checksum")
     return ()
 
 

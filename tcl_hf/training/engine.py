@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    broadcast,
-)
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, DistributedType, broadcast
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -32,7 +27,6 @@ from .arguments import TCLTrainingArguments
 from .optimization import parameter_groups
 
 SHARDED_LAYERS = (TCLVisionLayer, TCLTextLayer)
-_SCALARS = ("temperature",)
 
 
 class Engine:
@@ -200,4 +194,5 @@ def whole_model(model: nn.Module) -> nn.Module:
 
 
 def _as_saved(name: str, value: Tensor) -> Tensor:
-    return value.squeeze(0) if name.rpartition(".")[2] in _SCALARS else value
+    """The temperature as the scalar that it was before `make_shardable`; other tensors as they are."""
+    return value.squeeze(0) if name.rpartition(".")[2] == "temperature" else value

@@ -41,12 +41,7 @@ class RunLoader:
     """
 
     def __init__(
-        self,
-        dataset: Any,
-        collator: Collator,
-        args: TCLTrainingArguments,
-        engine: Engine,
-        skipped: SkippedSamples,
+        self, dataset: Any, collator: Collator, args: TCLTrainingArguments, engine: Engine, skipped: SkippedSamples
     ):
         self.args, self.engine, self.skipped = args, engine, skipped
         self.collator = collator.for_run(skipped) if hasattr(collator, "for_run") else collator
@@ -66,7 +61,7 @@ class RunLoader:
         if len(dataset) == 0:
             raise DataError("There is nothing to train on: the data holds no records.")
         args, batch_size = self.args, self.args.per_device_train_batch_size
-        self.visits_per_batch = batch_size * self.engine.agreement.world_size
+        self.visits_per_batch = batch_size * self.engine.accelerator.num_processes
         self.order: VisitSampler | StreamLoader = VisitSampler(len(dataset), args.seed)
         if args.train_sampling_strategy == "group_by_length":
             self.order = BucketSampler(CaptionLengths(dataset), args.seed, self.visits_per_batch)
@@ -85,7 +80,7 @@ class RunLoader:
 
     def _read_stream(self, dataset: IterableDataset) -> None:
         """Read a stream. Its length is not known, and so all steps of the run count as one epoch."""
-        args, agreement = self.args, self.engine.agreement
+        args, engine = self.args, self.engine
         if args.max_steps <= 0:
             raise TrainingError("A stream has no known length: set max_steps to the number of steps to train for.")
         if args.train_sampling_strategy == "group_by_length":
@@ -98,9 +93,9 @@ class RunLoader:
             self.collator,
             args.per_device_train_batch_size,
             args.seed,
-            rank=agreement.rank,
-            world_size=agreement.world_size,
-            any_process=agreement.any,
+            rank=engine.accelerator.process_index,
+            world_size=engine.accelerator.num_processes,
+            any_process=engine.agreement.any,
             skipped=self.skipped,
             **self.workers,
         )

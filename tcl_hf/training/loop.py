@@ -115,9 +115,8 @@ class TrainingRun:
 
     def _open_folder(self) -> None:
         """Make the run's folder, and see to what an earlier run has left there."""
-        if self.accelerator.is_main_process:
+        with self.accelerator.main_process_first():
             self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
         if self.args.resume:
             return
         if newest_checkpoint(self.output_dir) is not None:
@@ -237,10 +236,8 @@ class TrainingRun:
 
     def log(self) -> None:
         """Write a line of the log, and look at it: for numbers that are not finite, bad data, and signs of trouble."""
-        progress, model = self.progress, self.model
-        samples_per_step = (
-            self.args.per_device_train_batch_size * self.engine.accumulation_steps * self.accelerator.num_processes
-        )
+        progress, model, num_processes = self.progress, self.model, self.accelerator.num_processes
+        samples_per_step = self.args.per_device_train_batch_size * self.engine.accumulation_steps * num_processes
         statistics = {name: value.item() for name, value in model.training_statistics().items()}
         if "queue_spread" in statistics:
             statistics["queue_age"] = model.config.queue_size / samples_per_step  # steps that a feature stays
@@ -277,15 +274,9 @@ class TrainingRun:
     def save_checkpoint(self) -> Path:
         """Write a checkpoint and begin to push it."""
         self.guard.check(newest_checkpoint(self.output_dir))
-        pusher = self.push_checkpoint
-        checkpoint = save_checkpoint(
-            self.accelerator,
-            self.output_dir,
-            self.progress.step,
-            self.args.save_total_limit,
-            self.engine.agreement.any,
-            pusher.on_its_way if pusher else None,
-        )
+        step, limit, pusher = self.progress.step, self.args.save_total_limit, self.push_checkpoint
+        spared = pusher.on_its_way if pusher else None
+        checkpoint = save_checkpoint(self.accelerator, self.output_dir, step, limit, self.engine.agreement, spared)
         if pusher:
             pusher.start(checkpoint)
         self.meter.restart_clock()

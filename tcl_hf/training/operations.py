@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -264,8 +265,8 @@ class StepCounter(TorchDispatchMode):
         self.largest_layer = 0
         self._part = LOSSES  # the part at work
         self._part_of_node: dict[int, str] = {}  # by sequence number
-        self._seen = {_memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self._alive: list[Tensor] = []  # otherwise the address of freed memory could be seen a second time
+        # Tensors by address. They are held, because the address of freed memory could be seen a second time.
+        self._seen = {_memory_of(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self._before_layer = 0
 
     @contextmanager
@@ -275,8 +276,8 @@ class StepCounter(TorchDispatchMode):
         handles += [layer.register_forward_hook(self._leave_layer) for layer in self._layers]
         for part, modules in self._modules.items():
             for module in modules:
-                handles.append(module.register_forward_pre_hook(self._set_part(part)))
-                handles.append(module.register_forward_hook(self._set_part(LOSSES)))
+                handles.append(module.register_forward_pre_hook(partial(self._set_part, part)))
+                handles.append(module.register_forward_hook(partial(self._set_part, LOSSES)))
         with self, torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
             yield
         for handle in handles:
@@ -305,16 +306,12 @@ class StepCounter(TorchDispatchMode):
     def _keep(self, tensor: Tensor) -> Tensor:
         memory = _memory_of(tensor)
         if memory not in self._seen:
-            self._seen.add(memory)
-            self._alive.append(tensor)
+            self._seen[memory] = tensor
             self.activations[self._part] += tensor.untyped_storage().nbytes()
         return tensor
 
-    def _set_part(self, part: str) -> Callable[..., None]:
-        def hook(*_) -> None:
-            self._part = part
-
-        return hook
+    def _set_part(self, part: str, *_) -> None:
+        self._part = part
 
     def _enter_layer(self, *_) -> None:
         self._before_layer = sum(self.activations.values())

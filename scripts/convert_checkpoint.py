@@ -42,8 +42,8 @@ def main() -> None:
         args.source,
         args.target,
         open_processor(args.tokenizer),
-        args.vision_heads,
-        args.text_heads,
+        vision_heads=args.vision_heads,
+        text_heads=args.text_heads,
         **(ALBEF if args.albef else {}),
     )
     origin = f"It was converted from {Path(args.source).name} of the original code."

@@ -166,7 +166,7 @@ class TrainingRun:
         for batch in self.loader.batches(self.progress.epoch, self.progress.batch):
             self.progress.batch += 1
             batch = self.equal_share(batch)
-            if not batch:  # A process alone would wait for the gradients of the others.
+            if not batch:
                 self.skipped.check()
                 continue
             is_empty = False
@@ -185,7 +185,8 @@ class TrainingRun:
     def equal_share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch to train on; it is empty in all processes if it is empty in one of them.
 
-        Features are gathered as keys by contrastive losses, which therefore need the same number in each process.
+        A process that trained alone would wait for the gradients of the others. Contrastive losses gather features as
+        keys, for which they need the same number of samples in each process.
         """
         number = self.engine.agreement.least(len(batch["input_ids"]) if batch else 0)
         if number and not self.model.contrasts:
@@ -193,7 +194,10 @@ class TrainingRun:
         return {name: value[:number] for name, value in batch.items()} if number else {}
 
     def step(self, batch: dict[str, Tensor]) -> bool:
-        """Run one forward and backward pass; return whether it completed an optimizer step."""
+        """Run one forward and backward pass; return whether it completed an optimizer step.
+
+        Gradients accumulate over the forwards of an optimizer step, before which the teacher moves once.
+        """
         args, engine, progress = self.args, self.engine, self.progress
         if self.is_first_forward:
             self.model.update_teacher()  # The teacher's weights follow the student's as a moving average.
@@ -223,11 +227,12 @@ class TrainingRun:
         self.bar.update()
         if self.is_done or step % args.logging_steps == 0:
             self.log()
+        # The last model is saved before its evaluation, which may fail, unless the best one is to be kept.
         if self.is_done and not args.metric_for_best_model:
-            self.engine.save_model(self.output_dir, self.processor)  # before the evaluation, which may fail
+            self.engine.save_model(self.output_dir, self.processor)
         if self.evaluator and (self.is_done or (args.eval_steps and step % args.eval_steps == 0)):
             self.evaluate(self.evaluator)
-        if self.is_done:
+        if self.is_done:  # The model is saved, so that a checkpoint is not needed.
             return
         if self.engine.agreement.any(self.stop_signal.received):
             self.stop()

@@ -34,7 +34,6 @@ def load_questions(
     *,
     image_root: str | dict[str, str] | None = None,
     annotations: str | list[str] | None = None,
-    columns: dict[str, str] | None = None,
 ) -> Dataset:
     """Load questions about images as records `image`, `image_id`, `question`, `question_id`, `answers`, `weight`.
 
@@ -52,12 +51,12 @@ def load_questions(
             `question` and `answer`, each of which becomes a record.
         image_root: as in `load_records`; a dictionary has one for each `dataset` of ALBEF's lists.
         annotations: files with the answers to VQA v2's questions.
-        split, columns: as in `load_records`.
+        split: as in `load_records`.
 
     Raises:
         DataError: naming file, row and remedy, if a field or an image is missing or a question has no annotation.
     """
-    return load_records(_read_questions, QUESTION_FEATURES, source, split, image_root, annotations, columns)
+    return load_records(_read_questions, QUESTION_FEATURES, source, split, image_root, annotations)
 
 
 def _read_questions(source: Source) -> Iterator[dict]:
@@ -83,7 +82,7 @@ def _read_questions(source: Source) -> Iterator[dict]:
 
 def _read_vqa_annotations(files: list[str]) -> dict[str, dict]:
     """The rows of VQA v2's annotation files by question id."""
-    rows = (Row(file, number, fields) for file in files for number, fields in read_json_rows(file))
+    rows = (row for file in files for row in read_json_rows(file))
     return {str(row.require("question_id")): row.fields for row in rows}
 
 

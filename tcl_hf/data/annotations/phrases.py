@@ -1,6 +1,7 @@
 """Phrases and their boxes, for grounding: RefCOCO, RefCOCO+ and Flickr30k Entities."""
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -8,9 +9,9 @@ import datasets
 from datasets import Dataset
 
 from ..pairs import FEATURES
-from .flickr_entities import is_flickr_entities, read_flickr_entities
+from .flickr_entities import read_flickr_entities
 from .images import ImageFinder
-from .refcoco import IMAGE_FOLDERS, is_refcoco, join_refcoco, read_refcoco
+from .refcoco import IMAGE_FOLDERS, join_refcoco, read_refcoco
 from .rows import TEXT, Row
 from .sources import Source, load_records
 
@@ -76,9 +77,9 @@ def load_phrases(
 
 def _read_phrases(source: Source) -> Iterator[dict]:
     folders: tuple[str, ...] = ()
-    if is_refcoco(source):
+    if os.path.exists(os.path.join(source.name, "instances.json")):
         rows, folders = read_refcoco(source), IMAGE_FOLDERS
-    elif is_flickr_entities(source):
+    elif os.path.isdir(os.path.join(source.name, "Sentences")):
         rows = read_flickr_entities(source)
     else:
         rows = join_refcoco(source)

@@ -1,16 +1,14 @@
 """Questions about images and their answers: VQA v2, and Visual Genome in ALBEF's lists."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import datasets
 from datasets import Dataset
 
 from ..pairs import FEATURES, DataError
 from .images import ImageFinder
-from .rows import TEXT, Row, read_json_rows
+from .rows import TEXT, Row, read_json, read_json_rows
 from .sources import Source, load_records
 
 VISUAL_GENOME_WEIGHT = 0.5  # the weight of its answers in the paper's code
@@ -63,13 +61,7 @@ def _read_questions(source: Source) -> Iterator[dict]:
     answers = _read_vqa_annotations(source.annotations)
     for row in source.rows():
         if answers:
-            question_id = str(row.require("question_id"))
-            if question_id not in answers:
-                raise row.error(
-                    f"its question '{question_id}' is not in {' and '.join(source.annotations)}: give the annotations "
-                    "that belong to the questions."
-                )
-            row = replace(row, fields=answers[question_id] | row.fields)
+            row = row.joined(answers, "question_id", " and ".join(source.annotations))
         questions = row.get("qa")
         if questions is None:
             yield _question_record(row, source.images)
@@ -82,8 +74,7 @@ def _read_questions(source: Source) -> Iterator[dict]:
 
 def _read_vqa_annotations(files: list[str]) -> dict[str, dict]:
     """The rows of VQA v2's annotation files by question id."""
-    rows = (row for file in files for row in read_json_rows(file))
-    return {str(row.require("question_id")): row.fields for row in rows}
+    return {str(row.require("question_id")): row.fields for file in files for row in read_json_rows(file)}
 
 
 def _question_record(row: Row, images: ImageFinder) -> dict:
@@ -114,10 +105,7 @@ def read_answer_list(path: str) -> list[str]:
     Raises:
         DataError: if the file is not a list of texts; it names the first entry that is not one.
     """
-    try:
-        answers = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} could not be read as a JSON list of answers: {error}.") from error
+    answers = read_json(path, "a JSON list of answers")
     if not isinstance(answers, list) or not answers:
         raise DataError(f'{path} is not a JSON list of answers: write it as ["yes", "no", ...].')
     for number, answer in enumerate(answers, 1):

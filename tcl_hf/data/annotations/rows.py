@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import datasets
 
@@ -44,6 +44,17 @@ class Row:
         """Return an error that names the source and the row; the caller raises it."""
         return DataError(f"{self.source}, row {self.number}: {problem}")
 
+    def joined(self, others: dict[str, dict], column: str, place: str) -> Self:
+        """Return the row with the further fields that `others` has for its value of `column`.
+
+        Raises:
+            DataError: if `others` does not have that value; it names the `place` of the others.
+        """
+        key = str(self.require(column))
+        if key not in others:
+            raise self.error(f"its {column} '{key}' is not in {place}: give the annotations that belong to these rows.")
+        return replace(self, fields=others[key] | self.fields)
+
     def missing(self, column: str) -> DataError:
         names = ", ".join(COLUMN_NAMES.get(column, (column,)))
         return self.error(
@@ -73,6 +84,18 @@ class Row:
 
 
 # JSON
+
+
+def read_json(file: str, kind: str) -> Any:
+    """Read what a JSON file holds.
+
+    Raises:
+        DataError: if it cannot be read; it names the `kind` of file that was expected.
+    """
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{file} could not be read as {kind}: {error}; repair it or download it again.") from error
 
 
 def read_json_rows(file: str) -> Iterator[Row]:

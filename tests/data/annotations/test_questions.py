@@ -53,7 +53,7 @@ def test_a_vqa_v2_question_without_its_annotation_is_named(tmp_path):
     annotations = write_json(
         tmp_path, {"annotations": [{"question_id": 42000, "answers": [{"answer": "a"}]}]}, "a.json"
     )
-    with pytest.raises(DataError, match=r"vqa_questions.json, row 2: its question '42001' is not in .*a.json"):
+    with pytest.raises(DataError, match=r"vqa_questions.json, row 2: its question_id '42001' is not in .*a.json"):
         load_questions(str(ANNOTATIONS / "vqa_questions.json"), annotations=annotations)
 
 

@@ -20,7 +20,8 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import functional as F
 
-from tcl_hf.data import augmentation as ours
+from tcl_hf.data import pixels as ours
+from tcl_hf.data.augmentation import RandomOperations, TCLAugmentation
 from tcl_hf.models.image_processing_tcl import TCLImageProcessor
 
 MEAN, STD = TCLImageProcessor.image_mean, TCLImageProcessor.image_std
@@ -59,7 +60,7 @@ class PlainOperations:
         for number in torch.randint(10, (2,)).tolist():
             applied, positive = (torch.rand(2) < 0.5).tolist()
             if applied:
-                image = plain_operation(image, ours.RandomOperations.NAMES[number], 1 if positive else -1)
+                image = plain_operation(image, RandomOperations.NAMES[number], 1 if positive else -1)
         return image
 
 
@@ -130,7 +131,7 @@ def parts(file: bytes) -> dict[str, tuple[Callable[[], object], Callable[[], obj
     box = (60, 20, 390, 350)
     view = image.crop(box).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     planes = ours.to_planes(view)
-    operations, augmentation = ours.RandomOperations(), ours.TCLAugmentation(SIZE, MEAN, STD)
+    operations, augmentation = RandomOperations(), TCLAugmentation(SIZE, MEAN, STD)
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
     def decode() -> Image.Image:
@@ -180,7 +181,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     files = [photo(seed) for seed in range(args.images)]
-    plain, own = PlainAugmentation(SIZE, MEAN, STD), ours.TCLAugmentation(SIZE, MEAN, STD)
+    plain, own = PlainAugmentation(SIZE, MEAN, STD), TCLAugmentation(SIZE, MEAN, STD)
     furthest = max(
         float((a - b).abs().max())
         for seed, file in enumerate(files)

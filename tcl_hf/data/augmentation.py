@@ -14,22 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from .pixels import (
-    autocontrast,
-    blur,
-    change_brightness,
-    change_contrast,
-    change_saturation,
-    equalize,
-    luminance,
-    rotate,
-    sharpen,
-    shear,
-    shift_hue,
-    to_image,
-    to_planes,
-    translate,
-)
+from . import pixels
 
 
 class RandomColors:
@@ -40,7 +25,7 @@ class RandomColors:
     `RandomApply`, `ColorJitter` and `RandomGrayscale`.
     """
 
-    CHANGES = (change_brightness, change_contrast, change_saturation, shift_hue)
+    CHANGES = (pixels.change_brightness, pixels.change_contrast, pixels.change_saturation, pixels.shift_hue)
     FACTORS = [0.6, 1.4]
     TURN = [-0.1, 0.1]  # shares of the circle of hues
     SIGMA = [0.1, 2.0]  # pixels
@@ -52,9 +37,9 @@ class RandomColors:
             for number in order.tolist():
                 planes = self.CHANGES[number](planes, amounts[number])
         if torch.rand(1) < 0.2:
-            planes = luminance(planes)[None]
+            planes = pixels.luminance(planes)[None]
         if torch.rand(1) < 0.5:
-            planes = blur(planes, torch.empty(()).uniform_(*self.SIGMA).item())
+            planes = pixels.blur(planes, torch.empty(()).uniform_(*self.SIGMA).item())
         return planes
 
 
@@ -88,24 +73,24 @@ class RandomOperations:
     def apply(self, image: Any, name: str, sign: int) -> Any:
         """Apply one operation; `sign`, 1 or -1, is the direction of those that have one."""
         if isinstance(image, Image.Image):
-            return to_image(self.apply(to_planes(image), name, sign))
+            return pixels.to_image(self.apply(pixels.to_planes(image), name, sign))
         if name == "autocontrast":
-            return autocontrast(image)
+            return pixels.autocontrast(image)
         if name == "equalize":
-            return equalize(image)
+            return pixels.equalize(image)
         if name == "brightness":
-            return change_brightness(image, self.ENHANCEMENT)
+            return pixels.change_brightness(image, self.ENHANCEMENT)
         if name == "sharpness":
-            return sharpen(image, self.ENHANCEMENT)
+            return pixels.sharpen(image, self.ENHANCEMENT)
         if name == "rotate":
-            return rotate(image, sign * self.ROTATION, self.FILL)
+            return pixels.rotate(image, sign * self.ROTATION, self.FILL)
         if name.endswith("_y"):  # with rows and columns exchanged, it is the operation along x
             exchanged = self.apply(image.transpose(0, 2, 1), name.removesuffix("_y") + "_x", sign)
             return exchanged.transpose(0, 2, 1)
         if name == "shear_x":
-            return shear(image, -sign * self.SHEAR, self.FILL)
+            return pixels.shear(image, -sign * self.SHEAR, self.FILL)
         if name == "translate_x":
-            return translate(image, sign * self.TRANSLATION, self.FILL)
+            return pixels.translate(image, sign * self.TRANSLATION, self.FILL)
         return image  # identity
 
 
@@ -143,10 +128,7 @@ class TCLAugmentation:
         reduced scale.
         """
         width, height = image.size
-        boxes = [
-            RandomResizedCrop.get_params(image, scale=list(self.crop_scale), ratio=[3 / 4, 4 / 3])
-            for _ in range(num_views)
-        ]
+        boxes = [RandomResizedCrop.get_params(image, list(self.crop_scale), [3 / 4, 4 / 3]) for _ in range(num_views)]
         smallest = min(min(box_height, box_width) for _, _, box_height, box_width in boxes)
         reduction = max(smallest / self.image_size, 1.0)
         image.draft("RGB", (int(width / reduction), int(height / reduction)))
@@ -154,14 +136,10 @@ class TCLAugmentation:
         scale_x, scale_y = image.width / width, image.height / height
         views = []
         for top, left, box_height, box_width in boxes:
-            box = (
-                round(left * scale_x),
-                round(top * scale_y),
-                round((left + box_width) * scale_x),
-                round((top + box_height) * scale_y),
-            )
-            view = image.crop(box).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
-            views.append(self._augment(to_planes(view)))
+            x1, x2 = (round(x * scale_x) for x in (left, left + box_width))
+            y1, y2 = (round(y * scale_y) for y in (top, top + box_height))
+            view = image.crop((x1, y1, x2, y2)).resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+            views.append(self._augment(pixels.to_planes(view)))
         return views
 
     def _augment(self, planes: np.ndarray) -> Tensor:
@@ -174,5 +152,5 @@ class TCLAugmentation:
 
     def normalize(self, planes: np.ndarray) -> Tensor:
         """Return pixels (3, H, W) of planes: less the mean, divided by the standard deviation."""
-        pixels = torch.from_numpy(np.ascontiguousarray(planes)).mul_(1 / 255)
-        return pixels.sub(self.mean).div_(self.std)  # grey planes (1, H, W) become three channels here
+        shares = torch.from_numpy(np.ascontiguousarray(planes)).mul_(1 / 255)
+        return shares.sub(self.mean).div_(self.std)  # grey planes (1, H, W) become three channels here

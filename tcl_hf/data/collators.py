@@ -7,8 +7,7 @@ not depend on the worker that makes it. Other records draw from PyTorch's global
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -21,7 +20,6 @@ from .augmentation import TCLAugmentation
 from .captions import usable_captions
 from .images import IMAGE_ERRORS, open_image
 from .records import DataError
-from .sampling import Visit
 from .skipped import SkippedSamples
 
 
@@ -97,13 +95,16 @@ class _Collator:
     def _usable_sample(self, record: dict) -> Any | None:
         """The sample that `_sample` makes of a record; None if the record cannot be used."""
         self.skipped.begins(record.get("image_id", "?"))
-        with _random_numbers_of(record.get("visit")):
+        visit = record.get("visit")
+        with torch.random.fork_rng(devices=[], enabled=visit is not None):
+            if visit is not None:
+                torch.default_generator.manual_seed(visit.entropy())
             try:
                 return self._sample(record)
             except DataError:
                 raise
             except IMAGE_ERRORS as error:
-                self.skipped.add(record.get("image_id", "?"), f"{type(error).__name__}: {error}", record.get("visit"))
+                self.skipped.add(record.get("image_id", "?"), f"{type(error).__name__}: {error}", visit)
                 return None
 
     def _sample(self, record: dict) -> Any:
@@ -128,16 +129,8 @@ class _Collator:
 
     def _tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` of texts: (N, L) each."""
-        return dict(
-            self.processor.tokenizer(
-                list(texts),
-                padding="longest",
-                truncation=True,
-                max_length=self.max_tokens,
-                return_tensors="pt",
-                return_token_type_ids=False,
-            )
-        )
+        options = {"padding": True, "truncation": True, "return_tensors": "pt", "return_token_type_ids": False}
+        return dict(self.processor.tokenizer(list(texts), max_length=self.max_tokens, **options))
 
 
 @dataclass
@@ -330,17 +323,3 @@ class TCLTaskCollator(_Collator):
             batch["answer_weights"] = torch.tensor(weights)
             batch["question_index"] = torch.tensor(rows)
         return batch
-
-
-@contextmanager
-def _random_numbers_of(visit: Visit | None) -> Iterator[None]:
-    """Draw random numbers under the visit's seed, and leave the global generator as it was."""
-    if visit is None:
-        yield
-        return
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(visit.entropy())
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)

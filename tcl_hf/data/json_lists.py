@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-from .captions import MAX_CHARACTERS
+from .captions import caption_texts
 from .records import DataError
 
 _PIECE = 2**20  # characters that are read at once
@@ -38,11 +38,9 @@ def json_records(
         root = image_root if image_root is not None else os.path.dirname(file)
         for number, row in enumerate(_rows(file, split_names)):
             path = row.get("image")
-            caption = row.get("caption")
-            captions = caption if isinstance(caption, list) else [caption]
             yield {
                 "image": {"bytes": None, "path": os.path.join(root, path)} if path else None,
-                "captions": [text[:MAX_CHARACTERS] for text in captions if isinstance(text, str)],
+                "captions": caption_texts(row.get("caption")),
                 "image_id": str(row.get("image_id", path or f"{file}:{number}")),
             }
 
@@ -110,13 +108,12 @@ def _list_rows(pieces: _Pieces, file: str) -> Iterator[dict]:
         if character and character != "{":
             raise DataError(f"{file} is not a list of objects with 'image' and 'caption': see row {number}.")
         try:
-            row = pieces.decode_object()
+            yield pieces.decode_object()
         except json.JSONDecodeError as error:
             raise DataError(f"{file} is not a JSON list: row {number}: {error}.") from error
-        yield row
 
 
-def _karpathy_rows(pieces: _Pieces, split_names: Sequence[str], file: str) -> list[dict]:
+def _karpathy_rows(pieces: _Pieces, split_names: Sequence[str], file: str) -> Iterator[dict]:
     """The images of some of Karpathy's splits, as rows of an ALBEF-style list."""
     try:
         content = json.loads(pieces.text + pieces.stream.read())
@@ -124,17 +121,15 @@ def _karpathy_rows(pieces: _Pieces, split_names: Sequence[str], file: str) -> li
         raise DataError(f"{file} is not a JSON list: {error}.") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise DataError(f"{file} is not a list of objects with 'image' and 'caption'.")
-    rows = []
     for number, image in enumerate(content["images"], 1):
         try:
             if image["split"] in split_names:
                 path = os.path.join(image.get("filepath", ""), image["filename"])
                 captions = [sentence["raw"] for sentence in image["sentences"]]
                 image_id = image.get("cocoid", image.get("imgid", path))
-                rows.append({"image": path, "caption": captions, "image_id": image_id})
+                yield {"image": path, "caption": captions, "image_id": image_id}
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{file}, image {number}, is not as in Karpathy's splits "
                 f"({type(error).__name__}: {error}): it needs 'filename', 'split' and 'sentences' with 'raw'."
             ) from error
-    return rows

@@ -87,7 +87,30 @@ def open_source(
         DataError: if the source does not exist or cannot be read.
     """
     with _load_errors(source, split):
-        return _open(source, split, streaming, image_root)
+        files = _files(source, split)
+        kinds = {Path(file).suffix for file in files}
+        is_folder = os.path.isdir(source)
+        dataset: Dataset | None = None
+        if kinds == {".json"}:
+            names = SPLIT_NAMES.get(split, (split,))
+            dataset = _read(json_records, files, False, split_names=names, image_root=image_root)
+        elif is_folder and os.path.exists(os.path.join(source, "dataset_dict.json")):
+            dataset = datasets.load_from_disk(source)[split]
+        elif is_folder and os.path.exists(os.path.join(source, "state.json")):
+            dataset = datasets.load_from_disk(source)
+        if dataset is not None:
+            return _as_stream(dataset) if streaming else dataset
+        for kind, builder in ((".tar", "webdataset"), (".parquet", "parquet")):
+            if kinds == {kind}:
+                return datasets.load_dataset(builder, data_files={split: files}, split=split, streaming=streaming)
+        if is_folder:
+            return datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
+        if os.path.exists(source) or glob.has_magic(source) or source.startswith((".", "/", "~")):
+            raise DataError(
+                f"{source} cannot be read as data: give a JSON list, tar or parquet files, a folder of them, or the "
+                "name of a data set on the Hub."
+            )
+        return datasets.load_dataset(source, split=split, streaming=streaming)
 
 
 def captions_of(dataset: Any) -> Iterator[str]:
@@ -109,33 +132,6 @@ def _load_errors(source: str, split: str) -> Iterator[None]:
             raise cause from None
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise DataError(f"{source} could not be loaded (split '{split}'): {reason}") from error
-
-
-def _open(source: str, split: str, streaming: bool, image_root: str | None) -> Dataset | IterableDataset:
-    files = _files(source, split)
-    kinds = {Path(file).suffix for file in files}
-    is_folder = os.path.isdir(source)
-    dataset: Dataset | None = None
-    if kinds == {".json"}:
-        names = SPLIT_NAMES.get(split, (split,))
-        dataset = _read(json_records, files, False, split_names=names, image_root=image_root)
-    elif is_folder and os.path.exists(os.path.join(source, "dataset_dict.json")):
-        dataset = datasets.load_from_disk(source)[split]
-    elif is_folder and os.path.exists(os.path.join(source, "state.json")):
-        dataset = datasets.load_from_disk(source)
-    if dataset is not None:
-        return _as_stream(dataset) if streaming else dataset
-    for kind, builder in ((".tar", "webdataset"), (".parquet", "parquet")):
-        if kinds == {kind}:
-            return datasets.load_dataset(builder, data_files={split: files}, split=split, streaming=streaming)
-    if is_folder:
-        return datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
-    if os.path.exists(source) or glob.has_magic(source) or source.startswith((".", "/", "~")):
-        raise DataError(
-            f"{source} cannot be read as data: give a JSON list, tar or parquet files, a folder of them, or the name "
-            "of a data set on the Hub."
-        )
-    return datasets.load_dataset(source, split=split, streaming=streaming)
 
 
 def _files(source: str, split: str) -> list[str]:

@@ -33,12 +33,8 @@ def to_image(planes: np.ndarray) -> Image.Image:
 def luminance(planes: np.ndarray) -> np.ndarray:
     """Return the grey levels (H, W) of planes (3, H, W): PIL's `convert("L")`."""
     # Every sum is a whole number below 2**24, which float32 holds exactly.
-    grey = planes[0] * 19595
-    grey += planes[1] * 38470
-    grey += planes[2] * 7471
-    grey += 32768
-    grey *= 2**-16
-    return np.floor(grey, out=grey)
+    red, green, blue = planes
+    return np.floor((19595 * red + 38470 * green + 7471 * blue + 32768) * 2**-16)
 
 
 def blend(start: np.ndarray | float, planes: np.ndarray, factor: float) -> np.ndarray:
@@ -61,8 +57,7 @@ def change_brightness(planes: np.ndarray, factor: float) -> np.ndarray:
 
 def change_contrast(planes: np.ndarray, factor: float) -> np.ndarray:
     """Scale the distance of planes from their mean grey, in place: torchvision's `adjust_contrast` of a PIL image."""
-    mean = luminance(planes).mean(dtype=np.float64)
-    return blend(int(mean + 0.5), planes, factor)
+    return blend(int(luminance(planes).mean(dtype=np.float64) + 0.5), planes, factor)
 
 
 def change_saturation(planes: np.ndarray, factor: float) -> np.ndarray:
@@ -97,29 +92,18 @@ def shift_hue(planes: np.ndarray, turn: float) -> np.ndarray:
     Hue and saturation are rounded to 8 bits on the way, as in PIL.
     """
     all_hues, shares = _hue_tables()
-    red, green, blue = planes.astype(np.uint8).reshape(3, -1)
-    value = np.maximum(red, green)
-    np.maximum(value, blue, out=value)
-    smallest = np.minimum(red, green)
-    np.minimum(smallest, blue, out=smallest)
+    red, green, blue = colours = planes.astype(np.uint8).reshape(3, -1)
+    value, smallest = colours.max(axis=0), colours.min(axis=0)
     order = (red >= green).view(np.uint8)
     order += 2 * (green >= blue).view(np.uint8)
     order += 4 * (blue >= red).view(np.uint8)
-    red ^= green  # becomes the channel that is neither the largest nor the smallest
-    red ^= blue
-    red ^= value
-    red ^= smallest
-    red -= smallest
-    chroma = np.subtract(value, smallest, out=smallest)
+    middle = red ^ green ^ blue ^ value ^ smallest  # the channel that is neither the largest nor the smallest
+    chroma = value - smallest
     index = np.zeros((len(red), 8), np.uint8)  # the bytes of 64-bit numbers, lowest first
-    index[:, 0], index[:, 1], index[:, 2] = red, chroma, order
+    index[:, 0], index[:, 1], index[:, 2] = middle - smallest, chroma, order
     hues = all_hues.take(index.view("<i8")[:, 0]).astype(np.intp)
     largest = value.astype(np.float32)
-    saturation = chroma.astype(np.float32)
-    saturation *= 255
-    saturation /= np.maximum(largest, 1)
-    np.floor(saturation, out=saturation)
-    saturation *= largest
+    saturation = np.floor(chroma.astype(np.float32) * 255 / np.maximum(largest, 1)) * largest
     steps = int(np.int32(turn * 255))  # truncated as in torchvision; hues wrap around at 256
     for share, plane in zip(np.roll(shares, -steps, axis=1), planes.reshape(3, -1), strict=True):
         # value * (1 - saturation / 255 * share / 255), rounded; equal to PIL's result in all 2**24 cases.
@@ -204,11 +188,8 @@ def sharpen(planes: np.ndarray, factor: float) -> np.ndarray:
     """Scale the distance of planes from their smoothed version, in place: torchvision's `adjust_sharpness`."""
     inside = planes[:, 1:-1, 1:-1]  # PIL does not smooth the border
     columns = planes[:, :-2] + planes[:, 1:-1] + planes[:, 2:]
-    smooth = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:]
-    smooth += 4 * inside
-    smooth /= 13
-    smooth += 0.5
-    blend(np.floor(smooth, out=smooth), inside, factor)
+    total = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:] + 4 * inside
+    blend(np.floor(total / 13 + 0.5), inside, factor)
     return planes
 
 

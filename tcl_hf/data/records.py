@@ -52,17 +52,16 @@ def as_records(
     dataset: Dataset | IterableDataset, source: str, image_column: str | None, caption_column: str | None
 ) -> Dataset | IterableDataset:
     """Rename the columns of a data set to those of a record, leave images undecoded, and make captions lists."""
-    columns = dataset.column_names
-    if columns is None:  # A stream learns its columns from its first row.
-        columns = list(next(iter(dataset)))
+    # A stream may learn its columns from its first row.
+    columns = list(next(iter(dataset))) if dataset.column_names is None else dataset.column_names
     image = find_column(columns, image_column, IMAGE_COLUMNS, "image", source)
     caption = find_column(columns, caption_column, CAPTION_COLUMNS, "caption", source)
     image_id = next((name for name in ID_COLUMNS if name in columns), None)
     record_of = partial(_record_of, image=image, caption=caption, image_id=image_id)
     dataset = dataset.cast_column(image, datasets.Image(decode=False))
     if isinstance(dataset, IterableDataset):
-        record_of = partial(record_of, number_mark="#")
-        return dataset.map(record_of, with_indices=True, remove_columns=columns, features=FEATURES)
+        numbered = partial(record_of, number_mark="#")
+        return dataset.map(numbered, with_indices=True, remove_columns=columns, features=FEATURES)
     # Only captions and ids are written anew, because copying the images would take long and fill the disk.
     others = dataset.remove_columns([name for name in columns if name not in (caption, image_id)])
     texts = others.map(
@@ -72,9 +71,7 @@ def as_records(
         features=datasets.Features({name: FEATURES[name] for name in ("captions", "image_id")}),
         desc="Reading captions",
     )
-    images = dataset.select_columns([image])
-    if image != "image":
-        images = images.rename_column(image, "image")
+    images = dataset.select_columns([image]).rename_columns({image: "image"})
     return datasets.concatenate_datasets([images, texts], axis=1)
 
 

@@ -195,8 +195,7 @@ class SharedImages(torch.utils.data.Dataset):
         return len(self.groups)
 
     def __getitem__(self, index: int) -> dict:
-        columns = self.dataset[self.groups[index]]
-        records = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        records = [self.dataset[row] for row in self.groups[index]]
         return {"image_id": records[0].get("image_id"), "records": records}
 
 

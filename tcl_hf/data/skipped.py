@@ -39,7 +39,7 @@ class SkippedSamples:
     min_seen: int = 100
     last: str = field(default="none yet", init=False)
     # The visits that were listed before this run was resumed, and whether its checkpoint has counted them.
-    _listed: dict[_Visited, bool] = field(default_factory=dict, init=False, repr=False)
+    _listed: dict[_Visited | None, bool] = field(default_factory=dict, init=False, repr=False)
     _seen: Any = field(default_factory=lambda: Value("q", 0), repr=False)
     _skipped: Any = field(default_factory=lambda: Value("q", 0), repr=False)
     _begun: Any = field(default_factory=lambda: Array("c", _WORKERS * _NOTE_BYTES, lock=False), repr=False)
@@ -60,17 +60,14 @@ class SkippedSamples:
         self._seen.value, self._skipped.value = state.get("seen", 0), state.get("count", 0)
         if self.path is None or not os.path.exists(self.path):
             return
-        position = 0
         with open(self.path, "rb") as file:
             for text in file:
-                position += len(text)
                 try:
                     line = json.loads(text)
                 except ValueError:  # The line is incomplete, for instance because the disk was full.
                     continue
                 if "visit" in line:
-                    epoch, index = line["visit"]
-                    self._listed[line["image_id"], epoch, index] = position <= state.get("list_bytes", 0)
+                    self._listed[line["image_id"], *line["visit"]] = file.tell() <= state.get("list_bytes", 0)
 
     def mend_list(self) -> None:
         """Remove the last line if it is incomplete because the run was killed.
@@ -90,14 +87,13 @@ class SkippedSamples:
         """Count and list a bad sample, with the reason and the visit on which it was found."""
         self.last = f"{image_id}: {reason}"
         entry: dict[str, Any] = {"image_id": str(image_id), "reason": reason}
-        is_listed = is_counted = False
+        visited = None
         if visit is not None:
             entry["visit"] = [visit.epoch, visit.index]
             visited = (entry["image_id"], visit.epoch, visit.index)
-            is_listed, is_counted = visited in self._listed, self._listed.get(visited, False)
         with self._skipped.get_lock():
-            self._skipped.value += not is_counted
-            if self.path is not None and not is_listed:
+            self._skipped.value += not self._listed.get(visited)
+            if self.path is not None and visited not in self._listed:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
@@ -109,14 +105,14 @@ class SkippedSamples:
             place = worker.id % _WORKERS * _NOTE_BYTES
             memoryview(self._begun).cast("B")[place : place + _NOTE_BYTES] = note
 
-    def begun_by(self, pid: int) -> str | None:
-        """The sample that the worker with this process id began last; None if it has not begun any."""
+    def _begun_by(self, pid: str) -> str:
+        """Which sample the worker with this process id began last, in words."""
         notes = bytes(memoryview(self._begun).cast("B"))
         for place in range(0, len(notes), _NOTE_BYTES):
             noted_pid, _, image_id = notes[place : place + _NOTE_BYTES].rstrip(b"\0").partition(b" ")
-            if noted_pid == str(pid).encode():
-                return image_id.decode(errors="replace")
-        return None
+            if noted_pid == pid.encode():
+                return f"last began '{image_id.decode(errors='replace')}'"
+        return "had not begun a sample"
 
     @contextmanager
     def naming_dead_workers(self) -> Iterator[None]:
@@ -133,11 +129,7 @@ class SkippedSamples:
             dead = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
             if dead is None:
                 raise
-            samples = {pid: self.begun_by(int(pid)) for pid in dead[1].split(", ")}
-            begun = "; ".join(
-                f"worker {pid} " + ("had not begun a sample" if sample is None else f"last began '{sample}'")
-                for pid, sample in samples.items()
-            )
+            begun = "; ".join(f"worker {pid} {self._begun_by(pid)}" for pid in dead[1].split(", "))
             raise DataError(
                 f"A worker of the loader died ({str(error).strip().splitlines()[0]}): {begun}. If memory ran out, "
                 "lower dataloader_num_workers. If that sample crashes its decoder, take it out of the data."

@@ -27,6 +27,7 @@ import math
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -135,7 +136,7 @@ class StreamLoader:
         loader = DataLoader(
             self.lanes,
             batch_size=None,
-            collate_fn=_as_is,  # PyTorch's default would convert every batch once more.
+            collate_fn=tuple,  # An item is a tuple already. PyTorch's default would convert every batch once more.
             num_workers=self.num_workers,
             generator=torch.Generator(),  # Without one, PyTorch draws from its global generator.
             pin_memory=self.pin_memory,
@@ -161,6 +162,7 @@ class StreamLoader:
                 yield position, batch
 
 
+@dataclass(eq=False)
 class _Lanes(torch.utils.data.IterableDataset):
     """The lanes of one process. Each worker iterates over a copy, and reads only its own lanes.
 
@@ -169,28 +171,26 @@ class _Lanes(torch.utils.data.IterableDataset):
     worker gives equally many items in a round. Where it has no batch to give, the item is a placeholder without one.
     """
 
-    def __init__(
-        self,
-        dataset: IterableDataset | MixedStreams,
-        collator: Callable[[list[dict]], Any],
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        window: int,
-        skipped: SkippedSamples | None,
-    ):
-        is_mixed = isinstance(dataset, MixedStreams)
-        streams = dataset.streams if is_mixed else [dataset]
-        self.weights = torch.tensor(dataset.weights, dtype=torch.double) if is_mixed else None
+    dataset: IterableDataset | MixedStreams
+    collator: Callable[[list[dict]], Any]
+    batch_size: int
+    seed: int
+    rank: int
+    world_size: int
+    window: int
+    skipped: SkippedSamples | None
+
+    def __post_init__(self):
+        is_mixed = isinstance(self.dataset, MixedStreams)
+        streams = self.dataset.streams if is_mixed else [self.dataset]
+        self.weights = torch.tensor(self.dataset.weights, dtype=torch.double) if is_mixed else None
         numbers = [stream.num_shards for stream in streams]
         first_shards = itertools.accumulate(numbers, initial=0)
         # A stream, the number of its first shard when the shards of all sources are counted, and how many it has.
         self.sources = list(zip(streams, first_shards, numbers, strict=False))
-        self.collator, self.batch_size, self.seed, self.skipped = collator, batch_size, seed, skipped
-        self.rank, self.world_size = rank, world_size
-        self.num_lanes = lanes_of_a_process(numbers, world_size)
-        self.window = max(window // self.num_lanes // batch_size, 1) * batch_size  # records in a window of one lane
+        self.num_lanes = lanes_of_a_process(numbers, self.world_size)
+        # From here on, the records in a window of one lane.
+        self.window = max(self.window // self.num_lanes // self.batch_size, 1) * self.batch_size
         self.epoch = self.start = 0
         self.sizes: dict[int, int] = {}  # rows by shard; shards are counted over all sources
         self.new_sizes: dict[int, int] = {}  # those that no item has carried to the loader yet
@@ -350,10 +350,6 @@ def lanes_of_a_process(num_shards: Sequence[int], world_size: int) -> int:
         return sum(number - number % total + number % total * total for number in num_shards) / lanes
 
     return min(range(1, MAX_LANES + 1), key=reads_per_lane)
-
-
-def _as_is(item: Any) -> Any:
-    return item
 
 
 def _generator(*numbers: int) -> torch.Generator:

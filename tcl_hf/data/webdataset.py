@@ -1,13 +1,16 @@
 """Records of WebDataset tars, in which the files of a sample stand one after another: `0001.jpg`, `0001.txt`."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import datasets
 
 from .captions import caption_texts
+
+_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]*)\.(?P<field>[^/]*)", re.DOTALL)
 
 
 def tar_records(
@@ -61,18 +64,12 @@ def _samples(file: str, wanted: set[str] | None) -> Iterator[dict[str, Any]]:
     Args:
         wanted: the fields to read; None for all.
     """
-    sample: dict[str, Any] = {}
-    for name, member in datasets.StreamingDownloadManager().iter_archive(file):
-        folder, _, base = name.rpartition("/")
-        stem, dot, field = base.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
-        if not dot:
-            continue
-        if sample and sample["__key__"] != key:
-            yield sample
-            sample = {}
-        sample["__key__"] = key
-        if wanted is None or field.lower() in wanted:
-            sample[field.lower()] = member.read()
-    if sample:
+    members = datasets.StreamingDownloadManager().iter_archive(file)
+    named = ((match, member) for name, member in members if (match := _MEMBER.fullmatch(name)))
+    for key, group in groupby(named, key=lambda pair: pair[0]["key"]):
+        sample: dict[str, Any] = {"__key__": key}
+        for match, member in group:
+            field = match["field"].lower()
+            if wanted is None or field in wanted:
+                sample[field] = member.read()
         yield sample

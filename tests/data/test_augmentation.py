@@ -9,7 +9,7 @@ from data_pipeline import PlainAugmentation
 from helpers import photo
 from PIL import Image
 
-from tcl_hf.data import augmentation
+from tcl_hf.data import pixels
 from tcl_hf.data.augmentation import RandomColors, TCLAugmentation
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -44,8 +44,8 @@ def test_colours_change_as_often_as_in_the_paper(monkeypatch):
         return change
 
     monkeypatch.setattr(RandomColors, "CHANGES", [note(number) for number in range(4)])
-    monkeypatch.setattr(augmentation, "luminance", lambda planes: seen["grey"].append(1) or planes[0])
-    monkeypatch.setattr(augmentation, "blur", lambda planes, sigma: seen["blur"].append(sigma) or planes)
+    monkeypatch.setattr(pixels, "luminance", lambda planes: seen["grey"].append(1) or planes[0])
+    monkeypatch.setattr(pixels, "blur", lambda planes, sigma: seen["blur"].append(sigma) or planes)
     torch.manual_seed(0)
     colors, number = RandomColors(), 4000
     for _ in range(number):

@@ -3,7 +3,6 @@
 A "chain" is an entity of an image: all phrases that mention it and all boxes that show it have the id of the chain.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +13,6 @@ from .rows import Row
 from .sources import Source
 
 _PHRASE = re.compile(r"\[/EN#(\d+)((?:/\w+)+) ([^\]]+)\]")  # chain, types, words: [/EN#12/people Two boys]
-
-
-def is_flickr_entities(source: Source) -> bool:
-    """Whether a source is the folder of Flickr30k Entities."""
-    return os.path.isdir(os.path.join(source.name, "Sentences"))
 
 
 def read_flickr_entities(source: Source) -> Iterator[Row]:

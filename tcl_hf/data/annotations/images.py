@@ -83,10 +83,8 @@ class ImageFinder:
         if isinstance(image, dict):
             name = row.number - 1
         image_id = str(name) if image_id is None else str(image_id).removesuffix(".jpg")  # SNLI-VE has both
-        return {
-            "image": self.find(row, image if isinstance(image, dict) else str(name), image_id, folders),
-            "image_id": image_id,
-        }
+        found = self.find(row, image if isinstance(image, dict) else str(name), image_id, folders)
+        return {"image": found, "image_id": image_id}
 
     def find(self, row: Row, image: str | dict, image_id: str | None = None, folders: tuple[str, ...] = ()) -> dict:
         """Return one undecoded image: `image` itself if it is one, otherwise the image of this name or id."""

@@ -1,6 +1,7 @@
 """Phrases and their boxes, for grounding: RefCOCO, RefCOCO+ and Flickr30k Entities."""
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -8,9 +9,9 @@ import datasets
 from datasets import Dataset
 
 from ..pairs import FEATURES
-from .flickr_entities import is_flickr_entities, read_flickr_entities
+from .flickr_entities import read_flickr_entities
 from .images import ImageFinder
-from .refcoco import IMAGE_FOLDERS, is_refcoco, join_refcoco, read_refcoco
+from .refcoco import IMAGE_FOLDERS, join_refcoco, read_refcoco
 from .rows import TEXT, Row
 from .sources import Source, load_records
 
@@ -42,7 +43,6 @@ def load_phrases(
     *,
     image_root: str | None = None,
     annotations: str | list[str] | None = None,
-    columns: dict[str, str] | None = None,
 ) -> Dataset:
     """Load phrases and their boxes as records `image`, `image_id`, `captions`, `phrases`, `proposals`, size.
 
@@ -66,20 +66,20 @@ def load_phrases(
         split: as in `load_records`. "test" is RefCOCO's "testA" and "testB" together; either can be chosen, also for
             ALBEF's list.
         annotations: the RefCOCO folder of ALBEF's list; if None, the folder `refcoco+` beside the list, if it exists.
-        image_root, columns: as in `load_records`.
+        image_root: as in `load_records`.
 
     Raises:
         DataError: naming file, row and remedy, if something is missing, a phrase is not at its characters, a box
             lies outside the image, or a pickle holds more than plain data (it is not executed).
     """
-    return load_records(_read_phrases, PHRASE_FEATURES, source, split, image_root, annotations, columns)
+    return load_records(_read_phrases, PHRASE_FEATURES, source, split, image_root, annotations)
 
 
 def _read_phrases(source: Source) -> Iterator[dict]:
     folders: tuple[str, ...] = ()
-    if is_refcoco(source):
+    if os.path.exists(os.path.join(source.name, "instances.json")):
         rows, folders = read_refcoco(source), IMAGE_FOLDERS
-    elif is_flickr_entities(source):
+    elif os.path.isdir(os.path.join(source.name, "Sentences")):
         rows = read_flickr_entities(source)
     else:
         rows = join_refcoco(source)
@@ -111,7 +111,7 @@ def _phrase_record(row: Row, images: ImageFinder, folders: tuple[str, ...]) -> d
 
 def _check_phrase(row: Row, number: int, phrase: dict, captions: list[str], width: int, height: int) -> dict:
     """Phrase `number` of a row, if its characters and boxes are right; its words may stand in `phrase`."""
-    fields = replace(row, fields=phrase, columns={})
+    fields = replace(row, fields=phrase)
     index, start, end = (fields.require(name) for name in ("caption_index", "start", "end"))
     words, phrase_id = fields.get("phrase"), fields.get("phrase_id")
     inside = 0 <= index < len(captions) and 0 <= start < end <= len(captions[index])

@@ -1,16 +1,14 @@
 """Questions about images and their answers: VQA v2, and Visual Genome in ALBEF's lists."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import datasets
 from datasets import Dataset
 
 from ..pairs import FEATURES, DataError
 from .images import ImageFinder
-from .rows import TEXT, Row, read_json_rows
+from .rows import TEXT, Row, read_json, read_json_rows
 from .sources import Source, load_records
 
 VISUAL_GENOME_WEIGHT = 0.5  # the weight of its answers in the paper's code
@@ -34,7 +32,6 @@ def load_questions(
     *,
     image_root: str | dict[str, str] | None = None,
     annotations: str | list[str] | None = None,
-    columns: dict[str, str] | None = None,
 ) -> Dataset:
     """Load questions about images as records `image`, `image_id`, `question`, `question_id`, `answers`, `weight`.
 
@@ -52,25 +49,19 @@ def load_questions(
             `question` and `answer`, each of which becomes a record.
         image_root: as in `load_records`; a dictionary has one for each `dataset` of ALBEF's lists.
         annotations: files with the answers to VQA v2's questions.
-        split, columns: as in `load_records`.
+        split: as in `load_records`.
 
     Raises:
         DataError: naming file, row and remedy, if a field or an image is missing or a question has no annotation.
     """
-    return load_records(_read_questions, QUESTION_FEATURES, source, split, image_root, annotations, columns)
+    return load_records(_read_questions, QUESTION_FEATURES, source, split, image_root, annotations)
 
 
 def _read_questions(source: Source) -> Iterator[dict]:
     answers = _read_vqa_annotations(source.annotations)
     for row in source.rows():
         if answers:
-            question_id = str(row.require("question_id"))
-            if question_id not in answers:
-                raise row.error(
-                    f"its question '{question_id}' is not in {' and '.join(source.annotations)}: give the annotations "
-                    "that belong to the questions."
-                )
-            row = replace(row, fields=answers[question_id] | row.fields)
+            row = row.joined(answers, "question_id", " and ".join(source.annotations))
         questions = row.get("qa")
         if questions is None:
             yield _question_record(row, source.images)
@@ -83,8 +74,7 @@ def _read_questions(source: Source) -> Iterator[dict]:
 
 def _read_vqa_annotations(files: list[str]) -> dict[str, dict]:
     """The rows of VQA v2's annotation files by question id."""
-    rows = (Row(file, number, fields) for file in files for number, fields in read_json_rows(file))
-    return {str(row.require("question_id")): row.fields for row in rows}
+    return {str(row.require("question_id")): row.fields for file in files for row in read_json_rows(file)}
 
 
 def _question_record(row: Row, images: ImageFinder) -> dict:
@@ -115,10 +105,7 @@ def read_answer_list(path: str) -> list[str]:
     Raises:
         DataError: if the file is not a list of texts; it names the first entry that is not one.
     """
-    try:
-        answers = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} could not be read as a JSON list of answers: {error}.") from error
+    answers = read_json(path, "a JSON list of answers")
     if not isinstance(answers, list) or not answers:
         raise DataError(f'{path} is not a JSON list of answers: write it as ["yes", "no", ...].')
     for number, answer in enumerate(answers, 1):

@@ -23,13 +23,7 @@ REASONING_FEATURES = datasets.Features(
 )
 
 
-def load_reasoning(
-    source: str | list[str],
-    split: str = "train",
-    *,
-    image_root: str | None = None,
-    columns: dict[str, str] | None = None,
-) -> Dataset:
+def load_reasoning(source: str | list[str], split: str = "train", *, image_root: str | None = None) -> Dataset:
     """Load sentences about two images as records `images`, `image_id` (of the left), `captions`, `label`, `pair_id`.
 
     `label` is "True" or "False"; `pair_id` is NLVR2's identifier, None where a file does not have it.
@@ -41,12 +35,12 @@ def load_reasoning(
             otherwise in `image_root` itself;
             ALBEF's JSON list of `sentence`, `label` and `images`, two paths;
             a `datasets` source with `image_0` and `image_1`, or `images`.
-        split, image_root, columns: as in `load_records`.
+        split, image_root: as in `load_records`.
 
     Raises:
         DataError: naming file, row and remedy, if a field or an image is missing or a label is not one of the two.
     """
-    return load_records(_read_reasoning, REASONING_FEATURES, source, split, image_root=image_root, columns=columns)
+    return load_records(_read_reasoning, REASONING_FEATURES, source, split, image_root)
 
 
 def _read_reasoning(source: Source) -> Iterator[dict]:

@@ -4,24 +4,17 @@ A "ref" is one object of an image with the expressions that refer to it.
 """
 
 import glob
-import json
 import os
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..pairs import DataError
-from .rows import Row
+from .rows import Row, read_json
 from .sources import Source
 
 IMAGE_FOLDERS = ("train2014",)  # all images are COCO's of this part
-
-
-def is_refcoco(source: Source) -> bool:
-    """Whether a source is the folder of RefCOCO or RefCOCO+ as it is distributed."""
-    return os.path.exists(os.path.join(source.name, "instances.json"))
 
 
 def read_refcoco(source: Source) -> Iterator[Row]:
@@ -49,12 +42,7 @@ def join_refcoco(source: Source) -> Iterator[Row]:
     for row in source.rows():
         ref_id = row.get("ref_id")
         if ref_id is not None and refs:
-            if ref_id not in refs:
-                raise row.error(
-                    f"its ref_id {ref_id!r} is not in the RefCOCO folder: give the folder that belongs to the list "
-                    "with annotations."
-                )
-            row = replace(row, fields=refs[ref_id] | row.fields)
+            row = row.joined(refs, "ref_id", "the RefCOCO folder")
         if ref_id is not None and source.split in ("testA", "testB"):
             if not refs:
                 raise row.error(
@@ -65,10 +53,10 @@ def join_refcoco(source: Source) -> Iterator[Row]:
         yield row
 
 
-def _refs_by_id(source: Source) -> dict[int, dict]:
+def _refs_by_id(source: Source) -> dict[str, dict]:
     beside = os.path.join(os.path.dirname(source.name), "refcoco+")
     folders = source.annotations or ([beside] if os.path.isfile(source.name) and os.path.isdir(beside) else [])
-    return {row.require("ref_id"): row.fields for folder in folders for row in _read_refs(folder)}
+    return {str(row.require("ref_id")): row.fields for folder in folders for row in _read_refs(folder)}
 
 
 def _read_refs(folder: str) -> Iterator[Row]:
@@ -128,10 +116,7 @@ def _read_pickled_refs(folder: str) -> tuple[str, list[dict]]:
 
 
 def _read_object(file: str) -> dict:
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{file} could not be read: {error}; download it again from its authors.") from error
+    content = read_json(file, "a JSON object")
     if not isinstance(content, dict):
         raise DataError(f"{file} is not a JSON object: download it again from its authors.")
     return content

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import datasets
 
@@ -15,13 +15,12 @@ COLUMN_NAMES = {
     "image": IMAGE_COLUMNS,
     "image_0": ("image_0", "left_image"),
     "image_1": ("image_1", "right_image"),
+    "images": ("images",),
     "image_id": ("image_id", "Flickr30K_ID", "Flikr30kID", "Flickr30kID"),  # SNLI-VE has had three spellings
     "captions": ("captions", "caption", "sentence2", "hypothesis", "sentence", "text"),
     "label": ("gold_label", "label"),
     "pair_id": ("pair_id", "pairID", "identifier"),
     "answers": ("answers", "answer"),
-    **{name: (name,) for name in ("images", "question", "question_id", "answer_type", "question_type")},
-    **{name: (name,) for name in ("phrases", "proposals", "width", "height")},
 }
 
 TEXT = datasets.Value("string")
@@ -35,37 +34,37 @@ class Row:
         source: the file or table, for error messages.
         number: the row's number in it, counted from 1.
         fields: the row's values under the names of the source.
-        columns: for columns of the record, the names that the caller gave; they replace the usual ones.
     """
 
     source: str
     number: int
     fields: dict
-    columns: dict[str, str] = field(default_factory=dict)
 
     def error(self, problem: str) -> DataError:
         """Return an error that names the source and the row; the caller raises it."""
         return DataError(f"{self.source}, row {self.number}: {problem}")
 
-    def missing(self, column: str) -> DataError:
-        names = ", ".join(self._names(column))
-        return self.error(
-            f"it has no '{column}' (looked for {names} among {', '.join(self.fields)}): add it, or give the name that "
-            f"it has with columns={{'{column}': ...}}."
-        )
-
-    def _names(self, column: str) -> tuple[str, ...]:
-        return (self.columns[column],) if column in self.columns else COLUMN_NAMES.get(column, (column,))
-
-    def get(self, column: str) -> Any:
-        """Return the field for a column of the record; None if it is missing or null.
+    def joined(self, others: dict[str, dict], column: str, place: str) -> Self:
+        """Return the row with the further fields that `others` has for its value of `column`.
 
         Raises:
-            DataError: if the caller named the field and the row does not have it.
+            DataError: if `others` does not have that value; it names the `place` of the others.
         """
-        if column in self.columns and self.columns[column] not in self.fields:
-            raise self.missing(column)
-        return next((self.fields[name] for name in self._names(column) if self.fields.get(name) is not None), None)
+        key = str(self.require(column))
+        if key not in others:
+            raise self.error(f"its {column} '{key}' is not in {place}: give the annotations that belong to these rows.")
+        return replace(self, fields=others[key] | self.fields)
+
+    def missing(self, column: str) -> DataError:
+        names = ", ".join(COLUMN_NAMES.get(column, (column,)))
+        return self.error(
+            f"it has no '{column}' (looked for {names} among {', '.join(self.fields)}): add it, or rename its field."
+        )
+
+    def get(self, column: str) -> Any:
+        """Return the field for a column of the record; None if it is missing or null."""
+        names = COLUMN_NAMES.get(column, (column,))
+        return next((self.fields[name] for name in names if self.fields.get(name) is not None), None)
 
     def require(self, column: str) -> Any:
         value = self.get(column)
@@ -87,8 +86,20 @@ class Row:
 # JSON
 
 
-def read_json_rows(file: str) -> Iterator[tuple[int, dict]]:
-    """Yield the numbers, from 1, and the rows of a JSON list, of JSON lines, or of the list in a file of VQA v2.
+def read_json(file: str, kind: str) -> Any:
+    """Read what a JSON file holds.
+
+    Raises:
+        DataError: if it cannot be read; it names the `kind` of file that was expected.
+    """
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{file} could not be read as {kind}: {error}; repair it or download it again.") from error
+
+
+def read_json_rows(file: str) -> Iterator[Row]:
+    """Yield the rows of a JSON list, of JSON lines, or of the list in a file of VQA v2.
 
     Texts beside that list, such as "data_subtype", become fields of every row.
 
@@ -98,25 +109,22 @@ def read_json_rows(file: str) -> Iterator[tuple[int, dict]]:
     shared: dict[str, str] = {}
     try:
         text = Path(file).read_text(encoding="utf-8")
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":  # raised at the second of several lines
-                raise
-            rows: Iterable[tuple[int, Any]] = _read_json_lines(file, text)
-        else:
-            if isinstance(content, dict):
-                shared = {name: value for name, value in content.items() if isinstance(value, str)}
-                content = next((content[name] for name in ("questions", "annotations") if name in content), [content])
-            if not isinstance(content, list):
-                raise DataError(f"{file} does not hold a list of rows: give a JSON list or JSON lines.")
-            rows = enumerate(content, 1)
+        content = json.loads(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{file} could not be read as a JSON list or JSON lines: {error}.") from error
+        if not str(error).startswith("Extra data"):  # json raises this at the second of several lines
+            raise DataError(f"{file} could not be read as a JSON list or JSON lines: {error}.") from error
+        rows: Iterable[tuple[int, Any]] = _read_json_lines(file, text)
+    else:
+        if isinstance(content, dict):
+            shared = {name: value for name, value in content.items() if isinstance(value, str)}
+            content = next((content[name] for name in ("questions", "annotations") if name in content), [content])
+        if not isinstance(content, list):
+            raise DataError(f"{file} does not hold a list of rows: give a JSON list or JSON lines.")
+        rows = enumerate(content, 1)
     for number, row in rows:
         if not isinstance(row, dict):
             raise DataError(f"{file}, row {number}: it is {row!r:.60}, not an object with named fields.")
-        yield number, shared | row
+        yield Row(file, number, shared | row)
 
 
 def _read_json_lines(file: str, text: str) -> Iterator[tuple[int, Any]]:

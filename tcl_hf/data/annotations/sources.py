@@ -23,7 +23,6 @@ class Source:
 
     name: str
     split: str
-    columns: dict[str, str]
     annotations: list[str]
     images: ImageFinder
 
@@ -35,12 +34,10 @@ class Source:
     def rows(self) -> Iterator[Row]:
         """Yield the rows of a JSON file or of a `datasets` source."""
         if os.path.isfile(self.name) and not self.name.endswith((".parquet", ".tar")):
-            for number, fields in read_json_rows(self.name):
-                yield Row(self.name, number, fields, self.columns)
+            yield from read_json_rows(self.name)
             return
         table = open_source(self.name, self.split)
         image_names = {name for column, names in COLUMN_NAMES.items() if column.startswith("image") for name in names}
-        image_names |= {name for column, name in self.columns.items() if column.startswith("image")}
         # A text or a number in such a column is the path or the id of an image.
         images = [n for n, kind in table.features.items() if n in image_names and type(kind) is not datasets.Value]
         for name in images:
@@ -50,7 +47,7 @@ class Source:
             for name, kind in labels.items():
                 fields[name] = "-" if fields[name] in (None, -1) else kind.int2str(fields[name])
             fields |= {name: table_reference(f"{self.name}#{name}", index) for name in images}
-            yield Row(self.name, index + 1, fields, self.columns)
+            yield Row(self.name, index + 1, fields)
 
 
 def load_records(
@@ -60,7 +57,6 @@ def load_records(
     split: str,
     image_root: str | dict[str, str] | None = None,
     annotations: str | list[str] | None = None,
-    columns: dict[str, str] | None = None,
 ) -> Dataset:
     """Load one or several sources as one table of records.
 
@@ -74,7 +70,6 @@ def load_records(
             and `image`, of whatever splits. The folder of the annotations if None. A dictionary gives one such place
             for each value of the field `dataset`.
         annotations: further files or folders with the annotations that belong to the source.
-        columns: for columns of the records, the names that they have in the source, where these are not usual ones.
 
     Raises:
         DataError: naming file, row and remedy, if there is nothing to read, or a field or an image is missing.
@@ -82,14 +77,9 @@ def load_records(
     names = [source] if isinstance(source, str) else source
     if not names:
         raise DataError("No data was named: give a source, for example a JSON file of annotations.")
-    columns = columns or {}
-    if unknown := set(columns) - set(COLUMN_NAMES):
-        raise DataError(
-            f"columns: records do not have {' or '.join(sorted(unknown))}; choose among {', '.join(COLUMN_NAMES)}."
-        )
     files = [annotations] if isinstance(annotations, str) else annotations or []
     images = ImageFinder(image_root)
-    records = (record for name in names for record in read(Source(name, split, columns, files, images)))
+    records = (record for name in names for record in read(Source(name, split, files, images)))
     records = iter(tqdm(records, desc="Reading annotations", unit=" rows"))
     parts = []
     while part := list(islice(records, _TABLE_ROWS)):

@@ -6,22 +6,18 @@ code points. All emojis designed by OpenMoji, the open-source emoji and icon pro
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter
+from itertools import accumulate
 
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Value
+
+from ..records import FEATURES
 
 ATTRIBUTION = (
     "All emojis designed by [OpenMoji](https://openmoji.org), the open-source emoji and icon project. "
     "License: [CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)."
 )
-OPENMOJI_FEATURES = Features(
-    {
-        "image": Image(decode=False),
-        "captions": List(Value("string")),
-        "image_id": Value("string"),
-        "group": Value("string"),
-    }
-)
+OPENMOJI_FEATURES = Features({**FEATURES, "group": Value("string")})
 SPLITS = ("train", "validation")
 HELD_OUT_SHARE = 0.2
 SPLIT_SEED = 0
@@ -30,26 +26,9 @@ _SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 _FLAG = re.compile(r"1F1[EF][0-9A-F]-1F1[EF][0-9A-F]")
 # Names of the pictures in one group differ only in these words: who does it, in which direction, with which hair.
 _VARIANT_WORDS = {
-    "man",
-    "woman",
-    "person",
-    "men",
-    "women",
-    "people",
-    "boy",
-    "girl",
-    "child",
-    "children",
-    "baby",
-    "facing",
-    "right",
-    "left",
-    "red",
-    "curly",
-    "white",
-    "blond",
-    "hair",
-    "bald",
+    *("man", "woman", "person", "men", "women", "people", "boy", "girl", "child", "children", "baby"),
+    *("facing", "right", "left"),
+    *("red", "curly", "white", "blond", "hair", "bald"),
 }
 
 
@@ -87,7 +66,7 @@ def load_openmoji(split: str = "train", size: int = 96) -> Dataset:
             pictures[code] = file
     captions = {code: _captions(code, names[code]) for code in pictures}
     groups = {code: _group(texts[0]) for code, texts in captions.items()}
-    held_out = _held_out(groups)
+    held_out = _held_out(list(groups.values()))
 
     def render(code: str) -> dict:
         svg = pictures[code].read_text()
@@ -97,7 +76,7 @@ def load_openmoji(split: str = "train", size: int = 96) -> Dataset:
     rows = [
         {"image": render(code), "captions": captions[code], "image_id": code, "group": groups[code]}
         for code in sorted(pictures)
-        if (code in held_out) == (split == "validation")
+        if (groups[code] in held_out) == (split == "validation")
     ]
     return Dataset.from_list(rows, features=OPENMOJI_FEATURES)
 
@@ -125,16 +104,12 @@ def _group(name: str) -> str:
     return " ".join(word for word in words if word not in _VARIANT_WORDS) or "person"
 
 
-def _held_out(group_of: dict[str, str]) -> set[str]:
-    """The codes of the held-out pictures: groups in an order of fixed seed, until the share is reached."""
-    groups = defaultdict(list)
-    for code, group in group_of.items():
-        groups[group].append(code)
-    order = sorted(groups)
+def _held_out(groups: list[str]) -> set[str]:
+    """The held-out groups, given the group of each picture: the first of a fixed order, until they reach the share."""
+    sizes = Counter(groups)
+    order = sorted(sizes)
     random.Random(SPLIT_SEED).shuffle(order)
-    held_out: set[str] = set()
-    for group in order:
-        if len(held_out) >= HELD_OUT_SHARE * len(group_of):
-            break
-        held_out.update(groups[group])
-    return held_out
+    pictures_before = accumulate(sizes[group] for group in ["", *order[:-1]])
+    return {
+        group for group, number in zip(order, pictures_before, strict=True) if number < HELD_OUT_SHARE * len(groups)
+    }

@@ -177,11 +177,7 @@ def _in_row(composer: SceneComposer, label: str, number: int, card: bool) -> Sta
             return f"{OBJECTS[item]} is in the {('top', 'bottom')[row]} row", scene
 
 
-ENTAILMENT_TEMPLATES: tuple[Callable[[SceneComposer, str, int, bool], Statement], ...] = (
-    _there_is,
-    _there_are_both,
-    _in_row,
-)
+ENTAILMENT_TEMPLATES = (_there_is, _there_are_both, _in_row)
 
 
 def load_scene_entailment(split: str = "train") -> Dataset:
@@ -283,23 +279,14 @@ def load_scene_phrases(split: str = "train") -> Dataset:
             objects = sorted(composer.objects(composer.random.choice((2, 3, 3, 4, 4))))
             composer.random.shuffle(objects)
             picture = Image.new("RGB", (SIDE, SIDE), "white")
-            boxes = _places(composer.random, len(objects))
-            for item, (left, top, right, _) in zip(objects, boxes, strict=True):
-                picture.paste(composer.pictures[item].resize((right - left, right - left)), (left, top))
             caption, phrases = "", []
-            for place, item in enumerate(objects):
+            for place, box in enumerate(_places(composer.random, len(objects))):
+                left, top, right, _ = box
+                picture.paste(composer.pictures[objects[place]].resize((right - left, right - left)), (left, top))
                 caption += "" if not place else " and " if place == len(objects) - 1 else " "
-                phrase = OBJECTS[item]
-                phrases.append(
-                    {
-                        "caption_index": 0,
-                        "start": len(caption),
-                        "end": len(caption) + len(phrase),
-                        "types": [],
-                        "boxes": [[float(corner) for corner in boxes[place]]],
-                        "phrase_id": f"{split}-{number}-{place}",
-                    }
-                )
+                phrase = OBJECTS[objects[place]]
+                span = {"caption_index": 0, "start": len(caption), "end": len(caption) + len(phrase), "types": []}
+                phrases.append(span | {"boxes": [list(map(float, box))], "phrase_id": f"{split}-{number}-{place}"})
                 caption += phrase
             yield {
                 "image": _png(picture),
@@ -322,10 +309,8 @@ def _places(generator: random.Random, number: int) -> list[tuple[int, int, int, 
             side = generator.randint(18, 30)
             left, top = generator.randint(0, SIDE - side), generator.randint(0, SIDE - side)
             boxes.append((left, top, left + side, top + side))
-        overlap = any(
-            a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a, b in itertools.combinations(boxes, 2)
-        )
-        if not overlap:
+        pairs = itertools.combinations(boxes, 2)
+        if not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for a, b in pairs):
             return boxes
 
 

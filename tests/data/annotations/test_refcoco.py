@@ -121,7 +121,7 @@ def test_albefs_refcoco_gets_its_boxes_from_the_folder(refcoco, tmp_path):
     ):
         load_phrases(alone, "testA")
     stranger = write_json(tmp_path / "elsewhere", [{"image": "1.jpg", "text": "a", "ref_id": 903}])
-    with pytest.raises(DataError, match=r"rows.json, row 1: its ref_id 903 is not in the RefCOCO folder"):
+    with pytest.raises(DataError, match=r"rows.json, row 1: its ref_id '903' is not in the RefCOCO folder"):
         load_phrases(stranger, annotations=str(refcoco))
 
 

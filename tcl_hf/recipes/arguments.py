@@ -4,6 +4,7 @@
 
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ class RecipeError(ValueError):
 def option(default: T, text: str) -> T:
     """A field of a dataclass of arguments, with its text for `--help`; each object has its own copy of a list."""
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": text})
+        return field(default_factory=lambda: copy(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -75,7 +76,8 @@ class PretrainingDataArguments(TrainingDataArguments):
 
     streaming: bool = option(False, "Read the data while training.")
     data_weights: list[float] = option(
-        [], "How often each source is drawn, in proportion, for streams only; each once, one after another, if empty."
+        [],
+        "How often each source is drawn, in proportion, for streams only; if empty, one source is read after another.",
     )
     eval_captions: int | None = field(default=1, init=False)
 

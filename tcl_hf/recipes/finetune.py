@@ -35,17 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     visited = SharedImages(samples) if data_args.share_images else samples
     metrics = train_task(data_args, args, model, processor, visited, records, answers)
     if PartialState().is_main_process:
-        run = Run(
-            data_args.task,
-            f"fine-tuned for {data_args.task.replace('_', ' ')}",
-            f"{len(samples)} records",
-            data_args.dataset_names,
-            [checkpoint_args.model],
-            command_line("finetune", argv),
-            output_dir,
-        )
         protocol = evaluation_protocol(data_args, model.config, len(records or ()))
-        print(write_finetuning_report(run, metrics, protocol, args.metric_for_best_model, records))
+        amount, started_by = f"{len(samples)} records", command_line("finetune", argv)
+        run = Run(data_args, amount, [checkpoint_args.model], started_by, output_dir, protocol)
+        print(write_finetuning_report(run, metrics, args.metric_for_best_model, records))
         print(f"Model, processor, metrics and card are in {output_dir}")
 
 

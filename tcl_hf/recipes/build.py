@@ -134,7 +134,7 @@ def candidate_answers(args: TaskArguments, records: Dataset | None, folder: str 
     Raises:
         RecipeError: if the task needs answers and there are none.
     """
-    if not TASKS[args.task].chooses_answers:
+    if "answer_list" not in TASKS[args.task].options:
         return []
     if args.answer_list is not None:
         return read_answer_list(args.answer_list)

@@ -42,7 +42,7 @@ def train_task(
     task = TASKS[data_args.task]
     history = model.config.trained_on or []
     model.config.trained_on = [*history, {"task": data_args.task, "data": data_args.dataset_names}]
-    collator = task.build_collator(data_args, model.config, processor)
+    collator = task.batches.collator(data_args, model.config, processor)
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
         assert task.evaluate is not None and records is not None

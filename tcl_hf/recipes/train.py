@@ -49,15 +49,8 @@ def train_task(
         return task.evaluate(model, processor, records, data_args, answers or []).metrics
 
     pushes = args.push_to_hub and PartialState().is_main_process
-    return train(
-        model,
-        samples,
-        collator,
-        processor,
-        args,
-        evaluate if records else None,
-        push_checkpoint=BackgroundPush(str(args.hub_model_id)) if pushes else None,
-    )
+    push = BackgroundPush(str(args.hub_model_id)) if pushes else None
+    return train(model, samples, collator, processor, args, evaluate if records else None, push_checkpoint=push)
 
 
 def command_line(name: str, argv: Sequence[str] | None) -> str:

@@ -32,9 +32,7 @@ class DataArguments:
     """The data, and how a model is evaluated on it."""
 
     task: str = field(default="pretraining", init=False)  # a key of `tasks.TASKS`; an option of `TaskArguments` only
-    data: list[str] = option(
-        ["openmoji"], "Sources of data: openmoji, JSON lists, tars, parquet, folders, or names on the Hub."
-    )
+    data: list[str] = option(["openmoji"], "Sources: openmoji, JSON lists, tars, parquet, folders, names on the Hub.")
     validation_data: list[str] = option([], "Sources to evaluate on; the sources in --data if there are none here.")
     validation_split: str = option("validation", "Split to evaluate on; empty for none.")
     image_root: str | None = option(None, "Folder to which the image paths of annotation files are relative.")
@@ -47,9 +45,7 @@ class DataArguments:
         None, f"Longest text in evaluation, [CLS] included; {MAX_TOKENS} if None, {MAX_QUESTION_TOKENS} for questions."
     )
     per_device_eval_batch_size: int = option(64, "Samples in a forward pass of the evaluation, in each process.")
-    half_precision_states: bool = option(
-        False, "Keep encoded states in float16 on the CPU while re-ranking, which takes less memory."
-    )
+    half_precision_states: bool = option(False, "Keep states in float16 on the CPU while re-ranking: less memory.")
 
     @property
     def dataset_names(self) -> list[str]:
@@ -75,10 +71,7 @@ class PretrainingDataArguments(TrainingDataArguments):
     """The data of pre-training, which may be a stream or a mixture of streams."""
 
     streaming: bool = option(False, "Read the data while training.")
-    data_weights: list[float] = option(
-        [],
-        "How often each source is drawn, in proportion, for streams only; if empty, one source is read after another.",
-    )
+    data_weights: list[float] = option([], "Proportions in which streams are mixed; one source after another if empty.")
     eval_captions: int | None = field(default=1, init=False)
 
 
@@ -87,13 +80,9 @@ class TaskArguments(DataArguments):
     """A downstream task, its data, and how a model is evaluated on it."""
 
     task: str = option("retrieval", "Name of the task.")
-    annotations: list[str] = option(
-        [], "Further files: the answers to VQA v2 questions, or the RefCOCO folder of ALBEF's lists."
-    )
+    annotations: list[str] = option([], "Further files: VQA v2's answers, or the RefCOCO folder of ALBEF's lists.")
     validation_annotations: list[str] = option([], "Further files of the data to evaluate on; --annotations if empty.")
-    answer_list: str | None = option(
-        None, "JSON list of the answers to choose from; the answers of the training data if None."
-    )
+    answer_list: str | None = option(None, "JSON list of answers to choose from; those of the training data if None.")
     dataset_name: str | None = option(None, "Name of the data in results; the name of its first source if None.")
     add_words: bool = option(False, "Add the words of the data that the tokenizer would cut into pieces.")
     heat: str = option("matching", "Score whose heat map locates a phrase: 'matching' or 'similarity'.")
@@ -125,9 +114,7 @@ class EvaluationArguments:
     """An evaluation without training."""
 
     results: str | None = option(None, "Folder for the results; the folder of the model if None.")
-    shuffle_images: bool = option(
-        False, "Give each record the image of another one: this measures what the texts alone allow."
-    )
+    shuffle_images: bool = option(False, "Give each record the image of another, to measure what texts alone allow.")
 
 
 @dataclass
@@ -135,9 +122,7 @@ class CheckpointArguments:
     """The checkpoint that a run starts from."""
 
     model: str | None = option(None, "TCL checkpoint to start from: a folder or a name on the Hub.")
-    image_size: int | None = option(
-        None, "Pixels of a side of the images; those of the model started from if None, or 256."
-    )
+    image_size: int | None = option(None, "Pixels of an image's side; those of the model started from if None, or 256.")
     config: str = option("{}", "Fields of TCLConfig, vision_config and text_config among them, as JSON.")
     config_fields: dict[str, Any] = field(init=False)
 
@@ -156,18 +141,12 @@ class ModelArguments(CheckpointArguments):
 
     vision_model: str | None = option(None, "ViT or DINOv2 of transformers to start from.")
     text_model: str | None = option(None, "BERT of transformers to start from.")
-    tokenizer: str | None = option(
-        None, "Tokenizer or vocab.txt; the tokenizer of the text model if None, or one trained on the captions."
-    )
+    tokenizer: str | None = option(None, "Tokenizer or vocab.txt; the text model's if None, or trained on captions.")
     vocab_size: int = option(30522, "Largest vocabulary of a tokenizer that is trained here.")
-    fusion_layer: int | None = option(
-        None, "Number of layers of --text_model that encode the text; all of them if None."
-    )
+    fusion_layer: int | None = option(None, "Layers of --text_model that encode the text; all of them if None.")
     num_fusion_layers: int = option(6, "Number of fusion layers on top of these.")
     image_mean: list[float] | None = option(None, "Mean of the images by channel; that of the vision encoder if None.")
-    image_std: list[float] | None = option(
-        None, "Standard deviation of the images by channel; that of the vision encoder if None."
-    )
+    image_std: list[float] | None = option(None, "Standard deviation by channel; that of the vision encoder if None.")
 
 
 def name_of(sources: Sequence[str]) -> str:

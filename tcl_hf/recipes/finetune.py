@@ -8,7 +8,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.sampling import SharedImages
-from .build import ANSWERS, add_words, candidate_answers, load_evaluation_data, load_training_data, open_model
+from .build import ANSWERS, add_words, candidate_answers, load_evaluation_data, load_split, open_model
 from .command_line import command
 from .parsing import FINETUNE, parse_recipe
 from .report import Run, write_finetuning_report
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task, output_dir = TASKS[data_args.task], Path(args.output_dir)
     set_seed(args.seed)
     model, processor = open_model(checkpoint_args, task.model_class)
-    samples = load_training_data(data_args)
+    samples = load_split(data_args, data_args.data, data_args.split)
     records = load_evaluation_data(data_args) if data_args.validation_split and task.evaluate else None
     if data_args.add_words:
         add_words(model, processor, samples)

@@ -58,24 +58,15 @@ _PRECISION_HELPS = {
     "bf16": "Run the model in bfloat16 by autocast; in float32 with neither, whatever the launcher's precision.",
     "fp16": "Run the model in float16 by autocast.",
 }
+_EVALUATED = names_of(TaskArguments, CheckpointArguments, EvaluationArguments) | {"seed", "bf16", "fp16"}
+_PLANNED = names_of(CheckpointArguments, PlanArguments) | {
+    *("vocab_size", "fusion_layer", "num_fusion_layers", "max_tokens"),
+    *("per_device_train_batch_size", "num_train_epochs", "bf16", "fp16"),
+}
 PRETRAIN = Command("pretrain", "openmoji", _PRETRAINING, names_of(*_PRETRAINING))
 FINETUNE = Command("finetune", "easy_vqa", _FINETUNING, names_of(*_FINETUNING))
-EVALUATE = Command(
-    "evaluate",
-    "easy_vqa",
-    (*_FINETUNING, EvaluationArguments),
-    names_of(TaskArguments, CheckpointArguments, EvaluationArguments) | {"seed", "bf16", "fp16"},
-    _PRECISION_HELPS,
-)
-_PLANNED = {"vocab_size", "fusion_layer", "num_fusion_layers", "max_tokens"}
-_PLANNED |= {"per_device_train_batch_size", "num_train_epochs", "bf16", "fp16"}
-PLAN = Command(
-    "plan",
-    "tcl_4m",
-    (*_PRETRAINING, PlanArguments),
-    names_of(CheckpointArguments, PlanArguments) | _PLANNED,
-    _PRECISION_HELPS,
-)
+EVALUATE = Command("evaluate", "easy_vqa", (*_FINETUNING, EvaluationArguments), _EVALUATED, _PRECISION_HELPS)
+PLAN = Command("plan", "tcl_4m", (*_PRETRAINING, PlanArguments), _PLANNED, _PRECISION_HELPS)
 COMMANDS = (PRETRAIN, FINETUNE, EVALUATE, PLAN)
 
 
@@ -100,16 +91,15 @@ def parse_recipe(command: Command, argv: Sequence[str] | None = None) -> tuple:
     path = None if chosen.task and not chosen.recipe else recipe_file(chosen.recipe or command.recipe)
     recipe = _read_recipe(path) if path is not None else {}
     _check_names(command, f"{path}: ", recipe, names_of(*command.types))
+    recipe = {name: value for name, value in recipe.items() if value is not None and value != []}
     options = _options_in(argv, parser)
     _check_names(command, "--", options, command.reads | {"help", "recipe"})
     _check_task(command, chosen.task or recipe.get("task"), {f"{path}: ": recipe, "--": options})
     configs = [recipe.pop("config", {}), *chosen.config]
     argv = [*_as_argv(recipe), *argv, "--config", json.dumps(_merged(configs))]
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        raise RecipeError(f"'{unknown[0]}' does not belong to any option: write options as --name value.")
+    *parsed, _, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if rest:
+        raise RecipeError(f"'{rest[0]}' does not belong to any option: write options as --name value.")
     return tuple(parsed)
 
 
@@ -127,9 +117,7 @@ class _Parser(HfArgumentParser):
 def _parser(command: Command) -> _Parser:
     """A parser of all arguments of a command, whose help lists those that the command reads."""
     parser = _Parser(command.types, prog=f"{command.name}.py", allow_abbrev=False)
-    parser.add_argument(
-        "--recipe", default=command.recipe, help="Name of a recipe of the package, or a YAML file of arguments."
-    )
+    parser.add_argument("--recipe", default=command.recipe, help="Name of a recipe of the package, or a YAML file.")
     for action in parser._actions:
         action.help = command.helps.get(action.dest, action.help)
         if action.dest not in command.reads | {"help", "recipe"}:
@@ -147,7 +135,7 @@ def _chosen(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    """The arguments that a recipe sets, by name."""
+    """The arguments in a recipe, by name."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError as error:
@@ -157,7 +145,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} could not be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a list of `name: value`.")
-    return {str(name): value for name, value in values.items() if value is not None and value != []}
+    return {str(name): value for name, value in values.items()}
 
 
 def _as_argv(recipe: dict[str, Any]) -> list[str]:
@@ -218,10 +206,10 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _merged(configs: Iterable[Any]) -> dict[str, Any]:
-    """Configs, as objects or JSON, in one; a later one overrides fields of an earlier one."""
+    """Configs, each an object or JSON, in one; a later one overrides fields of an earlier one."""
     merged: dict[str, Any] = {}
     for config in configs:
-        for name, value in (config if isinstance(config, dict) else json_object(config)).items():
+        for name, value in (config if isinstance(config, dict) else json_object(str(config))).items():
             are_parts = isinstance(value, dict) and isinstance(merged.get(name), dict)
             merged[name] = merged[name] | value if are_parts else value
     return merged

@@ -89,14 +89,13 @@ def results_table(metrics: dict[str, float], num_images: int, k: int, baseline: 
     columns = [f"{way}_recall@{at}" for way in ("i2t", "t2i") for at in (1, 5, 10)] + ["recall@1"]
     reranked = {name.removeprefix("reranked_"): v for name, v in metrics.items() if name.startswith("reranked_")}
     chance = {name: chance_recall(num_images, int(name.split("@")[1])) for name in columns}
-    rows = [("by similarity", metrics), (f"re-ranked by matching (k = {k})", reranked), ("chance", chance)]
-    if baseline is not None:
-        rows.append(("linear baseline (ridge)", baseline))
+    rows = {"by similarity": metrics, f"re-ranked by matching (k = {k})": reranked, "chance": chance}
+    rows["linear baseline (ridge)"] = baseline or {}
     lines = [
         f"| recall in % of {num_images} | image to text @1 | @5 | @10 | text to image @1 | @5 | @10 | mean @1 |",
         "|---|" + "---|" * len(columns),
     ]
-    for name, values in rows:
+    for name, values in rows.items():
         if values:
             lines.append(" | ".join([f"| {name}", *(f"{values[column]:.2f}" for column in columns)]) + " |")
     return "\n".join(lines)
@@ -104,8 +103,7 @@ def results_table(metrics: dict[str, float], num_images: int, k: int, baseline: 
 
 def plot_training(lines: list[dict[str, float]], path: Path) -> None:
     """Plot the losses and the recall of the lines of a `metrics.jsonl` as a PNG."""
-    figure = _figure((10, 3.6))
-    losses, recall = figure.subplots(1, 2)
+    figure, ((losses, recall),) = _subplots((10, 3.6), 1, 2)
     for name in ("cma", "imc", "lmi", "itm", "mlm"):
         _plot_values(losses, lines, f"loss_{name}", label=name.upper())
     losses.set(xlabel="step", ylabel="loss", title="Losses")
@@ -120,30 +118,21 @@ def plot_training(lines: list[dict[str, float]], path: Path) -> None:
 
 
 def picture_sheet(
-    model: TCLForImageTextRetrieval,
-    processor: TCLProcessor,
-    records: Sequence[dict],
-    path: Path,
-    k: int = 32,
-    num_texts: int = 8,
-    num_images: int = 6,
+    model: TCLForImageTextRetrieval, processor: TCLProcessor, records: Sequence[dict], path: Path, k: int
 ) -> None:
-    """Draw the images retrieved for some captions, best first, the right one framed, as a PNG.
+    """Draw the images retrieved for some captions, one in each row, best first, the right one framed, as a PNG.
 
     The captions are spread evenly over the records: none is chosen for its result.
 
     Args:
         k: number of candidates by similarity that are re-ranked by matching.
-        num_texts: number of captions, one in each row.
-        num_images: number of images for each caption.
     """
     model.eval()
     pairs = encode_samples(model, processor, records, captions_per_image=1)
     similarity = pairs.similarity()  # (I, T)
     scores = matching_scores(model, pairs, k)
-    num_texts, num_images = min(num_texts, len(records)), min(num_images, len(records))
-    figure = _figure((1.3 * num_images + 2, 1.3 * num_texts))
-    axes = figure.subplots(num_texts, num_images, squeeze=False)
+    num_texts, num_images = min(8, len(records)), min(6, len(records))
+    figure, axes = _subplots((1.3 * num_images + 2, 1.3 * num_texts), num_texts, num_images)
     for row in range(num_texts):
         text = row * len(records) // num_texts
         among = similarity[:, text].topk(min(k, len(records))).indices
@@ -207,8 +196,7 @@ def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Pat
     by_id = {record["image_id"]: record for record in records}
     one_each = len(predictions) == len(records)
     chosen = random.Random(0).sample(range(len(predictions)), min(2 * columns, len(predictions)))
-    figure = _figure((1.9 * columns, 5.2))
-    axes = figure.subplots(2, columns)
+    figure, axes = _subplots((1.9 * columns, 5.2), 2, columns)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, number in zip(axes.flat, chosen, strict=False):
@@ -256,8 +244,7 @@ def task_table(metrics: dict[str, float], protocol: EvaluationProtocol) -> str:
 
 def plot_task(lines: list[dict[str, float]], metric: str, path: Path) -> None:
     """Plot the loss and one metric of the lines of a `metrics.jsonl` as a PNG."""
-    figure = _figure((9, 3.4))
-    loss, measured = figure.subplots(1, 2)
+    figure, ((loss, measured),) = _subplots((9, 3.4), 1, 2)
     _plot_values(loss, lines, "loss")
     loss.set(xlabel="step", ylabel="loss", title="Training loss")
     _plot_values(measured, lines, metric, marker="o")
@@ -284,13 +271,14 @@ def write_finetuning_report(run: Run, metrics: dict[str, float], metric: str, re
     return table
 
 
-def _figure(size: tuple[float, float]) -> "Figure":
-    """An empty figure of this width and height in inches."""
+def _subplots(size: tuple[float, float], rows: int, columns: int) -> tuple["Figure", Any]:
+    """A figure of this width and height in inches, and its axes as an array."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Curves and picture sheets need matplotlib: pip install 'tcl_hf[demo]'.") from error
-    return Figure(size, layout="constrained")
+    figure = Figure(size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _plot_values(axis: "Axes", lines: list[dict[str, float]], name: str, **style: Any) -> None:

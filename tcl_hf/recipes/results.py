@@ -39,7 +39,7 @@ def evaluation_protocol(
         images_shuffled: whether each record had the image of another one.
     """
     row, dataset = TASKS[args.task], args.dataset_names[0]
-    task = row.measured_as or args.task
+    task = args.task if row.is_downstream else "retrieval"
     return EvaluationProtocol(
         task=task,
         dataset=dataset,

@@ -47,15 +47,9 @@ _OF_RETRIEVAL = ("eval_k", "half_precision_states")
 def build_augmentation(args: TrainingDataArguments, processor: TCLProcessor) -> TCLAugmentation:
     """Make the augmentation that the arguments describe."""
     pixels = processor.image_processor
-    return TCLAugmentation(
-        pixels.size["height"],
-        pixels.image_mean,
-        pixels.image_std,
-        crop_scale=tuple(args.crop_scale),
-        color_jitter=args.color_jitter,
-        flip=args.flip,
-        num_operations=args.num_operations,
-    )
+    size, mean, std = pixels.size["height"], pixels.image_mean, pixels.image_std
+    crop_scale = tuple(args.crop_scale)
+    return TCLAugmentation(size, mean, std, crop_scale, args.color_jitter, args.flip, args.num_operations)
 
 
 @dataclass(frozen=True)
@@ -108,7 +102,7 @@ class Task:
 
     Args:
         model_class: the head.
-        load: reads the samples of a split: `load(sources, split, **options)`.
+        load: reads the samples of a split, by default images with captions: `load(sources, split, **options)`.
         load_options: the arguments that it takes as options.
         batches: the batches for training, which make their collator.
         result_type: the Hub's name for the task of a result.
@@ -116,20 +110,19 @@ class Task:
             choose from; None if there is nothing to measure.
         evaluation_options: the arguments that only some evaluations read.
         embedded: functions that load a split of data that comes with the package, by the name of the data.
-        measured_as: the task that the evaluation measures, if it is another one.
         result_files: files beside `evaluation.json` that a server takes, and what makes their content of predictions.
-        is_downstream: whether the task is fine-tuned from a checkpoint, and evaluated by `evaluate.py`.
+        is_downstream: whether the task is fine-tuned from a checkpoint, and evaluated by `evaluate.py`; pre-training is
+            measured as retrieval.
     """
 
     model_class: type[TCLPreTrainedModel]
-    load: Callable[..., Any]
-    load_options: tuple[str, ...] = ("image_root",)
+    load: Callable[..., Any] = load_pairs
+    load_options: tuple[str, ...] = _OF_PAIRS
     batches: PairBatches | TextBatches
     result_type: str
     evaluate: Callable[[Any, TCLProcessor, Sequence[dict], Any, list[str]], Evaluation] | None = None
     evaluation_options: tuple[str, ...] = ()
     embedded: dict[str, Callable[[str], Dataset]] = field(default_factory=dict)
-    measured_as: str | None = None
     result_files: dict[str, Callable[[list[dict]], Any]] = field(default_factory=dict)
     is_downstream: bool = True
 
@@ -156,8 +149,7 @@ def _evaluate_retrieval(model, processor, records, args, answers) -> Evaluation:
 
 
 def _evaluate_answers(model, processor, records, args, answers) -> Evaluation:
-    limits = _limits(args, MAX_QUESTION_TOKENS)
-    return evaluate_answers(model, processor, records, answers, args.eval_k, **limits)
+    return evaluate_answers(model, processor, records, answers, args.eval_k, **_limits(args, MAX_QUESTION_TOKENS))
 
 
 def _evaluate_statements(model, processor, records, args, answers) -> Evaluation:
@@ -177,19 +169,14 @@ def _answers_for_server(predictions: list[dict]) -> list[dict[str, Any]]:
 TASKS = {
     "pretraining": Task(
         model_class=TCLForPreTraining,
-        load=load_pairs,
-        load_options=_OF_PAIRS,
         batches=PairBatches(mask_words=True),
         result_type="image-text-retrieval",
         evaluate=_evaluate_retrieval,
         evaluation_options=_OF_RETRIEVAL,
-        measured_as="retrieval",
         is_downstream=False,
     ),
     "retrieval": Task(
         model_class=TCLForImageTextRetrieval,
-        load=load_pairs,
-        load_options=_OF_PAIRS,
         batches=PairBatches(with_image_ids=True),
         result_type="image-text-retrieval",
         evaluate=_evaluate_retrieval,
@@ -209,6 +196,7 @@ TASKS = {
     "visual_entailment": Task(
         model_class=TCLForVisualEntailment,
         load=load_entailment,
+        load_options=("image_root",),
         batches=TextBatches(with_labels=True),
         result_type="visual-entailment",
         evaluate=_evaluate_statements,
@@ -217,18 +205,13 @@ TASKS = {
     "visual_reasoning": Task(
         model_class=TCLForVisualReasoning,
         load=load_reasoning,
+        load_options=("image_root",),
         batches=TextBatches(with_labels=True),
         result_type="visual-reasoning",
         evaluate=_evaluate_statements,
         embedded={"scenes": load_scene_reasoning},
     ),
-    "text_assignment": Task(
-        model_class=TCLForTextAssignment,
-        load=load_pairs,
-        load_options=_OF_PAIRS,
-        batches=PairBatches(),
-        result_type="text-assignment",
-    ),
+    "text_assignment": Task(model_class=TCLForTextAssignment, batches=PairBatches(), result_type="text-assignment"),
     "grounding": Task(
         model_class=TCLForImageTextRetrieval,
         load=load_phrases,

@@ -33,7 +33,6 @@ def test_every_task_has_what_training_needs(name):
     collator = task.batches.collator(arguments(name), TCLConfig(), tiny_processor())
     assert isinstance(collator, TCLPreTrainingCollator if "two_views" in task.options else TCLTaskCollator)
     assert (task.evaluate is None) == ("eval_steps" not in task.options)
-    assert task.measured_as is None or task.measured_as in TASKS
 
 
 def test_collators_mask_words_and_number_images_where_the_head_reads_them():

@@ -77,29 +77,12 @@ def pytorch_s_attention_with_dropout(step: Step) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def all_rows_copied(step: Step) -> Iterator[None]:
-    """Gather keys and values for every row of texts."""
-    fuse = encoders.TCLTextModel.fuse
-
-    def with_index(self, states: Tensor, mask: Tensor, images: Any, index: Tensor | None = None, **options: Any) -> Any:
-        num_images = images[0][0].shape[0]
-        num_neighbours = len(states) - (0 if index is None else len(index))
-        rows = torch.arange(num_images).repeat_interleave(num_neighbours // num_images)
-        return fuse(self, states, mask, images, rows if index is None else torch.cat([rows, index]), **options)
-
-    with replaced(encoders.TCLTextModel, "fuse", with_index):
-        yield
-
-
-@contextlib.contextmanager
 def projected_for_every_row(step: Step) -> Iterator[None]:
     """Repeat the image states for every row of texts, and project each to keys and values."""
     fuse = encoders.TCLTextModel.fuse
 
     def fuse_rows(self, states: Tensor, mask: Tensor, images: Any, index: Tensor | None = None, **options: Any) -> Any:
-        num_neighbours = len(states) - (0 if index is None else len(index))
-        rows = torch.arange(len(images)).repeat_interleave(num_neighbours // len(images))
-        rows = rows if index is None else torch.cat([rows, index])
+        rows = torch.arange(len(images)).repeat_interleave(len(states) // len(images)) if index is None else index
         return fuse(self, states, mask, self.project_images(images[rows]), **options)
 
     def fuse_states(
@@ -176,7 +159,6 @@ def memory_given_back(step: Step) -> Iterator[None]:
 OFF: dict[str, Callable[[Step], AbstractContextManager]] = {
     "fused attention kernel (eager in its place)": eager_attention,
     "own attention kernel where there is dropout": pytorch_s_attention_with_dropout,
-    "texts of an image as neighbours (all gathered)": all_rows_copied,
     "keys and values once for an image": projected_for_every_row,
     "last layer for used tokens alone": whole_last_layer,
     "masked words alone predicted": all_words_predicted,

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from tqdm.auto import trange
 
 from tcl_hf import TCLConfig, TCLForPreTraining
+from tcl_hf.training.agreement import Agreement
 from tcl_hf.training.checkpoints import save_checkpoint
 from tcl_hf.training.optimization import parameter_groups
 
@@ -64,7 +65,7 @@ def main() -> None:
         folder = Path(name)
 
         def save(step: int) -> Path:
-            return save_checkpoint(accelerator, folder, step, 1, bool)
+            return save_checkpoint(accelerator, folder, step, 1, Agreement())
 
         num_bytes = sum(path.stat().st_size for path in save(0).iterdir())
         for step in trange(1, args.repeats + 1, desc="Writing"):

@@ -38,7 +38,7 @@ def train_child(folder: Path, streaming: bool, resume: bool) -> None:
     from tcl_hf.data.tokenizer import train_tokenizer
     from tcl_hf.training.arguments import TCLTrainingArguments
     from tcl_hf.training.log import MetricsLog
-    from tcl_hf.training.loop import train
+    from tcl_hf.training.loop import TrainingRun
 
     tokenizer = train_tokenizer([f"word{i}" for i in range(NUM_SAMPLES)], vocab_size=300)
     processor = TCLProcessor(TCLImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
@@ -76,7 +76,7 @@ def train_child(folder: Path, streaming: bool, resume: bool) -> None:
         save_steps=3,
         resume=resume,
     )
-    train(model, pairs, TCLPreTrainingCollator(processor, with_image_ids=True), processor, args)
+    TrainingRun(model, pairs, TCLPreTrainingCollator(processor, with_image_ids=True), processor, args).train()
 
 
 def write_data(folder: Path) -> None:

@@ -33,7 +33,7 @@ from tcl_hf.sharing.convert import from_original
 from tcl_hf.sharing.hub import BackgroundPush
 from tcl_hf.training.arguments import TCLTrainingArguments
 from tcl_hf.training.log import read_metrics
-from tcl_hf.training.loop import train
+from tcl_hf.training.loop import TrainingRun
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
@@ -209,7 +209,9 @@ def tiny_run(folder, records=None, model=None, evaluate=None, pairs=None, collat
         pairs = Dataset.from_list(tiny_records(12) if records is None else records)
     processor = tiny_processor()
     push = BackgroundPush(args.hub_model_id) if args.push_to_hub else None
-    return train(model, pairs, collator or TCLPreTrainingCollator(processor), processor, args, evaluate, push)
+    return TrainingRun(
+        model, pairs, collator or TCLPreTrainingCollator(processor), processor, args, evaluate, push
+    ).train()
 
 
 def losses(folder) -> list[float]:

@@ -13,7 +13,7 @@ from tcl_hf.data.collators import TCLPreTrainingCollator, masked_positions
 from tcl_hf.data.pairs import load_pairs
 from tcl_hf.training.arguments import TCLTrainingArguments
 from tcl_hf.training.log import read_metrics
-from tcl_hf.training.loop import train
+from tcl_hf.training.loop import TrainingRun
 from tcl_hf.training.optimization import parameter_groups
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -191,7 +191,7 @@ def test_training_runs_and_resumes(precision, tmp_path):
             resume=resume,
             **fields,
         )
-        train(model, pairs, TCLPreTrainingCollator(processor), processor, args)
+        TrainingRun(model, pairs, TCLPreTrainingCollator(processor), processor, args).train()
         return read_metrics(tmp_path / folder / "metrics.jsonl")
 
     whole = run("whole", 6)

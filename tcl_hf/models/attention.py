@@ -87,43 +87,26 @@ class TCLAttention(nn.Module):
 
         Args:
             key_value: keys and values of B rows; those of the hidden states themselves if None. Each of the B rows
-                serves N / B neighbouring rows of queries.
-            index: the row of keys and values (R,) for each of the last R rows of queries; the first N - R rows of
-                queries are served as neighbours.
+                serves N / B neighbouring rows of queries, which are laid out as one longer row, so that nothing is
+                copied.
+            index: the row of keys and values for each row of queries (N,).
         """
-        key, value = key_value if key_value is not None else self.key_value(hidden_states)
-        query = self.q_proj(hidden_states)
-        if index is None:
-            output, weights = self._attend(query, key, value, attention_mask, output_attentions)
-            return self.out_proj(output), weights
-        neighbours, indexed = query.split((query.shape[0] - index.shape[0], index.shape[0]))
-        selected = key.index_select(0, index), value.index_select(0, index)
-        output, weights = self._attend(indexed, *selected, attention_mask, output_attentions)
-        if index.shape[0] != query.shape[0]:
-            first, first_weights = self._attend(neighbours, key, value, attention_mask, output_attentions)
-            output = torch.cat([first, output])
-            weights = torch.cat([first_weights, weights]) if output_attentions else None
-        return self.out_proj(output), weights
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, output_attentions: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend from projected queries (N, L, D) to keys and values of B rows (B, H, P, D / H).
-
-        The N / B neighbours that a row serves are laid out as one longer row of queries, so that nothing is copied.
-        """
-        num_rows, length, _ = query.shape
+        key, value = key_value if key_value is not None else self.key_value(hidden_states)  # (B, H, P, D / H)
+        if index is not None:
+            key, value = key.index_select(0, index), value.index_select(0, index)
+        num_rows, length, _ = hidden_states.shape
         implementation = self.config._attn_implementation
         if output_attentions:
             implementation = _implementation_with_weights(implementation)
-        elif implementation == "sdpa" and self.training and self.dropout and query.device.type == "cpu":
+        elif implementation == "sdpa" and self.training and self.dropout and hidden_states.device.type == "cpu":
             # On CPUs PyTorch has no fused kernel with dropout, and its plain one scales keys as well as queries.
             implementation = "eager"
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        # Shapes and not `len`, which would fix the number for torch.export.
+        query = self.q_proj(hidden_states).view(key.shape[0], -1, key.shape[1], self.head_dim)
         output, weights = attend(
             self,
-            # Shapes and not `len`, which would fix the number for torch.export.
-            query.view(key.shape[0], -1, key.shape[1], self.head_dim).transpose(1, 2),  # (B, H, N / B * L, D / H)
+            query.transpose(1, 2),  # (B, H, N / B * L, D / H)
             key,
             value,
             attention_mask,
@@ -131,9 +114,12 @@ class TCLAttention(nn.Module):
             scaling=self.scaling,
             is_causal=self.is_causal,
         )
-        if output_attentions and key.shape[0] != num_rows:  # (B, H, N / B * L, P) -> (N, H, L, P)
+        output = self.out_proj(output.reshape(num_rows, length, -1))
+        if not output_attentions:
+            return output, None
+        if key.shape[0] != num_rows:  # (B, H, N / B * L, P) -> (N, H, L, P)
             weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
-        return output.reshape(num_rows, length, -1), weights if output_attentions else None
+        return output, weights
 
 
 def _implementation_with_weights(implementation: str | None) -> str:

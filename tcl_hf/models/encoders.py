@@ -469,9 +469,8 @@ class TCLTextModel(TCLTextPreTrainedModel):
 
         Args:
             images: keys and values for each fusion layer, from `project_images`.
-            image_index: the image of each text (N,), or of each of the last R texts (R,). The N - R texts before these,
-                or all texts without it, are neighbours: every image serves the same number of consecutive texts, and
-                nothing is copied.
+            image_index: the image of each text (N,). Without it every image serves N / B consecutive texts, and nothing
+                is copied.
             image_mask: 1 for image states that count, 0 for others (B, P); all count if None. (The decoder of answers
                 reads a question as its "image", and questions are padded.)
             cache: keys and values of the tokens before these, to which those of these tokens are added.
@@ -568,11 +567,6 @@ class TCLTextModel(TCLTextPreTrainedModel):
     def _image_mask(self, states: Tensor, image_mask: Tensor, image_index: Tensor | None) -> Tensor:
         """The image states (B, P) to which texts attend; neighbours that share an image are one row of queries."""
         if image_index is not None:
-            if image_index.shape[0] != states.shape[0]:
-                raise ValueError(
-                    f"image_mask needs the image of every text, but image_index has {image_index.shape[0]} entries for "
-                    f"{states.shape[0]} texts: pass one for each text, or leave it out."
-                )
             image_mask = image_mask.index_select(0, image_index)
         queries = states.reshape(image_mask.shape[0], -1, states.shape[-1])
         keys = states.new_empty(*image_mask.shape, 0)

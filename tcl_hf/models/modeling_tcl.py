@@ -39,7 +39,6 @@ from .momentum import FeatureQueue, MomentumTeacher
 from .outputs import TCLLossOutput, TCLMaskedLMOutput, TCLOutput
 from .starting_points import StartsFromEncoders
 from .training_batch import (
-    FusionInputs,
     HardNegatives,
     MaskedTokens,
     TrainingBatch,
@@ -106,8 +105,7 @@ class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
         Args:
             images: states (B, 1 + P, width), or the keys and values that `text_model.project_images` makes of them,
                 which saves time where images are used more than once.
-            image_index: the image of each text (N,), or of the last R texts (R,). The texts before these, or all texts
-                without it, are neighbours: every image serves the same number of consecutive texts.
+            image_index: the image of each text (N,). Without it every image serves N / B consecutive texts.
             kwargs: further arguments of [`TCLTextModel.fuse`].
         """
         if isinstance(images, Tensor):
@@ -540,19 +538,23 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         alpha: float | Tensor,
     ) -> None:
         """Add the losses of the fusion encoder, matching (ITM) and masked words (MLM), from one pass over all rows."""
-        inputs = self._fusion_inputs(batch, student)
-        negatives = self._hard_negatives(batch, student, teacher) if self.config.itm_weight else None
-        rows = fusion_rows(batch, student, inputs, negatives)
+        num_pairs = len(batch.input_ids)
+        text_states, mask, image_states = student.text_states, batch.attention_mask, student.image_states
+        negatives = None
+        if self.config.itm_weight:
+            if self.config.gather_negatives and is_distributed():
+                # Hard negatives may be those of other processes, which follow the own batch.
+                text_states, image_states = (gather_padded(x, with_gradient=True) for x in (text_states, image_states))
+                mask = gather_padded(mask)
+            negatives = self._hard_negatives(batch, student, teacher)
+        rows = fusion_rows(batch, student.masked_states, text_states, mask, negatives)
         fused = self.tcl.fuse(
-            rows.text_states, rows.attention_mask, inputs.image_states, rows.image_index, token_index=rows.token_index
-        )
-        by_image, with_hard_image = rows.split(fused.last_hidden_state)
+            rows.text_states, rows.attention_mask, image_states, rows.image_index, token_index=rows.token_index
+        ).last_hidden_state
         if negatives is not None:
-            # [CLS] of the true pairs, of texts with hard images, and of images with hard texts.
-            cls_states = torch.cat([by_image[:, 0, 0], with_hard_image[:, 0], by_image[:, 1, 0]])  # (3 N, width)
-            logits = self.itm_head(cls_states)  # (3 N, 2)
+            logits = self.itm_head(fused[: 3 * num_pairs, 0])  # (3 N, 2)
             labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-            labels[: len(by_image)] = MATCHES
+            labels[:num_pairs] = MATCHES
             exists = torch.cat([torch.ones_like(negatives.has_image), negatives.has_image, negatives.has_text])
             output.loss_itm = itm_loss(logits, labels, exists)
             output.itm_accuracy = accuracy(logits, labels.masked_fill(~exists, -100))
@@ -560,19 +562,10 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             teacher_logits = None
             if not has_no_share(alpha):
                 teacher_logits = self._words_of_teacher(batch, teacher)
-            logits = self.lm_head(batch.masked.select(by_image[:, -1]))  # (N * M, V)
+            logits = self.lm_head(batch.masked.select(fused[-num_pairs:]))  # (N * M, V)
             words = batch.masked.selected_labels()
             output.loss_mlm = mlm_loss(logits, words, teacher_logits, alpha)
             output.mlm_accuracy = accuracy(logits, words)
-
-    def _fusion_inputs(self, batch: TrainingBatch, student: View) -> FusionInputs:
-        """The states to fuse, with those of all processes if hard negatives come from all."""
-        text_states, mask, image_states = student.text_states, batch.attention_mask, student.image_states
-        gathers = bool(self.config.itm_weight) and self.config.gather_negatives and is_distributed()
-        if gathers:
-            text_states, image_states = (gather_padded(x, with_gradient=True) for x in (text_states, image_states))
-            mask = gather_padded(mask)
-        return FusionInputs(text_states, mask, image_states, gathers)
 
     @torch.no_grad()
     def _words_of_teacher(self, batch: TrainingBatch, teacher: View) -> Tensor:

@@ -125,21 +125,8 @@ def encode_view(
 
 
 @dataclass
-class FusionInputs:
-    """States of the student that the fusion encoder reads, the own batch first; then those of other processes, if any.
-
-    Hard negatives are chosen among all of them.
-    """
-
-    text_states: Tensor  # (K, L, width), K >= N
-    attention_mask: Tensor  # (K, L), L the longest text of any process
-    image_states: Tensor  # (K, 1 + P, width)
-    from_all_processes: bool
-
-
-@dataclass
 class HardNegatives:
-    """For each text an image and for each image a text that do not belong to it, as rows of `FusionInputs`."""
+    """For each text an image and for each image a text that do not belong to it, as rows of all states."""
 
     image: Tensor  # (N,)
     has_image: Tensor  # (N,) False where every image belongs to the text: `image` is then meaningless
@@ -149,60 +136,54 @@ class HardNegatives:
 
 @dataclass
 class FusionRows:
-    """Rows of texts that the fusion encoder reads in one pass.
+    """Pairs of a text and an image that the fusion encoder reads in one pass.
 
-    The texts of one image are neighbours, which share its keys and values: the true text, a hard negative one, and the
-    masked text, as far as objectives need them. After these, for all images, come the true texts once more, each with a
-    hard negative image.
+    For matching, these are the N true pairs, the N texts with hard negative images, and the N hard negative texts with
+    their images; for masked language modelling, the N masked texts with their images.
     """
 
     text_states: Tensor  # (R, L, width), R rows
     attention_mask: Tensor  # (R, L)
-    image_index: Tensor | None  # the images of the last rows, or of all, see `TCLModel.fuse`
+    image_index: Tensor | None  # (R,); None where row n has image n
     token_index: Tensor | None  # (R, T), the tokens whose last states are needed; None for all
-    num_pairs: int
-    num_neighbours: int
-
-    def split(self, fused: Tensor) -> tuple[Tensor, Tensor]:
-        """Split fused states (R, T, width) into those of neighbours (N, texts of an image, T, width) and those of
-        texts with hard images (N, T, width), none of which there are without matching."""
-        by_image, with_hard_image = fused.tensor_split([self.num_pairs * self.num_neighbours])
-        return by_image.unflatten(0, (self.num_pairs, -1)), with_hard_image
 
 
 def fusion_rows(
-    batch: TrainingBatch, student: View, inputs: FusionInputs, negatives: HardNegatives | None
+    batch: TrainingBatch,
+    masked_states: Tensor | None,
+    text_states: Tensor | None,
+    attention_mask: Tensor,
+    negatives: HardNegatives | None,
 ) -> FusionRows:
-    """Lay out the rows of a step: those of matching, if there are negatives, and those of masked texts, if any."""
+    """Lay out the rows of a step: those of matching, if there are negatives, and those of masked texts, if any.
+
+    Args:
+        masked_states: states of the masked texts (N, L, width).
+        text_states, attention_mask: states and mask of the batch's own texts, and then perhaps of those of other
+            processes (K, L, width) and (K, L), L the longest text of any process.
+    """
     num_pairs, length = batch.attention_mask.shape
-    masked, mask = batch.masked, inputs.attention_mask
+    own = torch.arange(num_pairs, device=attention_mask.device)
     # [CLS] alone (T = 1) where no text is masked; all tokens where masked tokens come without positions.
-    token_index = mask.new_zeros(num_pairs, 1, dtype=torch.long) if masked is None else masked.token_index()
-    cls_index = None if token_index is None else torch.zeros_like(token_index)  # [CLS], T times
-    texts, masks, token_indices = [], [], []
+    token_index = (
+        batch.masked.token_index() if batch.masked else attention_mask.new_zeros(num_pairs, 1, dtype=torch.long)
+    )
+    texts, masks, images = [], [], []
     if negatives is not None:
-        texts += [inputs.text_states[:num_pairs], inputs.text_states[negatives.text]]
-        masks += [mask[:num_pairs], mask[negatives.text]]
-        token_indices += [cls_index, cls_index]
-    if masked is not None:
-        padding = mask.shape[1] - length  # to the longest text of any process
-        texts.append(F.pad(student.masked_states, (0, 0, 0, padding)))
+        for text, image in ((own, own), (own, negatives.image), (negatives.text, own)):
+            texts.append(text_states[text])
+            masks.append(attention_mask[text])
+            images.append(image)
+    token_indices = [] if token_index is None else [torch.zeros_like(token_index)] * len(texts)
+    if batch.masked is not None:
+        padding = attention_mask.shape[1] - length
+        texts.append(F.pad(masked_states, (0, 0, 0, padding)))
         masks.append(F.pad(batch.attention_mask, (0, padding)))
+        images.append(own)
         token_indices.append(token_index)
-
-    def in_rows(parts: list[Tensor]) -> Tensor:
-        rows = torch.stack(parts, dim=1).flatten(0, 1)
-        return rows if negatives is None else torch.cat([rows, parts[0]])
-
-    image_index = None if negatives is None else negatives.image
-    if inputs.from_all_processes:  # with images that serve no neighbours, every row has to name its image
-        own_images = torch.arange(num_pairs, device=mask.device).repeat_interleave(len(texts))
-        image_index = torch.cat([own_images, negatives.image])
     return FusionRows(
-        in_rows(texts),
-        in_rows(masks),
-        image_index,
-        None if token_index is None else in_rows(token_indices),
-        num_pairs,
-        len(texts),
+        torch.cat(texts),
+        torch.cat(masks),
+        None if negatives is None else torch.cat(images),
+        None if token_index is None else torch.cat(token_indices),
     )

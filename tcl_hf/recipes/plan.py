@@ -8,7 +8,7 @@ starts from count at the sizes that the recipe's config gives, or else at the pa
 from collections.abc import Sequence
 
 from ..models.configuration_tcl import TCLConfig
-from ..training.planning import describe, describe_operations
+from ..training.planning import describe
 from .arguments import ModelArguments, RecipeError
 from .command_line import command
 from .parsing import PLAN, parse_recipe
@@ -21,8 +21,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = args.mixed_precision or "no"
     batch_size, config = args.per_device_train_batch_size, planned_config(model_args)
     print(describe(config, batch_size, data_args.max_tokens, precision, args.num_train_epochs, plan))
-    if plan.operations:
-        print("\n" + describe_operations(config, batch_size, data_args.max_tokens, precision, plan))
 
 
 def planned_config(args: ModelArguments) -> TCLConfig:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..models.processing_tcl import TCLProcessor
 from ..sharing.hub import BackgroundPush
 from ..training.arguments import TCLTrainingArguments
-from ..training.loop import train
+from ..training.loop import TrainingRun
 from .arguments import TrainingDataArguments
 from .tasks import TASKS
 
@@ -37,7 +37,7 @@ def train_task(
         The last line of `metrics.jsonl`.
 
     Raises:
-        NonFiniteError, Preempted, CheckpointWriteError, TrainingError, DataError: as in `training.loop.train`.
+        NonFiniteError, Preempted, CheckpointWriteError, TrainingError, DataError: as in `TrainingRun.train`.
     """
     task = TASKS[data_args.task]
     history = model.config.trained_on or []
@@ -50,7 +50,8 @@ def train_task(
 
     pushes = args.push_to_hub and PartialState().is_main_process
     push = BackgroundPush(str(args.hub_model_id)) if pushes else None
-    return train(model, samples, collator, processor, args, evaluate if records else None, push_checkpoint=push)
+    evaluation = evaluate if records else None
+    return TrainingRun(model, samples, collator, processor, args, evaluation, push_checkpoint=push).train()
 
 
 def command_line(name: str, argv: Sequence[str] | None) -> str:

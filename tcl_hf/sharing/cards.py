@@ -3,7 +3,6 @@
 All cards follow the template `card_template.md`.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +77,6 @@ class Card:
 
     def write(self, folder: Path) -> ModelCard:
         """Write the card, and the picture of its widget, into a folder."""
-        class_name = self.model_class.__name__
         has_emojis = any(name in _EMBEDDED for name in self.datasets)
         results = eval_results(self.result_type, self.metrics, self.protocol) if self.protocol else []
         data = ModelCardData(
@@ -92,21 +90,11 @@ class Card:
             eval_results=results or None,
             widget=self._widget(folder),
         )
-        load = (
-            f"from tcl_hf import {class_name}, TCLProcessor\n\n"
-            f'model = {class_name}.from_pretrained("{self.name}", use_momentum_teacher=False).eval()\n'
-            f'processor = TCLProcessor.from_pretrained("{self.name}")'
-        )
         card = ModelCard.from_template(
             data,
             template_path=str(TEMPLATE),
-            name=self.name,
-            summary=self.summary,
-            load=load,
-            results=self.results,
-            pictures=self.pictures,
-            training=self.training,
-            limits=self.limits,
+            card=self,
+            class_name=self.model_class.__name__,
             credits=ATTRIBUTION if has_emojis else None,
             citation=CITATION,
         )
@@ -118,9 +106,7 @@ class Card:
         pipeline_tag = self.model_class.pipeline_tag
         if self.example is None or pipeline_tag is None or "image" not in self.example:
             return None
-        file = io.BytesIO()
-        open_image(self.example["image"]).convert("RGB").save(file, "PNG")
-        (folder / EXAMPLE).write_bytes(file.getvalue())
+        open_image(self.example["image"]).convert("RGB").save(folder / EXAMPLE)
         text_field = "text" if pipeline_tag == "visual-question-answering" else "candidate_labels"
         text = self.example.get("question") or ", ".join(self.example["captions"])
         return [{"src": EXAMPLE, text_field: text}]
@@ -166,27 +152,16 @@ def add_results(folder: Path, result_type: str, metrics: dict[str, float], proto
         return
     card = ModelCard.load(folder / CARD)
     new = eval_results(result_type, metrics, protocol)
-    kept = [old for old in card.data.eval_results or [] if not any(_same(old, result) for result in new)]
+    old = card.data.eval_results or []
+    kept = [result for result in old if not any(result.is_equal_except_value(other) for other in new)]
     if kept or new:
         card.data.model_name = card.data.model_name or folder.resolve().name
         card.data.eval_results = [*kept, *new]
         card.save(folder / CARD)
 
 
-def _same(a: EvalResult, b: EvalResult) -> bool:
-    """Return whether two results are of the same measurement."""
-
-    def measurement(result: EvalResult) -> tuple:
-        return result.task_type, result.dataset_type, result.dataset_split, result.metric_name, result.metric_args
-
-    return measurement(a) == measurement(b)
-
-
 def plain_card(
-    name: str,
-    model_class: type[TCLPreTrainedModel],
-    trained_on: Sequence[dict[str, Any]] | None,
-    origin: str = "",
+    name: str, model_class: type[TCLPreTrainedModel], trained_on: Sequence[dict[str, Any]] | None, origin: str = ""
 ) -> Card:
     """Return the card of a folder in which no run of ours wrote one, such as a converted one.
 

@@ -73,30 +73,28 @@ def from_original(state_dict: dict[str, Tensor], config: TCLConfig, report: Repo
     kind = kind_of(state_dict)
     report = Report(model_class_of(kind, config)) if report is None else report
     rows = {row.original: row for row in original_names(config, kind)}
-    ours: dict[str, Tensor] = {}
-    origin: dict[str, str] = {}
-    unknown = []
-    for key, value in state_dict.items():
-        if POSITION_IDS.fullmatch(key):
-            report.dropped[key] = "positions are counted anew"
-        elif key not in rows:
-            unknown.append(key)
-        elif rows[key].ours[0] in ours:
-            if not torch.equal(ours[rows[key].ours[0]], value):
-                raise CheckpointError(
-                    f"'{key}' and '{origin[rows[key].ours[0]]}' must be copies of one tensor, but they differ: get the "
-                    "file again."
-                )
-            report.used[key] = f"{rows[key].ours[0]}, as a copy"
-        else:
-            for name, part in _to_ours(rows[key], value):
-                ours[name], origin[name] = part, key
-            report.used[key] = ", ".join(rows[key].ours)
+    unknown = sorted(key for key in state_dict if key not in rows and not POSITION_IDS.fullmatch(key))
     if unknown:
         raise CheckpointError(
-            f"The checkpoint has {len(unknown)} tensors that TCL does not have: {', '.join(sorted(unknown)[:5])}. "
+            f"The checkpoint has {len(unknown)} tensors that TCL does not have: {', '.join(unknown[:5])}. "
             "Check that it is a TCL or ALBEF checkpoint of this config's sizes."
         )
+    ours: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        if key not in rows:
+            report.dropped[key] = "positions are counted anew"
+            continue
+        names = rows[key].ours
+        if names[0] not in ours:
+            ours.update(_to_ours(rows[key], value))
+            report.used[key] = ", ".join(names)
+        elif torch.equal(ours[names[0]], value):
+            report.used[key] = f"{names[0]}, as a copy"
+        else:
+            other = next(used for used in report.used if rows[used].ours[0] == names[0])
+            raise CheckpointError(
+                f"'{key}' and '{other}' must be copies of one tensor, but they differ: get the file again."
+            )
     return ours
 
 
@@ -139,21 +137,19 @@ def _original_tensors(model: TCLPreTrainedModel, kind: str) -> Iterator[tuple[st
                 yield place, torch.arange(len(value))[None]
 
 
-def load_original(
-    checkpoint: Checkpoint, vision_heads: int | None = None, text_heads: int | None = None, **fields
-) -> tuple[TCLPreTrainedModel, Report]:
+def load_original(checkpoint: Checkpoint, **fields) -> tuple[TCLPreTrainedModel, Report]:
     """Make our model of an original checkpoint, with its weights, and report what happened to each tensor.
 
     Args:
-        vision_heads, text_heads: see `config_of`.
-        fields: fields of `TCLConfig` that tensors do not show; they override the checkpoint's own settings.
+        fields: numbers of heads and fields of `TCLConfig` that tensors do not show, see `config_of`; they override the
+            checkpoint's own settings.
 
     Raises:
         CheckpointError: if tensors are missing or unknown, or contradict each other.
     """
     state_dict, kind = checkpoint.state_dict, kind_of(checkpoint.state_dict)
     settings = {name: checkpoint.settings[name] for name in _SETTINGS if name in checkpoint.settings}
-    config = config_of(state_dict, vision_heads, text_heads, **settings | fields)
+    config = config_of(state_dict, **settings | fields)
     report = Report(model_class_of(kind, config), notes=list(checkpoint.notes))
     if settings:
         report.notes.append(f"from the file's own settings: {', '.join(f'{k}={v}' for k, v in settings.items())}")
@@ -198,12 +194,7 @@ def _check_and_fill(weights: dict[str, Tensor], rows: list[NameRow], config: TCL
 
 
 def convert(
-    source: str | os.PathLike,
-    folder: str | os.PathLike,
-    processor: TCLProcessor | None = None,
-    vision_heads: int | None = None,
-    text_heads: int | None = None,
-    **fields,
+    source: str | os.PathLike, folder: str | os.PathLike, processor: TCLProcessor | None = None, **fields
 ) -> Report:
     """Convert an original checkpoint to a folder that `from_pretrained` opens, which appears only when it is whole.
 
@@ -211,14 +202,14 @@ def convert(
         source: a file that `read_checkpoint` reads.
         folder: the folder to write; it must be empty if it exists.
         processor: saved with the model, and set to the model's image size.
-        vision_heads, text_heads, fields: see `load_original`.
+        fields: see `load_original`.
 
     Raises:
         CheckpointError: if the source cannot be converted or the folder cannot be written.
     """
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise CheckpointError(f"{folder} is not empty: choose another folder.")
-    model, report = load_original(read_checkpoint(source), vision_heads, text_heads, **fields)
+    model, report = load_original(read_checkpoint(source), **fields)
     if processor is not None:
         vocabulary = model.config.text_config.vocab_size
         if len(processor.tokenizer) != vocabulary:
@@ -253,7 +244,7 @@ def check_conversion(source: str | os.PathLike, folder: str | os.PathLike) -> di
         if name in state_dict and not torch.equal(state_dict[name], value):
             raise CheckpointError(f"'{name}' differs between {source} and {folder}: convert it again.")
         num_equal += name in state_dict
-    outputs = probe(model)
+    outputs = _probe(model)
     bad = [name for name, value in outputs.items() if not value.isfinite().all()]
     if bad:
         raise CheckpointError(
@@ -263,17 +254,12 @@ def check_conversion(source: str | os.PathLike, folder: str | os.PathLike) -> di
 
 
 @torch.no_grad()
-def probe(model: TCLPreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
-    """Return states and logits of a model for two random images and texts.
-
-    A seed gives the same images and texts for all models of the same sizes.
-    """
-    generator = torch.Generator().manual_seed(seed)
+def _probe(model: TCLPreTrainedModel) -> dict[str, Tensor]:
+    """Return states and logits of a model for two random images and texts, the same for all models of its sizes."""
+    generator = torch.Generator().manual_seed(0)
     size, text = model.config.vision_config.image_size, model.config.text_config
     pixels = torch.randn(2, 3, size, size, generator=generator)
     ids = torch.randint(text.vocab_size, (2, min(8, text.max_position_embeddings)), generator=generator)
-    was_training = model.training
-    model.eval()
     states = model.tcl.encode_image(pixels)
     images = (states,) * text.images_per_text
     fused = model.tcl.text_model(ids, encoder_hidden_states=images).last_hidden_state
@@ -281,7 +267,6 @@ def probe(model: TCLPreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
     for head in ("itm_head", "cls_head", "ta_head", "lm_head"):
         if hasattr(model, head):
             outputs[f"{head}_logits"] = getattr(model, head)(fused[:, 0])
-    model.train(was_training)
     return outputs
 
 
@@ -297,8 +282,8 @@ def open_saved(folder: str | os.PathLike, **fields) -> TCLPreTrainedModel:
     try:
         config = TCLConfig.from_pretrained(folder, **fields)
         written_by = (config.architectures or ["?"])[0]
-        heads = [model_class for kind in KINDS.values() for model_class in kind.model_classes]
-        known: list[type[TCLPreTrainedModel]] = [*heads, TCLModel, TCLForMaskedLM]
+        known: list[type[TCLPreTrainedModel]] = [TCLModel, TCLForMaskedLM]
+        known += [model_class for kind in KINDS.values() for model_class in kind.model_classes]
         classes = {model_class.__name__: model_class for model_class in known}
         if written_by not in classes:
             raise CheckpointError(f"it holds a '{written_by}', which is not one of {', '.join(classes)}")

@@ -88,26 +88,21 @@ def export(
         raise HubError(f"{folder} cannot be shared: {error}") from error
     model.save_pretrained(target, max_shard_size=max_shard_size)
     processor.save_pretrained(target)
-    for pattern in SHARED_FILES:
-        for path in sorted(folder.glob(pattern)):
-            _copy(path, target / path.name, folder)
+    shared = [path for pattern in SHARED_FILES for path in sorted(folder.glob(pattern))]
+    checkpoint = newest_checkpoint(folder) if training_state else None
+    if checkpoint:
+        shared += [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    for path in shared:
+        copy = target / path.relative_to(folder)
+        if path.resolve().is_relative_to(folder.resolve()):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        else:
+            logger.warning("%s is not shared, because it is a link to a file outside of %s.", path, folder)
     if not (target / CARD).exists():
         plain_card(folder.resolve().name, type(model), model.config.trained_on).write(target)
-    checkpoint = newest_checkpoint(folder) if training_state else None
-    for path in sorted(checkpoint.rglob("*")) if checkpoint else ():
-        if path.is_file():
-            _copy(path, target / path.relative_to(folder), folder)
     if with_code:
         _add_code(target, type(model))
-
-
-def _copy(path: Path, target: Path, folder: Path) -> None:
-    """Copy a file, unless it is a link to a file outside of the folder."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        logger.warning("%s is not shared, because it is a link to a file outside of %s.", path, folder)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
 
 
 def _add_code(target: Path, model_class: type[TCLPreTrainedModel]) -> None:
@@ -164,9 +159,8 @@ def push(
         export(folder, unpacked, training_state=training_state, with_code=with_code, max_shard_size=max_shard_size)
         card = Path(unpacked) / CARD  # the widget needs its picture's address on the Hub
         address = f"{api.endpoint}/{repo_id}/resolve/main/{EXAMPLE}"
-        card.write_text(
-            card.read_text(encoding="utf-8").replace(f"src: {EXAMPLE}\n", f"src: {address}\n"), encoding="utf-8"
-        )
+        text = card.read_text(encoding="utf-8").replace(f"src: {EXAMPLE}\n", f"src: {address}\n")
+        card.write_text(text, encoding="utf-8")
         with _hub_errors(repo_id, revision):
             if not create_pr:  # a pull request may come from an account that cannot create this repository
                 api.create_repo(repo_id, private=private, exist_ok=True)
@@ -257,31 +251,31 @@ def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turn the exceptions of the Hub's client into a `HubError` of one sentence."""
     try:
         yield
-    except GatedRepoError as error:
-        raise HubError(
-            f"{repo_id} is gated: ask for access on its page, and pass the token of the account that has it."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"There is no repository {repo_id}, or it is private and this token cannot read it: check the name, and "
-            "pass the token of an account that can."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise HubError(
-            f"{repo_id} has no revision '{revision}': choose one of its branches, tags or commits."
-        ) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx2.TransportError) as error:
-        raise HubError(
-            f"The Hub cannot be reached for {repo_id}: check the connection, or unset HF_HUB_OFFLINE."
-        ) from error
-    except HfHubHTTPError as error:
-        raise HubError(_refusal(repo_id, error)) from error
-    except RuntimeError as error:  # an upload failed; the Hub's answer is the cause
-        cause = error.__cause__
-        reason = _refusal(repo_id, cause) if isinstance(cause, HfHubHTTPError) else f"{repo_id}: {cause or error}"
-        raise HubError(f"{reason} Files that were sent stay there: push again to send the rest.") from error
-    except OSError as error:
-        raise HubError(f"Files of {repo_id} could not be read or written on this machine: {error}.") from error
+    except (HfHubHTTPError, httpx2.TransportError, OSError, RuntimeError) as error:
+        raise HubError(_reason(error, repo_id, revision)) from error
+
+
+def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
+    """Return a sentence about an exception of the Hub's client, with the remedy."""
+    match error:
+        case GatedRepoError():
+            return f"{repo_id} is gated: ask for access on its page, and pass the token of the account that has it."
+        case RepositoryNotFoundError():
+            return (
+                f"There is no repository {repo_id}, or it is private and this token cannot read it: check the name, "
+                "and pass the token of an account that can."
+            )
+        case RevisionNotFoundError():
+            return f"{repo_id} has no revision '{revision}': choose one of its branches, tags or commits."
+        case OfflineModeIsEnabled() | LocalEntryNotFoundError() | httpx2.TransportError():
+            return f"The Hub cannot be reached for {repo_id}: check the connection, or unset HF_HUB_OFFLINE."
+        case HfHubHTTPError():
+            return _refusal(repo_id, error)
+        case OSError():
+            return f"Files of {repo_id} could not be read or written on this machine: {error}."
+    cause = error.__cause__  # An upload failed with a `RuntimeError`, and the Hub's answer is its cause.
+    reason = _refusal(repo_id, cause) if isinstance(cause, HfHubHTTPError) else f"{repo_id}: {cause or error}"
+    return f"{reason} Files that were sent stay there: push again to send the rest."
 
 
 def _refusal(repo_id: str, error: HfHubHTTPError) -> str:

@@ -75,8 +75,6 @@ def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
         notes = _verify_archive(path)
         # A zip archive is mapped, so that the states of an optimizer stay on the disk. Older files cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=not notes), notes
-    except CheckpointError:
-        raise
     except Exception as error:  # a damaged pickle can raise any exception
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:
@@ -99,7 +97,7 @@ def _verify_archive(path: Path) -> tuple[str, ...]:
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
-        raise CheckpointError(f"{path} is damaged (its part '{damaged}' has another checksum): get the file again.")
+        raise zipfile.BadZipFile(f"its part '{damaged}' has another checksum")
     return ()
 
 
@@ -201,16 +199,12 @@ def _layer_numbers(state_dict: dict[str, Tensor], prefix: str, part: str = "") -
 
 def _num_heads(width: int, num_heads: int | None, encoder: str) -> int:
     """Return the number of attention heads of an encoder: the given one, or as many as are `HEAD_WIDTH` wide."""
-    if num_heads is None and width % HEAD_WIDTH:
-        raise CheckpointError(
-            f"The {encoder} encoder is {width} wide, which cannot be divided into heads of {HEAD_WIDTH} as in the "
-            f"released models: give the number of its heads with --{encoder}-heads."
-        )
     number = width // HEAD_WIDTH if num_heads is None else num_heads
-    if number < 1 or width % number:
+    if number < 1 or width % number or (num_heads is None and width % HEAD_WIDTH):
+        heads = f"heads of {HEAD_WIDTH} as in the released models" if num_heads is None else f"{num_heads} heads"
         raise CheckpointError(
-            f"The {encoder} encoder is {width} wide, which does not divide into {number} heads: give another number "
-            f"with --{encoder}-heads."
+            f"The {encoder} encoder is {width} wide, which cannot be divided into {heads}: give the number of its "
+            f"heads with --{encoder}-heads."
         )
     return number
 

@@ -131,10 +131,7 @@ KINDS = {
         (_Part("cls_head{m}.0.", "cls_head.0.", _LINEAR), _Part("cls_head{m}.2.", "cls_head.2.", _LINEAR)),
     ),
     "text_assignment": _Kind(
-        (TCLForTextAssignment,),
-        "ta_head",
-        (*_PROJECTIONS, _Part("ta_head.", "ta_head.", _LINEAR)),
-        (_TEMPERATURE,),
+        (TCLForTextAssignment,), "ta_head", (*_PROJECTIONS, _Part("ta_head.", "ta_head.", _LINEAR)), (_TEMPERATURE,)
     ),
     "retrieval": _Kind(
         (TCLForImageTextRetrieval,),

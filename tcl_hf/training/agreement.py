@@ -12,9 +12,7 @@ class Agreement:
     """Lets processes agree by collective calls over their CPUs, so that nothing waits for a GPU."""
 
     def __init__(self):
-        self.rank: int = dist.get_rank() if is_distributed() else 0
-        self.world_size: int = dist.get_world_size() if is_distributed() else 1
-        self.group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self.group = dist.new_group(backend="gloo") if is_distributed() else None
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is true in any process; all processes have to ask together."""

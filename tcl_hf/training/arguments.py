@@ -14,10 +14,7 @@ class TCLTrainingArguments:
     output_dir: str = field(default="runs/tcl", metadata={"help": "Folder of the model, metrics and checkpoints."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, order, augmentation and masking."})
     num_train_epochs: int = field(default=30, metadata={"help": "Passes over the data."})
-    max_steps: int = field(
-        default=-1,
-        metadata={"help": "Stop after this number of optimizer steps, if it is positive; else after all epochs."},
-    )
+    max_steps: int = field(default=-1, metadata={"help": "Stop after N optimizer steps; -1 for the end of all epochs."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Pairs in a forward of one process."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forwards in an optimizer step."})
     lr_scheduler_type: str = field(
@@ -43,12 +40,8 @@ class TCLTrainingArguments:
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta."})
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient to this norm; 0 for no clipping."})
-    bf16: bool = field(
-        default=False, metadata={"help": "Autocast the forward to bfloat16; else the precision of the launcher."}
-    )
-    fp16: bool = field(
-        default=False, metadata={"help": "Autocast the forward to float16; else the precision of the launcher."}
-    )
+    bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16; else the precision of the launcher."})
+    fp16: bool = field(default=False, metadata={"help": "Autocast to float16; else the precision of the launcher."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile the forward."})
     train_sampling_strategy: str = field(
@@ -72,8 +65,7 @@ class TCLTrainingArguments:
     save_total_limit: int = field(default=2, metadata={"help": "Number of checkpoints that are kept."})
     push_to_hub: bool = field(default=False, metadata={"help": "Push every checkpoint in the background."})
     hub_model_id: str | None = field(
-        default=None,
-        metadata={"help": "Repository on the Hub for push_to_hub: user/name; it is made if it is missing."},
+        default=None, metadata={"help": "Repository on the Hub for push_to_hub: user/name; made if it is missing."}
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in output_dir."})
     report_to: list[str] = field(

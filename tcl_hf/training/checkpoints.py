@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from torch.utils.serialization import config as serialization
 
 from ..models.checksums import checksum
+from .agreement import Agreement
 
 logger = logging.getLogger(__name__)
 
@@ -47,17 +47,12 @@ class CheckpointPusher(Protocol):
 
 
 def save_checkpoint(
-    accelerator: Accelerator,
-    output_dir: Path,
-    step: int,
-    limit: int,
-    any_process: Callable[[bool], bool],
-    spared: Path | None = None,
+    accelerator: Accelerator, output_dir: Path, step: int, limit: int, agreement: Agreement, spared: Path | None = None
 ) -> Path:
     """Save the state of all processes as the checkpoint of a step, and remove the oldest beyond `limit`.
 
     Args:
-        any_process: returns whether its argument is true in any process; all processes call it at the same points.
+        agreement: of all processes, which call this together.
         spared: a checkpoint that is still needed, and is not removed.
 
     Raises:
@@ -68,45 +63,38 @@ def save_checkpoint(
     failure: Exception | None = None
     try:
         if accelerator.is_main_process:
-            for suffix in (".tmp", _REMOVED):  # A kill may have left them, perhaps at another step.
-                for left in final.parent.glob(f"{_NAME}{suffix}"):
-                    shutil.rmtree(left, ignore_errors=True)
+            for left in final.parent.glob(f"{_NAME}.*"):  # A kill may have left them, perhaps at another step.
+                shutil.rmtree(left, ignore_errors=True)
         accelerator.wait_for_everyone()
         # The checksums of the manifest are stronger, and a second pass over all bytes would cost time.
         with serialization.patch("save.compute_crc32", False):
             accelerator.save_state(str(unfinished))
     except (OSError, RuntimeError, SafetensorError) as error:  # Torch and safetensors raise errors of their own.
         failure = error
-    if any_process(failure is not None):
-        if accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise _not_written(final, output_dir, failure) from failure
-    if accelerator.is_main_process:
+    is_saved = not agreement.any(failure is not None)
+    if accelerator.is_main_process and is_saved:
         try:
             _write_manifest(unfinished, {"step": step, "num_processes": accelerator.num_processes})
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             _flush(final.parent)
         except OSError as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
             failure = error
-        else:
-            # Newer checkpoints must be damaged, because a resumed run has passed over them: they are removed first.
-            others = sorted(final.parent.glob(_NAME), key=lambda path: (path.name <= final.name, path.name))
-            for old in others[: -max(limit, 1)]:
-                if old != spared:
-                    _remove_in_background(old)
-    if any_process(failure is not None):
-        raise _not_written(final, output_dir, failure) from failure
+    if agreement.any(failure is not None):
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        reason = str(failure).strip().splitlines()[0] if failure else "another process failed"
+        raise CheckpointWriteError(
+            f"{final} could not be written ({reason}): make room and go on with --resume. "
+            f"Last good checkpoint: {newest_checkpoint(output_dir) or 'none'}."
+        ) from failure
+    if accelerator.is_main_process:
+        # Newer checkpoints must be damaged, because a resumed run has passed over them: they are removed first.
+        others = sorted(final.parent.glob(_NAME), key=lambda path: (path.name <= final.name, path.name))
+        for old in others[: -max(limit, 1)]:
+            if old != spared:
+                _remove_in_background(old)
     return final
-
-
-def _not_written(final: Path, output_dir: Path, failure: Exception | None) -> CheckpointWriteError:
-    reason = str(failure).strip().splitlines()[0] if failure else "another process failed"
-    return CheckpointWriteError(
-        f"{final} could not be written ({reason}): make room and go on with --resume. "
-        f"Last good checkpoint: {newest_checkpoint(output_dir) or 'none'}."
-    )
 
 
 def _remove_in_background(checkpoint: Path) -> None:
@@ -159,8 +147,7 @@ def newest_whole_checkpoint(output_dir: Path) -> Path | None:
 def what_is_damaged(checkpoint: Path) -> str | None:
     """The first difference between a checkpoint and its manifest, in words; None if it is whole."""
     try:
-        files = read_manifest(checkpoint)["files"]
-        for name, (size, expected) in files.items():
+        for name, (size, expected) in read_manifest(checkpoint)["files"].items():
             path = checkpoint / name
             if not path.is_file():
                 return f"its file {name} is missing"

@@ -7,34 +7,26 @@ buffers: each process holds them whole, and pushes the same rows.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    broadcast,
-    send_to_device,
-)
+from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, DistributedType, broadcast
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from ..models.distributed import whole
 from ..models.encoders import TCLTextLayer, TCLVisionLayer
+from .agreement import Agreement
 from .allocation import keep_freed_memory
 from .arguments import TCLTrainingArguments
 from .optimization import parameter_groups
 
 SHARDED_LAYERS = (TCLVisionLayer, TCLTextLayer)
-_SCALARS = ("temperature",)
 
 
 class Engine:
@@ -57,6 +49,7 @@ class Engine:
             # Each process reads its own batches: sending them from rank 0 fails where a batch has bad samples only.
             dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
         )
+        self.agreement = Agreement()
         self.device = self.accelerator.device
         self.accumulation_steps: int = self.accelerator.gradient_accumulation_steps
         if self.device.type == "cpu":
@@ -99,23 +92,6 @@ class Engine:
         for buffer in model.buffers():  # The queues start equal.
             broadcast(buffer)
 
-    def prepare_loader(self, loader: DataLoader) -> DataLoader:
-        """Let a map-style loader give each process its batches, on the device."""
-        return self.accelerator.prepare(loader)
-
-    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Move a batch to the device without waiting for it."""
-        return send_to_device(batch, self.device, non_blocking=True)
-
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the learning rate of the coming update."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-
-    def accumulating(self) -> AbstractContextManager:
-        """The context of one forward and its backward; gradients are exchanged at the last one of an optimizer step."""
-        return self.accelerator.accumulate(self.model)
-
     def forward(self, batch: dict[str, Tensor], alpha: float) -> Any:
         """The model's output, with its losses; `alpha` is the share of the teacher's targets."""
         # A compiled forward takes a tensor, because each new number would compile it again.
@@ -124,16 +100,17 @@ class Engine:
             return self.model(**batch, alpha=share)
 
     def backward(self, loss: Tensor) -> Tensor | None:
-        """Compute gradients; return their norm before clipping at the last forward of a step, where it is known."""
-        self.accelerator.backward(loss)
-        return self._gradient_norm() if self.is_last_forward else None
+        """Compute gradients, and clip them at the last forward of an optimizer step.
 
-    def _gradient_norm(self) -> Tensor | None:
-        """The norm of the whole gradient, before clipping where it is clipped; None where DeepSpeed has none."""
+        Returns:
+            The norm of the whole gradient before clipping; None before the last forward, and where DeepSpeed has none.
+        """
+        self.accelerator.backward(loss)
+        if not self.is_last_forward:
+            return None
         max_norm = self.args.max_grad_norm
-        if (
-            self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        ):  # `backward` has clipped and updated already.
+        # With DeepSpeed, the call above has clipped and updated already.
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
             return None if norm is None else torch.tensor(float(norm), device=self.device)
         if max_norm > 0:
@@ -141,11 +118,6 @@ class Engine:
         self.accelerator.unscale_gradients()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return whole(torch.nn.utils.get_total_norm(gradients))
-
-    def update(self) -> None:
-        """Update the weights, unless the optimizer step has more forwards to come, and forget the gradients."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
         """Run an evaluation on the whole model, in the run's precision; all processes return from it together."""
@@ -196,11 +168,6 @@ def gather_for_methods(model: nn.Module) -> None:
             register_fsdp_forward_method(module, "project_image")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; every process has to ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state of a sharded model as if it were not sharded, for `save_pretrained(..., state_dict=...)`.
 
@@ -227,4 +194,5 @@ def whole_model(model: nn.Module) -> nn.Module:
 
 
 def _as_saved(name: str, value: Tensor) -> Tensor:
-    return value.squeeze(0) if name.rpartition(".")[2] in _SCALARS else value
+    """The temperature as the scalar that it was before `make_shardable`; other tensors as they are."""
+    return value.squeeze(0) if name.rpartition(".")[2] == "temperature" else value

@@ -28,11 +28,8 @@ def batch_statistics(output: Any) -> dict[str, Tensor]:
     Args:
         output: the output of a head, perhaps with `image_embeds` and `text_embeds` (N, D).
     """
-    statistics = {}
-    for name in ("itm_accuracy", "mlm_accuracy"):
-        value = getattr(output, name, None)
-        if value is not None:
-            statistics[name] = value
+    names = ("itm_accuracy", "mlm_accuracy")
+    statistics = {name: value for name in names if (value := getattr(output, name, None)) is not None}
     image, text = getattr(output, "image_embeds", None), getattr(output, "text_embeds", None)
     if image is not None and text is not None and len(image) == len(text):
         image, text = image.detach(), text.detach()
@@ -71,7 +68,7 @@ class Monitor:
                 f"the teacher is {line['teacher_distance']:.2f} of the student's length away: it does not keep up; "
                 "lower the learning rate or the momentum"
             )
-        if not MIN_TEMPERATURE < line.get("temperature", 0.07) < MAX_TEMPERATURE:
+        if "temperature" in line and not MIN_TEMPERATURE < line["temperature"] < MAX_TEMPERATURE:
             warnings.append(f"the temperature is {line['temperature']:g}, at the end of its range")
         is_first = math.isnan(self.mean_loss)
         self.mean_loss = line["loss"] if is_first else MEMORY * self.mean_loss + (1 - MEMORY) * line["loss"]

@@ -1,13 +1,14 @@
-"""The loaders of a run: shuffled map-style data and streams behind one interface.
+"""The loader of a run: shuffled map-style data or a stream behind one interface.
 
 The order of a loader, and the random choices of every sample, follow from the seed alone.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -15,110 +16,71 @@ from ..data.pairs import DataError
 from ..data.sampling import BucketSampler, CaptionLengths, VisitedSamples, VisitSampler
 from ..data.skipped import SkippedSamples
 from ..data.streams import StreamLoader
-from .agreement import Agreement
 from .arguments import TCLTrainingArguments, TrainingError
 from .engine import Engine
 from .interruption import ignore_sigterm
 
-
-class RunLoader(Protocol):
-    """The interface of a loader to the loop."""
-
-    state: list[Any]  # the objects that belong to a checkpoint
-
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
-
-    def batches(self, epoch: int, start: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of an epoch for this process, without the first `start`, on the device.
-
-        Where no sample of a batch can be used, the batch is an empty dictionary.
-        """
+Collator = Callable[[list[dict]], dict[str, Tensor]]
 
 
-def build_loader(
-    dataset: Any,
-    collator: Callable[[list[dict]], dict[str, Tensor]],
-    args: TCLTrainingArguments,
-    engine: Engine,
-    agreement: Agreement,
-    skipped: SkippedSamples,
-) -> RunLoader:
-    """Make the loader of a run.
+class RunLoader:
+    """The batches of a run for one process.
 
     Args:
         dataset: records, map-style or a stream.
         collator: makes a batch of a list of records.
         skipped: the list of samples that cannot be used.
 
+    Attributes:
+        steps_per_epoch: optimizer steps in an epoch.
+        state: the objects that belong to a checkpoint.
+
     Raises:
         TrainingError: if the arguments do not suit a stream.
         DataError: if there are no records.
     """
-    if hasattr(collator, "for_run"):
-        collator = collator.for_run(skipped)
-    if isinstance(dataset, IterableDataset):
-        return StreamedLoader(dataset, collator, args, engine, agreement, skipped)
-    return ShuffledLoader(dataset, collator, args, engine, agreement)
-
-
-class ShuffledLoader:
-    """Map-style records in a random order, or in buckets of about equally long captions."""
 
     def __init__(
-        self,
-        dataset: Any,
-        collator: Callable[[list[dict]], dict[str, Tensor]],
-        args: TCLTrainingArguments,
-        engine: Engine,
-        agreement: Agreement,
+        self, dataset: Any, collator: Collator, args: TCLTrainingArguments, engine: Engine, skipped: SkippedSamples
     ):
+        self.args, self.engine, self.skipped = args, engine, skipped
+        self.collator = collator.for_run(skipped) if hasattr(collator, "for_run") else collator
+        self.workers: dict[str, Any] = {
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": ignore_sigterm,
+        }
+        self.state: list[Any] = []
+        if isinstance(dataset, IterableDataset):
+            self._read_stream(dataset)
+        else:
+            self._shuffle(dataset)
+
+    def _shuffle(self, dataset: Any) -> None:
+        """Read map-style records in a random order, or in buckets of about equally long captions."""
         if len(dataset) == 0:
             raise DataError("There is nothing to train on: the data holds no records.")
-        self.state: list[Any] = []
-        self.batch_size = args.per_device_train_batch_size
-        self.samples_per_batch = self.batch_size * agreement.world_size
-        self.accumulation_steps = engine.accumulation_steps
-        self.order = VisitSampler(len(dataset), args.seed)
+        args, batch_size = self.args, self.args.per_device_train_batch_size
+        self.visits_per_batch = batch_size * self.engine.accelerator.num_processes
+        self.order: VisitSampler | StreamLoader = VisitSampler(len(dataset), args.seed)
         if args.train_sampling_strategy == "group_by_length":
-            self.order = BucketSampler(CaptionLengths(dataset), args.seed, self.samples_per_batch)
-        self.loader = engine.prepare_loader(
-            DataLoader(
-                VisitedSamples(dataset),
-                sampler=self.order,
-                drop_last=len(dataset) >= self.batch_size,
-                batch_size=self.batch_size,
-                collate_fn=collator,
-                num_workers=args.dataloader_num_workers,
-                generator=torch.Generator().manual_seed(args.seed),
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=ignore_sigterm,
-                persistent_workers=args.dataloader_num_workers > 0,  # The order is made here and not in the workers.
-            )
+            self.order = BucketSampler(CaptionLengths(dataset), args.seed, self.visits_per_batch)
+        loader = DataLoader(
+            VisitedSamples(dataset),
+            sampler=self.order,
+            drop_last=len(dataset) >= batch_size,
+            batch_size=batch_size,
+            collate_fn=self.collator,
+            generator=torch.Generator().manual_seed(args.seed),
+            persistent_workers=args.dataloader_num_workers > 0,  # The order is made here and not in the workers.
+            **self.workers,
         )
+        self.loader = self.engine.accelerator.prepare(loader)  # It gives each process its own batches.
+        self.steps_per_epoch = max(math.ceil(len(self.loader) / self.engine.accumulation_steps), 1)
 
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch, at least one."""
-        return max(math.ceil(len(self.loader) / self.accumulation_steps), 1)
-
-    def batches(self, epoch: int, start: int) -> Iterator[dict[str, Tensor]]:
-        """See `RunLoader`."""
-        self.order.begin(epoch, start * self.samples_per_batch)
-        yield from self.loader
-
-
-class StreamedLoader:
-    """A stream of records, which has no known length: a run takes as many steps as it is told."""
-
-    def __init__(
-        self,
-        dataset: IterableDataset,
-        collator: Callable[[list[dict]], dict[str, Tensor]],
-        args: TCLTrainingArguments,
-        engine: Engine,
-        agreement: Agreement,
-        skipped: SkippedSamples,
-    ):
+    def _read_stream(self, dataset: IterableDataset) -> None:
+        """Read a stream. Its length is not known, and so all steps of the run count as one epoch."""
+        args, engine = self.args, self.engine
         if args.max_steps <= 0:
             raise TrainingError("A stream has no known length: set max_steps to the number of steps to train for.")
         if args.train_sampling_strategy == "group_by_length":
@@ -126,28 +88,25 @@ class StreamedLoader:
                 "train_sampling_strategy=group_by_length needs the lengths of all captions, and those of a stream are "
                 "not known: leave out one of train_sampling_strategy and streaming."
             )
-        self.max_steps, self.engine = args.max_steps, engine
-        self.loader = StreamLoader(
+        self.loader = self.order = StreamLoader(
             dataset,
-            collator,
+            self.collator,
             args.per_device_train_batch_size,
             args.seed,
-            num_workers=args.dataloader_num_workers,
-            rank=agreement.rank,
-            world_size=agreement.world_size,
-            any_process=agreement.any,
-            skipped=skipped,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_sigterm,
+            rank=engine.accelerator.process_index,
+            world_size=engine.accelerator.num_processes,
+            any_process=engine.agreement.any,
+            skipped=self.skipped,
+            **self.workers,
         )
-        self.state: list[Any] = [self.loader]
-
-    def steps_per_epoch(self) -> int:
-        """All steps of the run."""
-        return self.max_steps
+        self.state = [self.loader]
+        self.visits_per_batch, self.steps_per_epoch = 1, args.max_steps  # A stream counts batches itself.
 
     def batches(self, epoch: int, start: int) -> Iterator[dict[str, Tensor]]:
-        """See `RunLoader`."""
-        self.loader.begin(epoch, start)
+        """The batches of an epoch, without the first `start`, on the device.
+
+        Where no sample of a batch can be used, the batch is an empty dictionary.
+        """
+        self.order.begin(epoch, start * self.visits_per_batch)
         for batch in self.loader:
-            yield self.engine.to_device(batch)
+            yield send_to_device(batch, self.engine.device, non_blocking=True)

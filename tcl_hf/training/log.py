@@ -89,9 +89,8 @@ class Meter:
             self.norms.append(gradient_norm.detach())
         self.forwards += 1
         self.pairs += num_pairs
-        now = time.perf_counter()
-        self.seconds += now - self.clock
-        self.clock = now
+        self.seconds += time.perf_counter() - self.clock
+        self.restart_clock()
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Means over the forwards since the last reading, over all processes, and pairs per second."""

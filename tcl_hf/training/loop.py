@@ -6,8 +6,9 @@ the model (`models/modeling_tcl.py`).
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from transformers import PreTrainedModel
 from ..data.pairs import DataError
 from ..data.skipped import SkippedSamples
 from ..models.processing_tcl import TCLProcessor
-from .agreement import Agreement
 from .arguments import TCLTrainingArguments, TrainingError
 from .checkpoints import (
     CHECKPOINTS,
@@ -31,10 +31,10 @@ from .engine import Engine
 from .guard import UpdateGuard
 from .health import Monitor
 from .interruption import PREEMPTED, Preempted, StopSignal
-from .loaders import build_loader
+from .loaders import Collator, RunLoader
 from .log import METRICS, Meter, MetricsLog
 from .optimization import learning_rate
-from .progress import Progress, RunState
+from .progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -43,90 +43,80 @@ SKIPPED = "skipped.jsonl"
 Evaluator = Callable[[nn.Module], dict[str, float]]
 
 
-def train(
-    model: PreTrainedModel,
-    dataset: Any,
-    collator: Callable[[list[dict]], dict[str, Tensor]],
-    processor: TCLProcessor,
-    args: TCLTrainingArguments,
-    evaluate: Evaluator | None = None,
-    push_checkpoint: CheckpointPusher | None = None,
-) -> dict[str, float]:
-    """Train a head; save it with its processor, metrics and checkpoints in `output_dir`.
+@dataclass
+class TrainingRun:
+    """Trains a head; `train` saves it with its processor, metrics and checkpoints in `args.output_dir`.
 
     Args:
         model: a `TCLTaughtModel`, whose output has `loss`, and perhaps losses by name.
         dataset: records, map-style or a stream.
         collator: makes batches of records. If it has a method `for_run`, as ours have, it lists bad samples in the
             run's `skipped.jsonl`.
-        evaluate: called with the model every `eval_steps` and at the end, by every process; returns metrics by name.
+        processor: saved beside the model.
+        evaluator: called with the model every `eval_steps` and at the end, by every process; returns metrics by name.
         push_checkpoint: takes every checkpoint that is written; only the main process needs one.
-
-    Returns:
-        The last line of `metrics.jsonl`.
-
-    Raises:
-        NonFiniteError: if a loss or gradient was not finite; the update was masked.
-        Preempted: if the run was asked to stop, after saving a checkpoint.
-        CheckpointWriteError: if a checkpoint cannot be written.
-        TrainingError: if arguments contradict each other, or there is nothing to resume from.
-        DataError: if too much of the data is bad.
     """
-    skipped = SkippedSamples(Path(args.output_dir) / SKIPPED, args.max_bad_share)
-    with StopSignal() as stop, skipped.naming_dead_workers():
-        run = TrainingRun(model, dataset, collator, processor, args, evaluate, push_checkpoint, stop, skipped)
-        return run.train()
 
+    model: PreTrainedModel
+    dataset: Any
+    collator: Collator
+    processor: TCLProcessor
+    args: TCLTrainingArguments
+    evaluator: Evaluator | None = None
+    push_checkpoint: CheckpointPusher | None = None
 
-class TrainingRun:
-    """One run; arguments as in `train`, with the signal to stop and the list of skipped samples."""
+    def train(self) -> dict[str, float]:
+        """Train to the end, and return the last line of `metrics.jsonl`.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        dataset: Any,
-        collator: Callable[[list[dict]], dict[str, Tensor]],
-        processor: TCLProcessor,
-        args: TCLTrainingArguments,
-        evaluate: Evaluator | None,
-        push_checkpoint: CheckpointPusher | None,
-        stop: StopSignal,
-        skipped: SkippedSamples,
-    ):
-        self.model, self.processor, self.args, self.evaluator = model, processor, args, evaluate
-        self.push_checkpoint, self.stop, self.skipped = push_checkpoint, stop, skipped
-        self.output_dir = Path(args.output_dir)
+        Raises:
+            NonFiniteError: if a loss or gradient was not finite; the update was masked.
+            Preempted: if the run was asked to stop, after saving a checkpoint.
+            CheckpointWriteError: if a checkpoint cannot be written.
+            TrainingError: if arguments contradict each other, or there is nothing to resume from.
+            DataError: if too much of the data is bad.
+        """
+        self.output_dir = Path(self.args.output_dir)
+        self.skipped = SkippedSamples(self.output_dir / SKIPPED, self.args.max_bad_share)
+        with StopSignal() as self.stop_signal, self.skipped.naming_dead_workers():
+            self.prepare()
+            while not self.is_done:
+                self.train_epoch()
+            self.finish()
+        return self.line
+
+    def prepare(self) -> None:
+        """Make everything that the run needs, and bring it to where the run begins or goes on."""
+        args = self.args
         self.engine = Engine(args)
         self.accelerator = self.engine.accelerator
         self._open_folder()
-        if args.metric_for_best_model and evaluate is None:
+        if args.metric_for_best_model and self.evaluator is None:
             raise TrainingError(
                 f"metric_for_best_model={args.metric_for_best_model} needs data to evaluate on: name some, or leave it "
                 "out."
             )
         set_seed(args.seed, device_specific=True)  # Each process has its own dropout masks and negatives.
-        self.agreement = Agreement()
-        self.engine.prepare(model)
-        self.loader = build_loader(dataset, collator, args, self.engine, self.agreement, skipped)
-        self.progress, self.meter, self.monitor = Progress(), Meter(), Monitor()
-        state = RunState(self.progress, skipped)
-        self.accelerator.register_for_checkpointing(*self.loader.state, state, self.meter, self.monitor)
+        self.engine.prepare(self.model)
+        self.loader = RunLoader(self.dataset, self.collator, args, self.engine, self.skipped)
+        self.progress, self.meter, self.monitor = Progress(self.skipped), Meter(), Monitor()
+        self.accelerator.register_for_checkpointing(*self.loader.state, self.progress, self.meter, self.monitor)
         if args.report_to:
             self.accelerator.init_trackers("tcl_hf", config={name: str(value) for name, value in vars(args).items()})
-        self.steps_per_epoch = self.loader.steps_per_epoch()
-        self.num_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * self.steps_per_epoch
+        self.num_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * self.loader.steps_per_epoch
         if args.resume:
             self._resume()
         self.metrics_log = MetricsLog(self.output_dir / METRICS, self.progress.step, self.accelerator)
         self.guard = UpdateGuard(self.engine.device)
         self.is_first_forward = True  # whether the next forward begins an optimizer step
         self.line: dict[str, float] = {}  # the last one of the log
+        is_hidden = not self.accelerator.is_main_process
+        self.bar = tqdm(total=self.num_steps, initial=self.progress.step, desc="Training", disable=is_hidden)
+        self.engine.model.train()
 
     def _open_folder(self) -> None:
         """Make the run's folder, and see to what an earlier run has left there."""
-        if self.accelerator.is_main_process:
+        with self.accelerator.main_process_first():
             self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
         if self.args.resume:
             return
         if newest_checkpoint(self.output_dir) is not None:
@@ -166,20 +156,6 @@ class TrainingRun:
         """Whether all optimizer steps are done."""
         return self.progress.step == self.num_steps
 
-    def train(self) -> dict[str, float]:
-        """Train to the end; return the last line of the log."""
-        self.engine.model.train()
-        self.bar = tqdm(
-            total=self.num_steps,
-            initial=self.progress.step,
-            desc="Training",
-            disable=not self.accelerator.is_main_process,
-        )
-        while not self.is_done:
-            self.train_epoch()
-        self.finish()
-        return self.line
-
     def train_epoch(self) -> None:
         """Train on the rest of an epoch, or to the end of the run.
 
@@ -190,7 +166,7 @@ class TrainingRun:
         for batch in self.loader.batches(self.progress.epoch, self.progress.batch):
             self.progress.batch += 1
             batch = self.equal_share(batch)
-            if not batch:  # A process alone would wait for the gradients of the others.
+            if not batch:
                 self.skipped.check()
                 continue
             is_empty = False
@@ -209,34 +185,41 @@ class TrainingRun:
     def equal_share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch to train on; it is empty in all processes if it is empty in one of them.
 
-        Features are gathered as keys by contrastive losses, which therefore need the same number in each process.
+        A process that trained alone would wait for the gradients of the others. Contrastive losses gather features as
+        keys, for which they need the same number of samples in each process.
         """
-        number = self.agreement.least(len(batch["input_ids"]) if batch else 0)
+        number = self.engine.agreement.least(len(batch["input_ids"]) if batch else 0)
         if number and not self.model.contrasts:
             return batch
         return {name: value[:number] for name, value in batch.items()} if number else {}
 
     def step(self, batch: dict[str, Tensor]) -> bool:
-        """One forward and backward pass; return whether it completed an optimizer step."""
+        """Run one forward and backward pass; return whether it completed an optimizer step.
+
+        Gradients accumulate over the forwards of an optimizer step, before which the teacher moves once.
+        """
+        args, engine, progress = self.args, self.engine, self.progress
         if self.is_first_forward:
-            self.model.update_teacher()
-            self.learning_rate = learning_rate(self.args, self.progress.step, self.progress.epoch, self.num_steps)
-            self.engine.set_learning_rate(self.learning_rate)
-            ramp = min(1.0, self.progress.step / self.steps_per_epoch) if self.args.alpha_ramp else 1.0
+            self.model.update_teacher()  # The teacher's weights follow the student's as a moving average.
+            self.learning_rate = learning_rate(args, progress.step, progress.epoch, self.num_steps)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            ramp = min(1.0, progress.step / self.loader.steps_per_epoch) if args.alpha_ramp else 1.0
             self.alpha = self.model.config.alpha * ramp  # the share of the teacher's targets
 
-        with self.engine.accumulating():
+        with self.accelerator.accumulate(engine.model):
             # The student sees `pixel_values` and the teacher `pixel_values_augmented`, two views of the same images.
-            output = self.engine.forward(batch, self.alpha)
-            gradient_norm = self.engine.backward(output.loss)
-            self.guard.watch(self.engine.optimizer, self.progress.step, output.loss, gradient_norm)
-            self.engine.update()
+            output = engine.forward(batch, self.alpha)
+            gradient_norm = engine.backward(output.loss)
+            self.guard.watch(engine.optimizer, progress.step, output.loss, gradient_norm)
+            engine.optimizer.step()  # The optimizer waits for the last forward of its step, as `zero_grad` does.
+            engine.optimizer.zero_grad()
 
         num_pairs = len(batch["input_ids"]) * self.accelerator.num_processes
         self.meter.add(output, self.model.loss_names, num_pairs, gradient_norm)
-        self.is_first_forward = self.engine.is_last_forward
-        self.progress.step += self.engine.is_last_forward
-        return self.engine.is_last_forward
+        self.is_first_forward = is_complete = engine.is_last_forward
+        progress.step += is_complete
+        return is_complete
 
     def after_step(self) -> None:
         """Log, save, evaluate, write a checkpoint, and stop, each where it is due."""
@@ -244,26 +227,22 @@ class TrainingRun:
         self.bar.update()
         if self.is_done or step % args.logging_steps == 0:
             self.log()
+        # The last model is saved before its evaluation, which may fail, unless the best one is to be kept.
         if self.is_done and not args.metric_for_best_model:
-            self.save_model()  # before the evaluation, which may fail
+            self.engine.save_model(self.output_dir, self.processor)
         if self.evaluator and (self.is_done or (args.eval_steps and step % args.eval_steps == 0)):
             self.evaluate(self.evaluator)
-        if self.is_done:
+        if self.is_done:  # The model is saved, so that a checkpoint is not needed.
             return
-        is_stopped = self.agreement.any(self.stop.received)
-        if is_stopped or (args.save_steps and step % args.save_steps == 0):
-            checkpoint = self.save_checkpoint()
-        if is_stopped:
-            logger.warning("The run was asked to stop: %s is saved; go on with --resume.", checkpoint)
-            self.finish()
-            raise Preempted(PREEMPTED)
+        if self.engine.agreement.any(self.stop_signal.received):
+            self.stop()
+        if args.save_steps and step % args.save_steps == 0:
+            self.save_checkpoint()
 
     def log(self) -> None:
         """Write a line of the log, and look at it: for numbers that are not finite, bad data, and signs of trouble."""
-        progress, model = self.progress, self.model
-        samples_per_step = (
-            self.args.per_device_train_batch_size * self.engine.accumulation_steps * self.accelerator.num_processes
-        )
+        progress, model, num_processes = self.progress, self.model, self.accelerator.num_processes
+        samples_per_step = self.args.per_device_train_batch_size * self.engine.accumulation_steps * num_processes
         statistics = {name: value.item() for name, value in model.training_statistics().items()}
         if "queue_spread" in statistics:
             statistics["queue_age"] = model.config.queue_size / samples_per_step  # steps that a feature stays
@@ -291,33 +270,29 @@ class TrainingRun:
             raise TrainingError(f"metric_for_best_model: there is no metric '{wanted}' among {', '.join(metrics)}.")
         if wanted and metrics[wanted] > self.progress.best:
             self.progress.best = metrics[wanted]
-            self.save_model()
+            self.engine.save_model(self.output_dir, self.processor)
         self.line = {"step": self.progress.step, "epoch": self.progress.epoch, **metrics}
         self.metrics_log.write(self.line)
         self.engine.model.train()
         self.meter.restart_clock()
 
-    def save_model(self) -> None:
-        """Save the model and its processor in the run's folder."""
-        self.guard.check(newest_checkpoint(self.output_dir))
-        self.engine.save_model(self.output_dir, self.processor)
-
     def save_checkpoint(self) -> Path:
         """Write a checkpoint and begin to push it."""
         self.guard.check(newest_checkpoint(self.output_dir))
-        pusher = self.push_checkpoint
-        checkpoint = save_checkpoint(
-            self.accelerator,
-            self.output_dir,
-            self.progress.step,
-            self.args.save_total_limit,
-            self.agreement.any,
-            pusher.on_its_way if pusher else None,
-        )
+        step, limit, pusher = self.progress.step, self.args.save_total_limit, self.push_checkpoint
+        spared = pusher.on_its_way if pusher else None
+        checkpoint = save_checkpoint(self.accelerator, self.output_dir, step, limit, self.engine.agreement, spared)
         if pusher:
             pusher.start(checkpoint)
         self.meter.restart_clock()
         return checkpoint
+
+    def stop(self) -> NoReturn:
+        """Save a checkpoint and end the run, which was asked to stop."""
+        checkpoint = self.save_checkpoint()
+        logger.warning("The run was asked to stop: %s is saved; go on with --resume.", checkpoint)
+        self.finish()
+        raise Preempted(PREEMPTED)
 
     def finish(self) -> None:
         """Wait for what is still on its way, and close the trackers."""

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,6 @@ from ..models.configuration_tcl import TCLConfig
 from ..models.modeling_tcl import TCLForPreTraining
 
 FLOAT = 4  # bytes of a float32
-# These concern the forward pass: weights, gradients and the moments of AdamW are float32 in any case.
-HALF_PRECISION = ("bf16", "fp16")
 LOSSES = "losses"
 
 
@@ -103,7 +102,8 @@ def run_step(
     Args:
         batch_size: pairs (B).
         num_tokens: tokens of each text, [CLS] included (L).
-        mixed_precision: "no", "bf16" or "fp16".
+        mixed_precision: "no", "bf16" or "fp16", for the forward pass: weights, gradients and the moments of AdamW are
+            float32 in any case.
         num_masked: masked tokens of each text (M); `typical_masked` if None.
         checkpointing: keep only what activation checkpointing keeps. Then only the forward pass runs, so that no
             operation is counted twice.
@@ -129,7 +129,7 @@ def run_step(
         batch = _batch(config, batch_size, num_tokens, num_masked)
         counter = StepCounter(model)
         with counter.counting():
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision in HALF_PRECISION):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision != "no"):
                 loss = model(**batch, alpha=config.alpha).loss
             if loss is not None and not checkpointing:
                 loss.backward()
@@ -206,10 +206,6 @@ def modules_by_part(model: TCLForPreTraining) -> dict[str, list[nn.Module]]:
     return parts | {"matching head": [model.itm_head]}
 
 
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
 def _attention_backward_flops(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> int:
     return 2 * sdpa_flop_count(query.shape, key.shape, value.shape)
 
@@ -239,8 +235,10 @@ PRODUCTS = {
     aten.convolution: _Product(flop_registry[aten.convolution], slice(0, 2)),
     # The first two arguments are the output's gradient and the pixels, which need no gradient themselves.
     aten.convolution_backward: _Product(flop_registry[aten.convolution_backward], slice(0, 2), 2),
-    # torch has no formula for the attention kernel of the CPU.
-    aten._scaled_dot_product_flash_attention_for_cpu: _Product(_attention_flops, slice(0, 3)),
+    # torch has a formula for the attention kernels of GPUs, and none for that of the CPU.
+    aten._scaled_dot_product_flash_attention_for_cpu: _Product(
+        flop_registry[aten._scaled_dot_product_flash_attention], slice(0, 3)
+    ),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _Product(_attention_backward_flops, slice(0, 5), 3),
 }
 
@@ -267,8 +265,8 @@ class StepCounter(TorchDispatchMode):
         self.largest_layer = 0
         self._part = LOSSES  # the part at work
         self._part_of_node: dict[int, str] = {}  # by sequence number
-        self._seen = {_memory_of(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self._alive: list[Tensor] = []  # otherwise the address of freed memory could be seen a second time
+        # Tensors by address. They are held, because the address of freed memory could be seen a second time.
+        self._seen = {_memory_of(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self._before_layer = 0
 
     @contextmanager
@@ -278,8 +276,8 @@ class StepCounter(TorchDispatchMode):
         handles += [layer.register_forward_hook(self._leave_layer) for layer in self._layers]
         for part, modules in self._modules.items():
             for module in modules:
-                handles.append(module.register_forward_pre_hook(self._set_part(part)))
-                handles.append(module.register_forward_hook(self._set_part(LOSSES)))
+                handles.append(module.register_forward_pre_hook(partial(self._set_part, part)))
+                handles.append(module.register_forward_hook(partial(self._set_part, LOSSES)))
         with self, torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
             yield
         for handle in handles:
@@ -308,16 +306,12 @@ class StepCounter(TorchDispatchMode):
     def _keep(self, tensor: Tensor) -> Tensor:
         memory = _memory_of(tensor)
         if memory not in self._seen:
-            self._seen.add(memory)
-            self._alive.append(tensor)
+            self._seen[memory] = tensor
             self.activations[self._part] += tensor.untyped_storage().nbytes()
         return tensor
 
-    def _set_part(self, part: str) -> Callable[..., None]:
-        def hook(*_) -> None:
-            self._part = part
-
-        return hook
+    def _set_part(self, part: str, *_) -> None:
+        self._part = part
 
     def _enter_layer(self, *_) -> None:
         self._before_layer = sum(self.activations.values())

@@ -22,18 +22,12 @@ class PlanArguments:
     """The machines and the data to plan for."""
 
     num_gpus: int = field(default=8, metadata={"help": "Number of processes, each with one GPU."})
-    num_samples: int = field(
-        default=0, metadata={"help": "Pairs in the data, from which the time of an epoch follows."}
-    )
-    samples_per_second: float = field(
-        default=0.0, metadata={"help": "Measured samples per second of all GPUs together."}
-    )
+    num_samples: int = field(default=0, metadata={"help": "Pairs in the data, for the time of an epoch."})
+    samples_per_second: float = field(default=0.0, metadata={"help": "Measured samples per second, all GPUs together."})
     gpu_tflops: float = field(
         default=0.0, metadata={"help": "Peak TFLOP/s of one GPU in the run's precision, if no speed was measured."}
     )
-    gpu_bandwidth: float = field(
-        default=0.0, metadata={"help": "Peak GB/s of the memory of one GPU, for --operations."}
-    )
+    gpu_bandwidth: float = field(default=0.0, metadata={"help": "Peak GB/s of one GPU's memory, for --operations."})
     utilisation: float = field(default=0.3, metadata={"help": "Share of the peak that the run is expected to reach."})
     operations: bool = field(default=False, metadata={"help": "Print operations, bytes and activations by part."})
 
@@ -114,7 +108,7 @@ def throughput(step: Step, batch_size: int, plan: PlanArguments) -> float:
 def describe(
     config: TCLConfig, batch_size: int, num_tokens: int, mixed_precision: str, epochs: int, plan: PlanArguments
 ) -> str:
-    """Return the plan as Markdown tables.
+    """Return the plan as Markdown tables, with those of `operations_tables` if `plan` asks for them.
 
     Args:
         batch_size: pairs of each process.
@@ -123,8 +117,9 @@ def describe(
         epochs: passes over `plan.num_samples`.
     """
     model = empty_model(config)
+    parameters = count_parameters(model)
     lines = ["| part | parameters |", "|---|---:|"]
-    lines += [f"| {part} | {number:,} |" for part, number in count_parameters(model).items()]
+    lines += [f"| {part} | {number:,} |" for part, number in parameters.items()]
     step = run_step(config, batch_size, num_tokens, mixed_precision)
     checkpointed = run_step(config, batch_size, num_tokens, mixed_precision, checkpointing=True).activations
     columns = [
@@ -152,26 +147,26 @@ def describe(
     if rate and plan.num_samples:
         days = epochs * plan.num_samples / rate / SECONDS_PER_DAY
         lines.append(f"{epochs} epochs of {plan.num_samples:,} pairs: {days:,.1f} days.")
+    if plan.operations:
+        texts = f"{batch_size} pairs of {num_tokens} tokens, {step.num_masked} of them masked"
+        lines += ["", f"A step of {texts}, mixed precision: {mixed_precision}:", ""]
+        lines += operations_tables(step, parameters, plan)
     return "\n".join(lines)
 
 
-def describe_operations(
-    config: TCLConfig, batch_size: int, num_tokens: int, mixed_precision: str, plan: PlanArguments
-) -> str:
-    """Return operations, bytes and activations of one step of one process by part, as Markdown tables.
+def operations_tables(step: Step, parameters: dict[str, int], plan: PlanArguments) -> list[str]:
+    """Return operations, bytes and activations of one step of one process by part, as lines of Markdown tables.
 
     If `plan` has the peaks of a GPU, each part has the least time that it can take, and which of the two peaks sets
-    that time. The other arguments are those of `describe`.
+    that time.
+
+    Args:
+        parameters: those of `count_parameters`, which the teacher's update and AdamW pass over.
     """
-    step = run_step(config, batch_size, num_tokens, mixed_precision)
-    parameters = count_parameters(empty_model(config))
     parts = step.work | updates(parameters["student"], parameters["teacher"])
     total = sum(parts.values(), start=Work())
     with_peaks = bool(plan.gpu_tflops and plan.gpu_bandwidth)
     lines = [
-        f"A step of {batch_size} pairs of {num_tokens} tokens, {step.num_masked} of them masked, mixed precision: "
-        f"{mixed_precision}:",
-        "",
         "| part | forward GFLOP | backward GFLOP | share | GB | FLOP/byte |" + " ms | bound by |" * with_peaks,
         "|---|---:|---:|---:|---:|---:|" + "---:|---|" * with_peaks,
     ]
@@ -191,7 +186,7 @@ def describe_operations(
     for part, size in step.activations_by_part.items():
         lines.append(f"| {part} | {_short(size / 1e9)} | {size / step.activations:.1%} |")
     lines.append(f"| together | {_short(step.activations / 1e9)} | |")
-    return "\n".join(lines)
+    return lines
 
 
 def _short(number: float) -> str:

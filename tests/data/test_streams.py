@@ -26,7 +26,7 @@ from tcl_hf.data.streams import MixedStreams, StreamLoader, lanes_of_a_process
 from tcl_hf.recipes.arguments import PretrainingDataArguments
 from tcl_hf.recipes.build import load_pretraining_data
 from tcl_hf.training.arguments import TCLTrainingArguments
-from tcl_hf.training.loop import train
+from tcl_hf.training.loop import TrainingRun
 
 OPENED = mp.get_context("fork").Value("i", 0)  # number of records read by all processes
 
@@ -419,7 +419,7 @@ def test_a_run_on_partly_broken_data_lists_the_broken_samples_and_uses_the_other
             dataloader_num_workers=0,
         )
         patch = {"vision_config": {"image_size": 8, "patch_size": 8}, "mlm_weight": 0.0, "lmi_weight": 0.0}
-        train(TCLForPreTraining(small_patches(**patch)), dataset, collator, processor, args)
+        TrainingRun(TCLForPreTraining(small_patches(**patch)), dataset, collator, processor, args).train()
         listed = tmp_path / "run" / "skipped.jsonl"
     assert sorted(collator.ids) == sorted(good)
     lines = [json.loads(line) for line in listed.read_text().splitlines()]

@@ -12,14 +12,14 @@ from tcl_hf.training.arguments import TCLTrainingArguments
 
 @pytest.fixture
 def loop(monkeypatch):
-    """The arguments of each call of the training loop, which does not run."""
+    """The arguments of each training run, which does not run."""
     calls = []
 
-    def note(model, samples, collator, processor, args, evaluate=None, push_checkpoint=None):
-        calls.append((model, collator, evaluate, push_checkpoint))
+    def note(run):
+        calls.append((run.model, run.collator, run.evaluator, run.push_checkpoint))
         return {"loss": 1.0}
 
-    monkeypatch.setattr(train, "train", note)
+    monkeypatch.setattr(train.TrainingRun, "train", note)
     return calls
 
 

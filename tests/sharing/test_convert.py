@@ -145,7 +145,7 @@ def test_heads_are_64_wide_unless_their_number_is_given(golden):
         CheckpointError, match=r"24 wide, which cannot be divided into heads of 64 .* heads with --vision-heads"
     ):
         config_of(state)
-    with pytest.raises(CheckpointError, match="32 wide, which does not divide into 5 heads"):
+    with pytest.raises(CheckpointError, match="32 wide, which cannot be divided into 5 heads: give the number"):
         config_of(state, 4, 5)
 
 

@@ -19,10 +19,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from tcl_hf import TCLForImageTextRetrieval, TCLForPreTraining
 from tcl_hf.data.collators import TCLPreTrainingCollator
+from tcl_hf.models.distributed import whole
 from tcl_hf.training.arguments import TCLTrainingArguments
-from tcl_hf.training.engine import make_shardable, shard, whole, whole_model, whole_state_dict
+from tcl_hf.training.engine import make_shardable, shard, whole_model, whole_state_dict
 from tcl_hf.training.log import read_metrics
-from tcl_hf.training.loop import train
+from tcl_hf.training.loop import TrainingRun
 
 CONFIGS = ROOT / "scripts" / "accelerate"
 STEPS = 3
@@ -228,7 +229,7 @@ def train_with_accelerate(rank: int, folder: Path, sharded: bool, mixed_precisio
             return {"size": states.abs().sum().item()}  # The sum of normalised states themselves is nearly constant.
 
     pairs = Dataset.from_list(tiny_records(12))
-    train(model, pairs, TCLPreTrainingCollator(processor), processor, args, evaluate)
+    TrainingRun(model, pairs, TCLPreTrainingCollator(processor), processor, args, evaluate).train()
     assert isinstance(model, FSDPModule) == sharded
 
 

@@ -15,8 +15,8 @@ from tcl_hf.training.planning import (
     PlanArguments,
     bytes_on_disk,
     count_parameters,
-    describe_operations,
     memory_per_gpu,
+    operations_tables,
     throughput,
 )
 
@@ -113,11 +113,13 @@ def test_the_script_prints_a_plan_of_a_recipe(capsys, monkeypatch):
 def test_the_table_adds_up_and_shows_what_bounds_a_part():
     config = TCLConfig()
     plan = PlanArguments(gpu_tflops=1.0, gpu_bandwidth=20.0)  # 50 operations per byte
-    table = describe_operations(config, 4, 25, "no", plan).split("\n\n")[1]
-    rows = [[cell.strip(" <").replace(",", "") for cell in line.split("|")[1:-1]] for line in table.split("\n")[2:]]
+    counted, parameters = run_step(config, 4, 25), count_parameters(empty_model(config))
+    lines = operations_tables(counted, parameters, plan)
+    rows = [
+        [cell.strip(" <").replace(",", "") for cell in line.split("|")[1:-1]] for line in lines[2 : lines.index("")]
+    ]
     *parts, step = rows
-    parameters = count_parameters(empty_model(config))
-    work = run_step(config, 4, 25).work | updates(parameters["student"], parameters["teacher"])
+    work = counted.work | updates(parameters["student"], parameters["teacher"])
     assert [row[0] for row in parts] == [name.replace(",", "") for name in work]
 
     def as_shown(number: float):

@@ -16,7 +16,7 @@ from tcl_hf.data.collators import TCLPreTrainingCollator
 from tcl_hf.data.streams import StreamLoader
 from tcl_hf.training.arguments import TCLTrainingArguments
 from tcl_hf.training.guard import NonFiniteError, UpdateGuard
-from tcl_hf.training.loop import train
+from tcl_hf.training.loop import TrainingRun
 
 NUM_PAIRS = 6  # in both processes together
 DRAWN = torch.tensor([3, 5, 1, 0, 2, 4])  # the negative of each pair, which most pairs have in the other process
@@ -187,7 +187,9 @@ def train_on_an_unequal_stream(rank: int, folder: Path) -> None:
     args = TCLTrainingArguments(
         str(folder / "run"), per_device_train_batch_size=3, dataloader_num_workers=0, max_steps=8, logging_steps=8
     )
-    train(model, unequal_stream(), TCLPreTrainingCollator(processor, with_image_ids=True), processor, args)
+    TrainingRun(
+        model, unequal_stream(), TCLPreTrainingCollator(processor, with_image_ids=True), processor, args
+    ).train()
     torch.save(seen, folder / f"{rank}.pt")
 
 

@@ -1,10 +1,11 @@
 """Convert a checkpoint of the original code: `python scripts/convert_checkpoint.py SOURCE FOLDER`, and back."""
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tcl_hf import TCLImageProcessorPil, TCLProcessor, TCLTokenizer
+from tcl_hf.recipes.command_line import command
 from tcl_hf.sharing.cards import plain_card
 from tcl_hf.sharing.convert import ALBEF, check_conversion, convert, write_original
 from tcl_hf.sharing.original_files import CheckpointError
@@ -12,7 +13,7 @@ from tcl_hf.sharing.original_files import CheckpointError
 DEFAULT_TOKENIZER = "google-bert/bert-base-uncased"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("source", help="a .pth or .safetensors of TCL or ALBEF; with --to-original, a folder of ours")
     parser.add_argument("target", help="the folder to write; with --to-original, the .pth")
@@ -26,26 +27,19 @@ def parse_args() -> argparse.Namespace:
         help="BERT tokenizer to save with the model: a vocab.txt, a folder or a name on the Hub (downloaded if it is "
         "not in the cache), or 'none'",
     )
-    parser.add_argument(
-        "--check", action="store_true", help="compare every tensor, and run the result on random inputs"
-    )
+    parser.add_argument("--check", action="store_true", help="compare every tensor, and run the result on random data")
     parser.add_argument("--verbose", action="store_true", help="list every tensor")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     if args.to_original:
         print(f"{args.target}: {write_original(args.source, args.target)} tensors")
         return
-    report = convert(
-        args.source,
-        args.target,
-        open_processor(args.tokenizer),
-        vision_heads=args.vision_heads,
-        text_heads=args.text_heads,
-        **(ALBEF if args.albef else {}),
-    )
+    heads = {"vision_heads": args.vision_heads, "text_heads": args.text_heads}
+    report = convert(args.source, args.target, open_processor(args.tokenizer), **heads, **(ALBEF if args.albef else {}))
     origin = f"It was converted from {Path(args.source).name} of the original code."
     plain_card(Path(args.target).resolve().name, report.model_class, None, origin).write(Path(args.target))
     if args.verbose:
@@ -72,7 +66,4 @@ def open_processor(name: str) -> TCLProcessor | None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CheckpointError as error:
-        sys.exit(f"error: {error}")
+    main()

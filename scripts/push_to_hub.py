@@ -1,12 +1,14 @@
 """Share a model or a run on the Hub: `python scripts/push_to_hub.py FOLDER user/name`."""
 
 import argparse
-import sys
+from collections.abc import Sequence
 
-from tcl_hf.sharing.hub import HubError, push
+from tcl_hf.recipes.command_line import command
+from tcl_hf.sharing.hub import push
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("folder", help="folder of a model or a run")
     parser.add_argument("repo_id", help="user/name; created if it does not exist")
@@ -18,13 +20,10 @@ def main() -> None:
     parser.add_argument("--commit-message", help="title of the commit; made from the folder's name if not given")
     parser.add_argument("--max-shard-size", default="5GB", help="limit of the size of a file of weights")
     parser.add_argument("--token", help="token; the one saved by `hf auth login` if not given")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     commit = push(**vars(args))
     print(commit.pr_url or commit.commit_url)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except HubError as error:
-        sys.exit(f"error: {error}")
+    main()

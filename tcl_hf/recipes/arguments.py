@@ -1,19 +1,30 @@
 """The arguments of a run, beside those of training: its data, its task, its evaluation, and its model."""
 
+# ruff: noqa: RUF009 (calls of `option` in dataclasses make fields)
+
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..inference.grounding import HEAT_KINDS
-from ..models.configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
 from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_TOKENS
-from .hints import did_you_mean
+from .hints import CONFIG_FIELDS, did_you_mean
+
+T = TypeVar("T")
 
 
 class RecipeError(ValueError):
     """A recipe or command line that cannot be used; the message names the value, the place and the remedy."""
+
+
+def option(default: T, text: str) -> T:
+    """A field of a dataclass of arguments, with its text for `--help`; each object has its own copy of a list."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: copy(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -21,42 +32,20 @@ class DataArguments:
     """The data, and how a model is evaluated on it."""
 
     task: str = field(default="pretraining", init=False)  # a key of `tasks.TASKS`; an option of `TaskArguments` only
-    data: list[str] = field(
-        default_factory=lambda: ["openmoji"],
-        metadata={"help": "Sources of data: openmoji, JSON lists, tars, parquet, folders, or names on the Hub."},
+    data: list[str] = option(["openmoji"], "Sources: openmoji, JSON lists, tars, parquet, folders, names on the Hub.")
+    validation_data: list[str] = option([], "Sources to evaluate on; the sources in --data if there are none here.")
+    validation_split: str = option("validation", "Split to evaluate on; empty for none.")
+    image_root: str | None = option(None, "Folder to which the image paths of annotation files are relative.")
+    image_column: str | None = option(None, "Column of the images, if its name is unusual.")
+    caption_column: str | None = option(None, "Column of the captions, if its name is unusual.")
+    eval_images: int = option(1000, "Evaluate on at most this many samples; 0 for all.")
+    eval_k: int = option(32, "Candidates that are re-ranked by matching, or answers that are scored in full.")
+    eval_captions: int | None = option(None, "Number of captions of each image to retrieve; all if None.")
+    eval_max_tokens: int | None = option(
+        None, f"Longest text in evaluation, [CLS] included; {MAX_TOKENS} if None, {MAX_QUESTION_TOKENS} for questions."
     )
-    validation_data: list[str] = field(
-        default_factory=list, metadata={"help": "Sources to evaluate on; the sources in --data if there are none here."}
-    )
-    validation_split: str = field(default="validation", metadata={"help": "Split to evaluate on; empty for none."})
-    image_root: str | None = field(
-        default=None, metadata={"help": "Folder to which the image paths of annotation files are relative."}
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if its name is unusual."})
-    caption_column: str | None = field(
-        default=None, metadata={"help": "Column of the captions, if its name is unusual."}
-    )
-    eval_images: int = field(default=1000, metadata={"help": "Evaluate on at most this many samples; 0 for all."})
-    eval_k: int = field(
-        default=32, metadata={"help": "Candidates that are re-ranked by matching, or answers that are scored in full."}
-    )
-    eval_captions: int | None = field(
-        default=None, metadata={"help": "Number of captions of each image to retrieve; all if None."}
-    )
-    eval_max_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": f"Longest text in evaluation, [CLS] included; None for {MAX_TOKENS}, "
-            f"and {MAX_QUESTION_TOKENS} for questions."
-        },
-    )
-    per_device_eval_batch_size: int = field(
-        default=64, metadata={"help": "Samples in a forward pass of the evaluation, in each process."}
-    )
-    half_precision_states: bool = field(
-        default=False,
-        metadata={"help": "Keep encoded states in float16 on the CPU while re-ranking, which takes less memory."},
-    )
+    per_device_eval_batch_size: int = option(64, "Samples in a forward pass of the evaluation, in each process.")
+    half_precision_states: bool = option(False, "Keep states in float16 on the CPU while re-ranking: less memory.")
 
     @property
     def dataset_names(self) -> list[str]:
@@ -68,36 +57,21 @@ class DataArguments:
 class TrainingDataArguments(DataArguments):
     """The data, and how training samples are made of it."""
 
-    split: str = field(default="train", metadata={"help": "Split to train on."})
-    max_tokens: int = field(
-        default=MAX_TOKENS, metadata={"help": "Longest text in training, [CLS] included; the paper pre-trains with 25."}
-    )
-    two_views: bool = field(
-        default=True, metadata={"help": "Make a second view of each image for the teacher (ALBEF does not)."}
-    )
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.2, 1.0],
-        metadata={"help": "Smallest and largest share of an image's area that a view shows."},
-    )
-    color_jitter: bool = field(
-        default=True, metadata={"help": "Change colours, and sometimes turn grey and blur (ALBEF does not)."}
-    )
-    flip: bool = field(default=True, metadata={"help": "Mirror half of the views, chosen at random."})
-    num_operations: int = field(default=2, metadata={"help": "Number of further random image operations for a view."})
+    split: str = option("train", "Split to train on.")
+    max_tokens: int = option(MAX_TOKENS, "Longest text in training, [CLS] included; the paper pre-trains with 25.")
+    two_views: bool = option(True, "Make a second view of each image for the teacher (ALBEF does not).")
+    crop_scale: list[float] = option([0.2, 1.0], "Smallest and largest share of an image's area that a view shows.")
+    color_jitter: bool = option(True, "Change colours, and sometimes turn grey and blur (ALBEF does not).")
+    flip: bool = option(True, "Mirror half of the views, chosen at random.")
+    num_operations: int = option(2, "Number of further random image operations for a view.")
 
 
 @dataclass
 class PretrainingDataArguments(TrainingDataArguments):
     """The data of pre-training, which may be a stream or a mixture of streams."""
 
-    streaming: bool = field(default=False, metadata={"help": "Read the data while training."})
-    data_weights: list[float] = field(
-        default_factory=list,
-        metadata={
-            "help": "How often each source is drawn, in proportion, for streams only; if empty, each source is read "
-            "once, one after another."
-        },
-    )
+    streaming: bool = option(False, "Read the data while training.")
+    data_weights: list[float] = option([], "Proportions in which streams are mixed; one source after another if empty.")
     eval_captions: int | None = field(default=1, init=False)
 
 
@@ -105,33 +79,15 @@ class PretrainingDataArguments(TrainingDataArguments):
 class TaskArguments(DataArguments):
     """A downstream task, its data, and how a model is evaluated on it."""
 
-    task: str = field(default="retrieval", metadata={"help": "Name of the task."})
-    annotations: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Further files: the answers to VQA v2 questions, or the RefCOCO folder of ALBEF's lists."},
-    )
-    validation_annotations: list[str] = field(
-        default_factory=list, metadata={"help": "Further files of the data to evaluate on; --annotations if empty."}
-    )
-    answer_list: str | None = field(
-        default=None,
-        metadata={"help": "JSON list of the answers to choose from; the answers of the training data if None."},
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Name of the data in results; the name of its first source if None."}
-    )
-    add_words: bool = field(
-        default=False, metadata={"help": "Add the words of the data that the tokenizer would cut into pieces."}
-    )
-    heat: str = field(
-        default="matching", metadata={"help": "Score whose heat map locates a phrase: 'matching' or 'similarity'."}
-    )
-    heat_layer: int | None = field(
-        default=None,
-        metadata={
-            "help": "Layer whose attention the heat map reads: a fusion layer for matching, a vision layer for "
-            "similarity."
-        },
+    task: str = option("retrieval", "Name of the task.")
+    annotations: list[str] = option([], "Further files: VQA v2's answers, or the RefCOCO folder of ALBEF's lists.")
+    validation_annotations: list[str] = option([], "Further files of the data to evaluate on; --annotations if empty.")
+    answer_list: str | None = option(None, "JSON list of answers to choose from; those of the training data if None.")
+    dataset_name: str | None = option(None, "Name of the data in results; the name of its first source if None.")
+    add_words: bool = option(False, "Add the words of the data that the tokenizer would cut into pieces.")
+    heat: str = option("matching", "Score whose heat map locates a phrase: 'matching' or 'similarity'.")
+    heat_layer: int | None = option(
+        None, "Layer whose attention the heat map reads: a fusion layer for matching, a vision layer for similarity."
     )
 
     def __post_init__(self):
@@ -148,12 +104,8 @@ class TaskArguments(DataArguments):
 class FinetuningDataArguments(TaskArguments, TrainingDataArguments):
     """A downstream task, its data, and how training samples are made of it."""
 
-    share_images: bool = field(
-        default=False,
-        metadata={
-            "help": "Train on all texts about an image together, so that it is read once; a batch is then "
-            "counted in images."
-        },
+    share_images: bool = option(
+        False, "Train on all texts about an image together, so that it is read once; a batch is then counted in images."
     )
 
 
@@ -161,39 +113,25 @@ class FinetuningDataArguments(TaskArguments, TrainingDataArguments):
 class EvaluationArguments:
     """An evaluation without training."""
 
-    results: str | None = field(
-        default=None, metadata={"help": "Folder for the results; the folder of the model if None."}
-    )
-    shuffle_images: bool = field(
-        default=False,
-        metadata={"help": "Give each record the image of another one: this measures what the texts alone allow."},
-    )
+    results: str | None = option(None, "Folder for the results; the folder of the model if None.")
+    shuffle_images: bool = option(False, "Give each record the image of another, to measure what texts alone allow.")
 
 
 @dataclass
 class CheckpointArguments:
     """The checkpoint that a run starts from."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "TCL checkpoint to start from: a folder or a name on the Hub."}
-    )
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "Pixels of a side of the images; those of the model started from if None, or 256."},
-    )
-    config: str = field(
-        default="{}", metadata={"help": "Fields of TCLConfig, vision_config and text_config among them, as JSON."}
-    )
+    model: str | None = option(None, "TCL checkpoint to start from: a folder or a name on the Hub.")
+    image_size: int | None = option(None, "Pixels of an image's side; those of the model started from if None, or 256.")
+    config: str = option("{}", "Fields of TCLConfig, vision_config and text_config among them, as JSON.")
     config_fields: dict[str, Any] = field(init=False)
 
     def __post_init__(self):
         self.config_fields = json_object(self.config)
-        for part, config_class in (("", TCLConfig), ("vision_config", TCLVisionConfig), ("text_config", TCLTextConfig)):
-            given = self.config_fields.get(part) or {} if part else self.config_fields
-            known = {field.name for field in fields(config_class)}
-            for name in given:
+        for place, known in CONFIG_FIELDS.items():
+            part = place.partition(".")[2]
+            for name in self.config_fields.get(part) or {} if part else self.config_fields:
                 if name not in known:
-                    place = f"config.{part}" if part else "config"
                     raise RecipeError(f"{place} has no field '{name}'{did_you_mean(name, known)}.")
 
 
@@ -201,26 +139,14 @@ class CheckpointArguments:
 class ModelArguments(CheckpointArguments):
     """The checkpoint, or the encoders, that pre-training starts from."""
 
-    vision_model: str | None = field(default=None, metadata={"help": "ViT or DINOv2 of transformers to start from."})
-    text_model: str | None = field(default=None, metadata={"help": "BERT of transformers to start from."})
-    tokenizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "Tokenizer or vocab.txt; the tokenizer of the text model if None, or one trained on the captions."
-        },
-    )
-    vocab_size: int = field(default=30522, metadata={"help": "Largest vocabulary of a tokenizer that is trained here."})
-    fusion_layer: int | None = field(
-        default=None, metadata={"help": "Number of layers of --text_model that encode the text; all of them if None."}
-    )
-    num_fusion_layers: int = field(default=6, metadata={"help": "Number of fusion layers on top of these."})
-    image_mean: list[float] | None = field(
-        default=None, metadata={"help": "Mean of the images by channel; that of the vision encoder if None."}
-    )
-    image_std: list[float] | None = field(
-        default=None,
-        metadata={"help": "Standard deviation of the images by channel; that of the vision encoder if None."},
-    )
+    vision_model: str | None = option(None, "ViT or DINOv2 of transformers to start from.")
+    text_model: str | None = option(None, "BERT of transformers to start from.")
+    tokenizer: str | None = option(None, "Tokenizer or vocab.txt; the text model's if None, or trained on captions.")
+    vocab_size: int = option(30522, "Largest vocabulary of a tokenizer that is trained here.")
+    fusion_layer: int | None = option(None, "Layers of --text_model that encode the text; all of them if None.")
+    num_fusion_layers: int = option(6, "Number of fusion layers on top of these.")
+    image_mean: list[float] | None = option(None, "Mean of the images by channel; that of the vision encoder if None.")
+    image_std: list[float] | None = option(None, "Standard deviation by channel; that of the vision encoder if None.")
 
 
 def name_of(sources: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
 from tokenizers import AddedToken
@@ -31,11 +31,12 @@ from .arguments import (
     PretrainingDataArguments,
     RecipeError,
     TaskArguments,
-    TrainingDataArguments,
 )
 from .tasks import TASKS
 
 logger = logging.getLogger(__name__)
+
+Pairs: TypeAlias = Dataset | IterableDataset | MixedStreams
 
 ANSWERS = "answers.json"  # beside a model that chooses among answers
 MAX_NAMED = 10  # records that cannot be used and are named in warnings; the others are counted
@@ -45,13 +46,20 @@ _SIZES = ("vision_config", "text_config", "projection_dim")
 _DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
 
 
-def load_training_data(args: TrainingDataArguments) -> Dataset:
-    """Load the samples that a task trains on.
+def load_split(args: DataArguments, sources: list[str], split: str, **options: Any) -> Any:
+    """Load a split with the task's loader, or data that comes with the package; `options` override the arguments.
 
     Raises:
-        DataError: if there are none, or they cannot be read.
+        DataError: if there is no such data, or it cannot be read.
     """
-    return _load(args, args.data, args.split)
+    task = TASKS[args.task]
+    if len(sources) == 1 and sources[0] in task.embedded:
+        try:
+            return task.embedded[sources[0]](split)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+    given = {name: value for name in task.load_options if (value := getattr(args, name)) != []}
+    return task.load(sources, split, **given | options)
 
 
 def load_evaluation_data(args: DataArguments) -> Dataset:
@@ -61,9 +69,9 @@ def load_evaluation_data(args: DataArguments) -> Dataset:
         DataError: if there are none, or they cannot be read.
     """
     sources = args.validation_data or args.data
-    for_validation = {name: getattr(args, f"validation_{name}", None) for name in TASKS[args.task].load_options}
-    options = {name: value for name, value in for_validation.items() if value}
-    records = _load(args, sources, args.validation_split, **options)
+    names = TASKS[args.task].load_options
+    options = {name: value for name in names if (value := getattr(args, f"validation_{name}", None))}
+    records = load_split(args, sources, args.validation_split, **options)
     if args.eval_images:
         records = records.select(range(min(args.eval_images, len(records))))
     reasons = [why_unusable(record) for record in records]
@@ -79,22 +87,20 @@ def load_evaluation_data(args: DataArguments) -> Dataset:
     return records
 
 
-def load_pretraining_data(
-    args: PretrainingDataArguments,
-) -> tuple[Dataset | IterableDataset | MixedStreams, Dataset | None]:
+def load_pretraining_data(args: PretrainingDataArguments) -> tuple[Pairs, Dataset | None]:
     """Load the pairs to train on, which may be a stream, and the records to evaluate on.
 
     A run for which no validation data is named evaluates on the validation split of its data. If there is none, the
     run does not evaluate, and a warning says so.
     """
-    pairs: Dataset | IterableDataset | MixedStreams
+    pairs: Pairs
     if args.data_weights and not args.streaming:
         raise DataError("data_weights mixes streams: set streaming to true, or leave the weights out.")
     if args.data_weights:
-        streams = [_load(args, [source], args.split, streaming=True) for source in args.data]
+        streams = [load_split(args, [source], args.split, streaming=True) for source in args.data]
         pairs = MixedStreams(streams, args.data_weights)
     else:
-        pairs = _load(args, args.data, args.split, streaming=args.streaming)
+        pairs = load_split(args, args.data, args.split, streaming=args.streaming)
     if not args.validation_split:
         return pairs, None
     if not args.validation_data and any(os.path.isfile(source) or glob.has_magic(source) for source in args.data):
@@ -109,19 +115,6 @@ def load_pretraining_data(
         return pairs, None
 
 
-def _load(args: DataArguments, sources: list[str], split: str, **options: Any) -> Any:
-    """Load a split with the task's loader, or data that comes with the package; `options` override the arguments."""
-    task = TASKS[args.task]
-    if len(sources) == 1 and sources[0] in task.embedded:
-        try:
-            return task.embedded[sources[0]](split)
-        except ValueError as error:
-            raise DataError(str(error)) from error
-    given = {name: getattr(args, name) for name in task.load_options}
-    given = {name: value for name, value in given.items() if value != []}
-    return task.load(sources, split, **given | options)
-
-
 def candidate_answers(args: TaskArguments, records: Dataset | None, folder: str | None = None) -> list[str]:
     """The answers to choose from: those of the list that was named, of the model's folder, or of the training data.
 
@@ -134,7 +127,7 @@ def candidate_answers(args: TaskArguments, records: Dataset | None, folder: str 
     Raises:
         RecipeError: if the task needs answers and there are none.
     """
-    if not TASKS[args.task].chooses_answers:
+    if "answer_list" not in TASKS[args.task].options:
         return []
     if args.answer_list is not None:
         return read_answer_list(args.answer_list)
@@ -225,11 +218,10 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
         if args.text_model:
             text = read_text_encoder(args.text_model, args.fusion_layer, args.num_fusion_layers)
         tokenizer = _tokenizer(args, captions)
-        fields = dict(args.config_fields)
         text_vocab_size = text.config["vocab_size"] if text else 0
         ids = {"vocab_size": max(len(tokenizer), text_vocab_size), "pad_token_id": tokenizer.pad_token_id}
         ids |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
-        fields["text_config"] = fields.get("text_config", {}) | ids
+        fields = args.config_fields | {"text_config": args.config_fields.get("text_config", {}) | ids}
         model = TCLForPreTraining.from_vision_text_pretrained(vision, text, image_size=args.image_size, **fields)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise RecipeError(str(error)) from error

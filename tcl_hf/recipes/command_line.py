@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..data.pairs import DataError
+from ..sharing.hub import HubError
+from ..sharing.original_files import CheckpointError
 from ..training.arguments import TrainingError
 from ..training.checkpoints import CheckpointWriteError
 from ..training.guard import NonFiniteError
 from .arguments import RecipeError
 
-ERRORS = (CheckpointWriteError, DataError, NonFiniteError, RecipeError, TrainingError)
+ERRORS = (CheckpointError, CheckpointWriteError, DataError, HubError, NonFiniteError, RecipeError, TrainingError)
 CHATTY = ("accelerate", "httpx", "httpx2")  # libraries of whose log only warnings are shown
 
 Main = Callable[[Sequence[str] | None], None]

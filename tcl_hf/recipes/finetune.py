@@ -8,7 +8,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.sampling import SharedImages
-from .build import ANSWERS, add_words, candidate_answers, load_evaluation_data, load_training_data, open_model
+from .build import ANSWERS, add_words, candidate_answers, load_evaluation_data, load_split, open_model
 from .command_line import command
 from .parsing import FINETUNE, parse_recipe
 from .report import Run, write_finetuning_report
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task, output_dir = TASKS[data_args.task], Path(args.output_dir)
     set_seed(args.seed)
     model, processor = open_model(checkpoint_args, task.model_class)
-    samples = load_training_data(data_args)
+    samples = load_split(data_args, data_args.data, data_args.split)
     records = load_evaluation_data(data_args) if data_args.validation_split and task.evaluate else None
     if data_args.add_words:
         add_words(model, processor, samples)
@@ -35,17 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     visited = SharedImages(samples) if data_args.share_images else samples
     metrics = train_task(data_args, args, model, processor, visited, records, answers)
     if PartialState().is_main_process:
-        run = Run(
-            data_args.task,
-            f"fine-tuned for {data_args.task.replace('_', ' ')}",
-            f"{len(samples)} records",
-            data_args.dataset_names,
-            [checkpoint_args.model],
-            command_line("finetune", argv),
-            output_dir,
-        )
         protocol = evaluation_protocol(data_args, model.config, len(records or ()))
-        print(write_finetuning_report(run, metrics, protocol, args.metric_for_best_model, records))
+        amount, started_by = f"{len(samples)} records", command_line("finetune", argv)
+        run = Run(data_args, amount, [checkpoint_args.model], started_by, output_dir, protocol)
+        print(write_finetuning_report(run, metrics, args.metric_for_best_model, records))
         print(f"Model, processor, metrics and card are in {output_dir}")
 
 

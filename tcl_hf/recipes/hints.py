@@ -7,11 +7,9 @@ from dataclasses import fields
 from ..models.configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
 
 # Names of an argument elsewhere: in transformers and its example scripts, in the original code, in former versions of
-# this package, and in short.
+# this package, and in short. Arguments whose other names are all like them are left out, see `did_you_mean`.
 OTHER_NAMES = {
     "model": "model_name_or_path model_name pretrained_model_name_or_path checkpoint",
-    "tokenizer": "tokenizer_name",
-    "text_model": "text_encoder",
     "image_size": "image_res size resolution",
     "config": "config_name config_overrides distill temp embed_dim",
     "data": "train_file train_dir",
@@ -25,34 +23,37 @@ OTHER_NAMES = {
     "per_device_train_batch_size": "per_gpu_train_batch_size batch_size batch_size_train",
     "per_device_eval_batch_size": "per_gpu_eval_batch_size batch_size batch_size_test eval_batch_size",
     "dataloader_num_workers": "preprocessing_num_workers num_workers",
-    "gradient_accumulation_steps": "accumulation_steps",
     "num_train_epochs": "max_epoch epochs num_epochs",
     "max_steps": "steps num_train_steps",
     "learning_rate": "lr",
     "min_learning_rate": "min_lr",
     "warmup_learning_rate": "warmup_lr",
-    "warmup_steps": "num_warmup_steps warmup_ratio warmup_epochs",
     "lr_scheduler_type": "lr_scheduler sched schedule",
     "alpha_ramp": "warm_up",
-    "adam_beta1": "beta1",
-    "adam_beta2": "beta2",
     "max_grad_norm": "clip_grad_norm gradient_clipping",
     "bf16": "mixed_precision precision half_precision amp bfloat16",
     "fp16": "float16",
-    "half_precision_states": "half_precision",
-    "torch_compile": "compile",
     "train_sampling_strategy": "group_by_length bucket_by_length",
     "logging_steps": "logging_strategy log_every",
     "eval_steps": "eval_strategy evaluation_strategy eval_every",
     "metric_for_best_model": "load_best_model_at_end keep_best",
-    "save_steps": "save_strategy save_every",
     "save_total_limit": "keep_checkpoints",
     "resume": "resume_from_checkpoint",
     "hub_model_id": "push_to_hub_model_id push_checkpoints_to",
-    "output_dir": "overwrite_output_dir output",
     "results": "output",
 }
-CONFIGS = {"config": TCLConfig, "config.text_config": TCLTextConfig, "config.vision_config": TCLVisionConfig}
+
+
+def names_of(*types: type) -> frozenset[str]:
+    """The names of the fields that dataclasses are made of."""
+    return frozenset(one.name for group in types for one in fields(group) if one.init)
+
+
+CONFIG_FIELDS = {
+    "config": names_of(TCLConfig),
+    "config.text_config": names_of(TCLTextConfig),
+    "config.vision_config": names_of(TCLVisionConfig),
+}
 
 
 def hint(name: str, known: Collection[str]) -> str:
@@ -64,7 +65,7 @@ def hint(name: str, known: Collection[str]) -> str:
     for meant, others in OTHER_NAMES.items():
         if meant in known and _bare(name) in map(_bare, others.split()):
             return f" (did you mean '{meant}'?)"
-    places = [place for place, config in CONFIGS.items() if name in {field.name for field in fields(config)}]
+    places = [place for place, names in CONFIG_FIELDS.items() if name in names]
     if places and "config" in known:
         return f" (it is a field of the model: set it in {' or '.join(places)})"
     return did_you_mean(name, known)

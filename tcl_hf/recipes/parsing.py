@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from ..training.arguments import TCLTrainingArguments
 from ..training.planning import PlanArguments
 from .arguments import (
     CheckpointArguments,
-    DataArguments,
     EvaluationArguments,
     FinetuningDataArguments,
     ModelArguments,
@@ -28,15 +27,10 @@ from .arguments import (
     TaskArguments,
     json_object,
 )
-from .hints import hint
+from .hints import hint, names_of
 from .tasks import TASKS, ignored_options, readers_of
 
 RECIPES = Path(__file__).parent
-
-
-def _names_of(*types: type) -> frozenset[str]:
-    """The arguments of dataclasses."""
-    return frozenset(one.name for group in types for one in fields(group) if one.init)
 
 
 @dataclass(frozen=True)
@@ -45,40 +39,34 @@ class Command:
 
     Args:
         recipe: the recipe used where the command line names neither a recipe nor a task.
-        types: dataclasses of all arguments that a recipe for this command may hold.
+        types: dataclasses of all arguments that a recipe for this command may hold; the first is of the data.
         reads: the arguments among them that the command reads.
         helps: help texts of arguments that mean something else here.
     """
 
     name: str
     recipe: str
-    types: tuple[type, ...]
+    types: tuple[type[Any], ...]
     reads: frozenset[str]
     helps: dict[str, str] = field(default_factory=dict)
 
 
 _PRETRAINING = (PretrainingDataArguments, ModelArguments, TCLTrainingArguments)
 _FINETUNING = (FinetuningDataArguments, CheckpointArguments, TCLTrainingArguments)
-PRETRAIN = Command("pretrain", "openmoji", _PRETRAINING, _names_of(*_PRETRAINING))
-FINETUNE = Command("finetune", "easy_vqa", _FINETUNING, _names_of(*_FINETUNING))
-EVALUATE = Command(
-    "evaluate",
-    "easy_vqa",
-    (*_FINETUNING, EvaluationArguments),
-    _names_of(TaskArguments, CheckpointArguments, EvaluationArguments) | {"seed", "bf16", "fp16"},
-    {
-        "bf16": "Run the model in bfloat16 by autocast; in float32 with neither, whatever the launcher's precision.",
-        "fp16": "Run the model in float16 by autocast.",
-    },
-)
-PLAN = Command(
-    "plan",
-    "tcl_4m",
-    (*_PRETRAINING, PlanArguments),
-    _names_of(CheckpointArguments, PlanArguments)
-    | {"vocab_size", "fusion_layer", "num_fusion_layers", "max_tokens"}
-    | {"per_device_train_batch_size", "num_train_epochs", "bf16", "fp16"},
-)
+# These replace texts that name the launcher's precision as the default.
+_PRECISION_HELPS = {
+    "bf16": "Run the model in bfloat16 by autocast; in float32 with neither, whatever the launcher's precision.",
+    "fp16": "Run the model in float16 by autocast.",
+}
+_EVALUATED = names_of(TaskArguments, CheckpointArguments, EvaluationArguments) | {"seed", "bf16", "fp16"}
+_PLANNED = names_of(CheckpointArguments, PlanArguments) | {
+    *("vocab_size", "fusion_layer", "num_fusion_layers", "max_tokens"),
+    *("per_device_train_batch_size", "num_train_epochs", "bf16", "fp16"),
+}
+PRETRAIN = Command("pretrain", "openmoji", _PRETRAINING, names_of(*_PRETRAINING))
+FINETUNE = Command("finetune", "easy_vqa", _FINETUNING, names_of(*_FINETUNING))
+EVALUATE = Command("evaluate", "easy_vqa", (*_FINETUNING, EvaluationArguments), _EVALUATED, _PRECISION_HELPS)
+PLAN = Command("plan", "tcl_4m", (*_PRETRAINING, PlanArguments), _PLANNED, _PRECISION_HELPS)
 COMMANDS = (PRETRAIN, FINETUNE, EVALUATE, PLAN)
 
 
@@ -99,17 +87,19 @@ def parse_recipe(command: Command, argv: Sequence[str] | None = None) -> tuple:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(command)
-    name, task = _recipe_and_task(argv)
-    path = None if task and not name else recipe_file(name or command.recipe)
-    recipe = _read_recipe(path, command) if path is not None else {}
-    options = _options_in(argv, parser, command)
-    _check_task(command, task or recipe.get("task"), path, recipe, options)
-    whole = [*_as_argv(recipe), *argv]
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(
-        [*whole, *_merged_configs(whole)], look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        raise RecipeError(f"'{unknown[0]}' does not belong to any option: write options as --name value.")
+    chosen = _chosen(argv)
+    path = None if chosen.task and not chosen.recipe else recipe_file(chosen.recipe or command.recipe)
+    recipe = _read_recipe(path) if path is not None else {}
+    _check_names(command, f"{path}: ", recipe, names_of(*command.types))
+    recipe = {name: value for name, value in recipe.items() if value is not None and value != []}
+    options = _options_in(argv, parser)
+    _check_names(command, "--", options, command.reads | {"help", "recipe"})
+    _check_task(command, chosen.task or recipe.get("task"), {f"{path}: ": recipe, "--": options})
+    configs = [recipe.pop("config", {}), *chosen.config]
+    argv = [*_as_argv(recipe), *argv, "--config", json.dumps(_merged(configs))]
+    *parsed, _, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
+    if rest:
+        raise RecipeError(f"'{rest[0]}' does not belong to any option: write options as --name value.")
     return tuple(parsed)
 
 
@@ -127,9 +117,7 @@ class _Parser(HfArgumentParser):
 def _parser(command: Command) -> _Parser:
     """A parser of all arguments of a command, whose help lists those that the command reads."""
     parser = _Parser(command.types, prog=f"{command.name}.py", allow_abbrev=False)
-    parser.add_argument(
-        "--recipe", default=command.recipe, help="Name of a recipe of the package, or a YAML file of arguments."
-    )
+    parser.add_argument("--recipe", default=command.recipe, help="Name of a recipe of the package, or a YAML file.")
     for action in parser._actions:
         action.help = command.helps.get(action.dest, action.help)
         if action.dest not in command.reads | {"help", "recipe"}:
@@ -137,17 +125,17 @@ def _parser(command: Command) -> _Parser:
     return parser
 
 
-def _recipe_and_task(argv: Sequence[str]) -> tuple[str | None, str | None]:
-    """The recipe and the task that a command line names."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def _chosen(argv: Sequence[str]) -> argparse.Namespace:
+    """The recipe, the task and the configs that a command line names."""
+    parser = _Parser((), add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
     parser.add_argument("--task")
-    chosen = parser.parse_known_args(argv)[0]
-    return chosen.recipe, chosen.task
+    parser.add_argument("--config", action="append", default=[])
+    return parser.parse_known_args(argv)[0]
 
 
-def _read_recipe(path: Path, command: Command) -> dict[str, Any]:
-    """The arguments that a recipe sets, by name; those that the command ignores must be read by its training."""
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """The arguments in a recipe, by name."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError as error:
@@ -157,71 +145,57 @@ def _read_recipe(path: Path, command: Command) -> dict[str, Any]:
         raise RecipeError(f"{path} could not be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a list of `name: value`.")
-    known = _names_of(*command.types)
-    for name in values:
-        if name not in known:
-            raise _not_read(command, str(name), path)
-    return {name: value for name, value in values.items() if value is not None and value != []}
+    return {str(name): value for name, value in values.items()}
 
 
 def _as_argv(recipe: dict[str, Any]) -> list[str]:
     """The arguments of a recipe as options, so that both are checked alike."""
     argv = []
     for name, value in recipe.items():
-        text = json.dumps(value) if isinstance(value, dict) else value
-        argv += [f"--{name}", *map(str, text if isinstance(text, list) else [text])]
+        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return argv
 
 
-def _options_in(argv: Sequence[str], parser: _Parser, command: Command) -> list[str]:
-    """The names of the options on a command line.
+def _options_in(argv: Sequence[str], parser: _Parser) -> list[str]:
+    """The names of the options on a command line; those that the parser lacks as they are written."""
+    options = [text.partition("=")[0] for text in argv if text.startswith("--")]
+    actions = parser._option_string_actions
+    return [actions[option].dest if option in actions else option[2:] for option in options]
+
+
+def _check_names(command: Command, place: str, names: Iterable[str], known: frozenset[str]) -> None:
+    """Refuse arguments that are not known to a command.
+
+    Args:
+        place: the recipe's file as "FILE: ", or "--" for the command line.
 
     Raises:
-        RecipeError: for an option that does not exist, or that the command ignores.
+        RecipeError: with the commands that read the argument, or a hint for its name.
     """
-    names = []
-    for text in argv:
-        option = text.partition("=")[0]
-        if option.startswith("--"):
-            action = parser._option_string_actions.get(option)
-            names.append(action.dest if action else option[2:])
-    for name in names:
-        if name not in command.reads | {"help", "recipe"}:
-            raise _not_read(command, name)
-    return names
+    for name in (name.replace("-", "_") for name in names if name not in known):
+        readers = [f"{other.name}.py" for other in COMMANDS if name in other.reads]
+        if readers:
+            raise RecipeError(f"{place}{name} is read by {_listed(readers)} only: leave it out of {command.name}.py.")
+        missing = f"There is no option --{name}" if place == "--" else f"{place}there is no argument '{name}'"
+        raise RecipeError(f"{missing}{hint(name, command.reads)}.")
 
 
-def _not_read(command: Command, name: str, path: Path | None = None) -> RecipeError:
-    """The error for an argument, in a recipe or on the command line, that a command does not read."""
-    name = name.replace("-", "_")
-    readers = [f"{other.name}.py" for other in COMMANDS if name in other.reads]
-    if readers:
-        place = "--" if path is None else f"{path}: "
-        return RecipeError(f"{place}{name} is read by {_listed(readers)} only: leave it out of {command.name}.py.")
-    place = f"There is no option --{name}" if path is None else f"{path}: there is no argument '{name}'"
-    return RecipeError(f"{place}{hint(name, command.reads)}.")
-
-
-def _check_task(
-    command: Command, task: str | None, path: Path | None, recipe: Iterable[str], options: Iterable[str]
-) -> None:
+def _check_task(command: Command, task: str | None, given: dict[str, Iterable[str]]) -> None:
     """Refuse a task that the command does not have, and arguments that its task ignores.
 
     Args:
         task: the name that recipe or command line give it; None for the default.
-        path: the recipe's file.
-        recipe: names of the arguments in the recipe.
-        options: names of the arguments on the command line.
+        given: names of arguments by their place, see `_check_names`.
 
     Raises:
         RecipeError: naming where the argument stands, and the tasks that read it.
     """
-    task = task or next(one.task for one in command.types if issubclass(one, DataArguments))
+    task = task or command.types[0].task
     tasks = [name for name, row in TASKS.items() if row.is_downstream == ("task" in command.reads)]
     if task not in tasks:
         raise RecipeError(f"There is no task '{task}': choose one of {', '.join(tasks)}.")
-    for place, given in ((f"{path}: ", recipe), ("--", options)):
-        for name in ignored_options(task, command.reads & set(given)):
+    for place, names in given.items():
+        for name in ignored_options(task, command.reads.intersection(names)):
             raise RecipeError(f"{place}{name} is read by {_listed(readers_of(name))} only: leave it out for {task}.")
 
 
@@ -231,14 +205,11 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _merged_configs(argv: list[str]) -> list[str]:
-    """All configs of a command line as one, where it has several; a later one overrides fields of an earlier one."""
-    option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    option.add_argument("--config", action="append", default=[])
-    configs = [json_object(config) for config in option.parse_known_args(argv)[0].config]
+def _merged(configs: Iterable[Any]) -> dict[str, Any]:
+    """Configs, each an object or JSON, in one; a later one overrides fields of an earlier one."""
     merged: dict[str, Any] = {}
     for config in configs:
-        for name, value in config.items():
+        for name, value in (config if isinstance(config, dict) else json_object(str(config))).items():
             are_parts = isinstance(value, dict) and isinstance(merged.get(name), dict)
             merged[name] = merged[name] | value if are_parts else value
-    return ["--config", json.dumps(merged)] if len(configs) > 1 else []
+    return merged

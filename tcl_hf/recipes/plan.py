@@ -18,7 +18,7 @@ from .parsing import PLAN, parse_recipe
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan of the pre-training that the recipe and the command line describe."""
     data_args, model_args, args, plan = parse_recipe(PLAN, argv)
-    precision = args.mixed_precision or "bf16"
+    precision = args.mixed_precision or "no"
     batch_size, config = args.per_device_train_batch_size, planned_config(model_args)
     print(describe(config, batch_size, data_args.max_tokens, precision, args.num_train_epochs, plan))
 

@@ -27,19 +27,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not PartialState().is_main_process:
         return
     if records:
-        run = Run(
-            data_args.task,
-            "pre-trained",
-            "a stream of pairs" if data_args.streaming else f"{len(pairs)} pairs",
-            data_args.dataset_names,
-            [name for name in (model_args.model, model_args.vision_model, model_args.text_model) if name],
-            command_line("pretrain", argv),
-            Path(args.output_dir),
-        )
+        amount = "a stream of pairs" if data_args.streaming else f"{len(pairs)} pairs"
+        bases = [name for name in (model_args.model, model_args.vision_model, model_args.text_model) if name]
         protocol = evaluation_protocol(data_args, model.config, len(records))
+        run = Run(data_args, amount, bases, command_line("pretrain", argv), Path(args.output_dir), protocol)
         is_embedded = data_args.data == ["openmoji"] and not data_args.streaming
         baseline = ridge_baseline(list(pairs), records) if is_embedded else None
-        print(write_pretraining_report(run, model, processor, records, metrics, protocol, baseline))
+        print(write_pretraining_report(run, model, processor, records, metrics, baseline))
     print(f"Model, processor, metrics and card are in {args.output_dir}")
 
 

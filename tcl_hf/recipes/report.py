@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,7 +18,12 @@ from ..models.modeling_tcl import TCLForImageTextRetrieval
 from ..models.processing_tcl import TCLProcessor
 from ..sharing.cards import METHOD, Card, name_of_model
 from ..training.log import METRICS, read_metrics
+from .arguments import DataArguments
 from .tasks import TASKS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CURVES = "training.png"
 SHEET = "retrieved.png"
@@ -31,46 +36,41 @@ class Run:
     """How a model was trained, for its card.
 
     Args:
-        task: a key of `tasks.TASKS`.
-        training: "pre-trained", or "fine-tuned for" something.
+        data_args: its task and its data.
         amount: how much data it was trained on, such as "100 pairs".
-        data: names of the data.
         base_models: Hub names or folders of the models that it started from.
         command: the command line that started the run.
         output_dir: the run's folder, which gives the model its name.
+        protocol: how its metrics were measured.
     """
 
-    task: str
-    training: str
+    data_args: DataArguments
     amount: str
-    data: list[str]
     base_models: list[str]
     command: str
     output_dir: Path
+    protocol: EvaluationProtocol
 
     def write_card(
-        self,
-        results: str,
-        metrics: dict[str, float],
-        protocol: EvaluationProtocol,
-        pictures: list[tuple[str, str]],
-        example: dict[str, Any] | None,
+        self, results: str, metrics: dict[str, float], pictures: list[tuple[str, str]], example: dict[str, Any] | None
     ) -> None:
         """Write the run's card; see `cards.Card`."""
+        task, datasets = self.data_args.task, self.data_args.dataset_names
+        training = f"fine-tuned for {task.replace('_', ' ')}" if TASKS[task].is_downstream else "pre-trained"
         names = [name_of_model(model) for model in self.base_models]
         start = f"It started from {', '.join(names)}." if names else "It was trained from scratch."
-        data = ", ".join(self.data)
+        data = f"{self.amount} of {', '.join(datasets)}"
         Card(
             name=self.output_dir.resolve().name,
-            model_class=TASKS[self.task].model_class,
-            task=self.task,
-            result_type=TASKS[self.task].result_type,
-            datasets=self.data,
-            summary=f"A model of {METHOD}, {self.training} by `tcl_hf` on {self.amount} of {data}. {start}",
+            model_class=TASKS[task].model_class,
+            task=task,
+            result_type=TASKS[task].result_type,
+            datasets=datasets,
+            summary=f"A model of {METHOD}, {training} by `tcl_hf` on {data}. {start}",
             results=results,
             training=f"`{self.command}`; losses and metrics along the run are in `{METRICS}`.",
             metrics=metrics,
-            protocol=protocol,
+            protocol=self.protocol,
             base_models=self.base_models,
             pictures=pictures,
             example=example,
@@ -89,72 +89,50 @@ def results_table(metrics: dict[str, float], num_images: int, k: int, baseline: 
     columns = [f"{way}_recall@{at}" for way in ("i2t", "t2i") for at in (1, 5, 10)] + ["recall@1"]
     reranked = {name.removeprefix("reranked_"): v for name, v in metrics.items() if name.startswith("reranked_")}
     chance = {name: chance_recall(num_images, int(name.split("@")[1])) for name in columns}
-    rows = [("by similarity", metrics), (f"re-ranked by matching (k = {k})", reranked), ("chance", chance)]
-    if baseline is not None:
-        rows.append(("linear baseline (ridge)", baseline))
+    rows = {"by similarity": metrics, f"re-ranked by matching (k = {k})": reranked, "chance": chance}
+    rows["linear baseline (ridge)"] = baseline or {}
     lines = [
         f"| recall in % of {num_images} | image to text @1 | @5 | @10 | text to image @1 | @5 | @10 | mean @1 |",
         "|---|" + "---|" * len(columns),
     ]
-    lines += [
-        f"| {name} | " + " | ".join(f"{values[column]:.2f}" for column in columns) + " |"
-        for name, values in rows
-        if values
-    ]
+    for name, values in rows.items():
+        if values:
+            lines.append(" | ".join([f"| {name}", *(f"{values[column]:.2f}" for column in columns)]) + " |")
     return "\n".join(lines)
 
 
 def plot_training(lines: list[dict[str, float]], path: Path) -> None:
     """Plot the losses and the recall of the lines of a `metrics.jsonl` as a PNG."""
-    plt = _pyplot()
-    figure, (losses, recall) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
-    trained = [line for line in lines if "loss" in line]
+    figure, ((losses, recall),) = _subplots((10, 3.6), 1, 2)
     for name in ("cma", "imc", "lmi", "itm", "mlm"):
-        points = [(line["step"], line[f"loss_{name}"]) for line in trained if f"loss_{name}" in line]
-        if points:
-            losses.plot(*zip(*points, strict=True), label=name.upper())
+        _plot_values(losses, lines, f"loss_{name}", label=name.upper())
     losses.set(xlabel="step", ylabel="loss", title="Losses")
     losses.legend()
-    evaluated = [line for line in lines if "recall@1" in line]
     for name, label in (("recall@1", "similarity"), ("reranked_recall@1", "re-ranked")):
-        points = [(line["step"], line[name]) for line in evaluated if name in line]
-        if points:
-            recall.plot(*zip(*points, strict=True), marker="o", label=label)
+        _plot_values(recall, lines, name, label=label, marker="o")
     recall.set(xlabel="step", ylabel="recall@1 in %", title="Held-out recall, mean of both directions")
     recall.set_ylim(bottom=0)
-    if evaluated:
+    if recall.lines:
         recall.legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def picture_sheet(
-    model: TCLForImageTextRetrieval,
-    processor: TCLProcessor,
-    records: Sequence[dict],
-    path: Path,
-    k: int = 32,
-    num_texts: int = 8,
-    num_images: int = 6,
+    model: TCLForImageTextRetrieval, processor: TCLProcessor, records: Sequence[dict], path: Path, k: int
 ) -> None:
-    """Draw the images retrieved for some captions, best first, the right one framed, as a PNG.
+    """Draw the images retrieved for some captions, one in each row, best first, the right one framed, as a PNG.
 
     The captions are spread evenly over the records: none is chosen for its result.
 
     Args:
         k: number of candidates by similarity that are re-ranked by matching.
-        num_texts: number of captions, one in each row.
-        num_images: number of images for each caption.
     """
-    plt = _pyplot()
     model.eval()
     pairs = encode_samples(model, processor, records, captions_per_image=1)
     similarity = pairs.similarity()  # (I, T)
     scores = matching_scores(model, pairs, k)
-    num_texts, num_images = min(num_texts, len(records)), min(num_images, len(records))
-    figure, axes = plt.subplots(
-        num_texts, num_images, figsize=(1.3 * num_images + 2, 1.3 * num_texts), squeeze=False, constrained_layout=True
-    )
+    num_texts, num_images = min(8, len(records)), min(6, len(records))
+    figure, axes = _subplots((1.3 * num_images + 2, 1.3 * num_texts), num_texts, num_images)
     for row in range(num_texts):
         text = row * len(records) // num_texts
         among = similarity[:, text].topk(min(k, len(records))).indices
@@ -168,7 +146,6 @@ def picture_sheet(
             for spine in axis.spines.values():
                 spine.set(color="tab:green" if right else "lightgrey", linewidth=3 if right else 1)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def write_pretraining_report(
@@ -177,7 +154,6 @@ def write_pretraining_report(
     processor: TCLProcessor,
     records: Sequence[dict],
     metrics: dict[str, float],
-    protocol: EvaluationProtocol,
     baseline: dict[str, float] | None = None,
 ) -> str:
     """Write curves, picture sheet and model card of pre-training into its folder; return its table of results.
@@ -185,10 +161,10 @@ def write_pretraining_report(
     Args:
         records: the held-out images, with captions.
         metrics: those of `evaluate_retrieval` on them.
-        protocol: how they were measured; its `k` is the number of candidates that were re-ranked.
         baseline: metrics of `ridge_baseline` on them.
     """
-    k, folder = protocol.k or 0, run.output_dir
+    protocol, folder = run.protocol, run.output_dir
+    k = protocol.k or 0
     table = results_table(metrics, len(records), k, baseline)
     plot_training(read_metrics(folder / METRICS), folder / CURVES)
     picture_sheet(model, processor, records, folder / SHEET, k)
@@ -204,7 +180,7 @@ alone. Pixels were made by the PIL backend of the image processor.
     ]
     mean_recall = {name: v for name, v in metrics.items() if name.removeprefix("reranked_").startswith("recall@")}
     labels = [records[row]["captions"][0] for row in range(min(4, len(records)))]
-    run.write_card(results, mean_recall, protocol, pictures, example=records[0] | {"captions": labels})
+    run.write_card(results, mean_recall, pictures, example=records[0] | {"captions": labels})
     return table
 
 
@@ -217,11 +193,10 @@ def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Pat
         records: the records that were evaluated.
         predictions: those of an evaluator; several of one record share its `image_id`.
     """
-    plt = _pyplot()
     by_id = {record["image_id"]: record for record in records}
     one_each = len(predictions) == len(records)
     chosen = random.Random(0).sample(range(len(predictions)), min(2 * columns, len(predictions)))
-    figure, axes = plt.subplots(2, columns, figsize=(1.9 * columns, 5.2), squeeze=False, constrained_layout=True)
+    figure, axes = _subplots((1.9 * columns, 5.2), 2, columns)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, number in zip(axes.flat, chosen, strict=False):
@@ -235,7 +210,6 @@ def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Pat
         axis.set_title(textwrap.fill(text, 24), fontsize=8)
         axis.text(0.5, -0.08, result, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=color)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _framed(picture: Image.Image) -> Image.Image:
@@ -270,29 +244,19 @@ def task_table(metrics: dict[str, float], protocol: EvaluationProtocol) -> str:
 
 def plot_task(lines: list[dict[str, float]], metric: str, path: Path) -> None:
     """Plot the loss and one metric of the lines of a `metrics.jsonl` as a PNG."""
-    plt = _pyplot()
-    figure, (loss, measured) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    for axis, name in ((loss, "loss"), (measured, metric)):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker="o" if axis is measured else None)
-        axis.set(xlabel="step", ylabel=name, title="Training loss" if axis is loss else "Held-out data")
+    figure, ((loss, measured),) = _subplots((9, 3.4), 1, 2)
+    _plot_values(loss, lines, "loss")
+    loss.set(xlabel="step", ylabel="loss", title="Training loss")
+    _plot_values(measured, lines, metric, marker="o")
+    measured.set(xlabel="step", ylabel=metric, title="Held-out data")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def write_finetuning_report(
-    run: Run,
-    metrics: dict[str, float],
-    protocol: EvaluationProtocol,
-    metric: str,
-    records: Sequence[dict] | None,
-) -> str:
+def write_finetuning_report(run: Run, metrics: dict[str, float], metric: str, records: Sequence[dict] | None) -> str:
     """Write curve and model card of a fine-tuning run into its folder; return its table of results.
 
     Args:
         metrics: the last line of the run's `metrics.jsonl`; the table shows those of the best evaluation.
-        protocol: how they were measured.
         metric: the one that the model was kept by; the first one if empty.
         records: the held-out data, of which the card's widget shows one; None if nothing was evaluated.
     """
@@ -301,18 +265,24 @@ def write_finetuning_report(
     metric = metric or next((name for name in metrics if name not in ("step", "epoch")), "loss")
     best = max(evaluations, key=lambda line: line.get(metric, -math.inf), default=metrics)
     plot_task(lines, metric, run.output_dir / CURVES)
-    table = task_table(best, protocol)
+    table = task_table(best, run.protocol)
     pictures = [(CURVES, "Loss and metric along the run.")]
-    run.write_card(table, best if records else {}, protocol, pictures, example=records[0] if records else None)
+    run.write_card(table, best if records else {}, pictures, example=records[0] if records else None)
     return table
 
 
-def _pyplot():
+def _subplots(size: tuple[float, float], rows: int, columns: int) -> tuple["Figure", Any]:
+    """A figure of this width and height in inches, and its axes as an array."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Curves and picture sheets need matplotlib: pip install 'tcl_hf[demo]'.") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    figure = Figure(size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
-    return pyplot
+
+def _plot_values(axis: "Axes", lines: list[dict[str, float]], name: str, **style: Any) -> None:
+    """Plot a value of the lines of a `metrics.jsonl` over the steps, if a line has it."""
+    points = [(line["step"], line[name]) for line in lines if name in line]
+    if points:
+        axis.plot(*zip(*points, strict=True), **style)

@@ -9,6 +9,8 @@ from ..models.configuration_tcl import TCLConfig
 from .arguments import DataArguments
 from .tasks import TASKS
 
+_FACTS = {"k": "eval_k", "heat": "heat"}  # what a protocol states for some tasks, and the arguments that hold it
+
 
 def protocol_name(config: TCLConfig, task: str, dataset_name: str) -> str:
     """The name of an evaluation's protocol, by what the model has learned from.
@@ -37,7 +39,7 @@ def evaluation_protocol(
         images_shuffled: whether each record had the image of another one.
     """
     row, dataset = TASKS[args.task], args.dataset_names[0]
-    task = row.measured_as or args.task
+    task = args.task if row.is_downstream else "retrieval"
     return EvaluationProtocol(
         task=task,
         dataset=dataset,
@@ -46,7 +48,7 @@ def evaluation_protocol(
         protocol=protocol_name(config, task, dataset),
         resolution=config.vision_config.image_size,
         images_shuffled=images_shuffled,
-        **{fact: getattr(args, option) for fact, option in row.protocol_options.items()},
+        **{fact: getattr(args, option) for fact, option in _FACTS.items() if option in row.options},
     )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -33,20 +32,68 @@ from ..models.modeling_tcl_tasks import (
     TCLForVisualReasoning,
 )
 from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_TOKENS, TCLProcessor
-from .arguments import TrainingDataArguments
-
-Collator = TCLPreTrainingCollator | TCLTaskCollator
+from .arguments import DataArguments, TrainingDataArguments
 
 # Arguments that not every task reads, by the part of a task that reads them.
 _OF_PAIRS = ("image_root", "image_column", "caption_column")
 _OF_ANNOTATIONS = ("image_root", "annotations")
-_OF_VIEWS = ("two_views",)
-_OF_TEXTS = ("share_images",)
 _OF_EVALUATION = (
     *("validation_data", "eval_images", "eval_max_tokens", "per_device_eval_batch_size"),
     *("eval_steps", "metric_for_best_model"),
 )
-_OF_RETRIEVAL = (*_OF_EVALUATION, "eval_k", "half_precision_states")
+_OF_RETRIEVAL = ("eval_k", "half_precision_states")
+
+
+def build_augmentation(args: TrainingDataArguments, processor: TCLProcessor) -> TCLAugmentation:
+    """Make the augmentation that the arguments describe."""
+    pixels = processor.image_processor
+    size, mean, std = pixels.size["height"], pixels.image_mean, pixels.image_std
+    crop_scale = tuple(args.crop_scale)
+    return TCLAugmentation(size, mean, std, crop_scale, args.color_jitter, args.flip, args.num_operations)
+
+
+@dataclass(frozen=True)
+class PairBatches:
+    """Training batches of images with a caption each.
+
+    Args:
+        mask_words: mask words, if the model predicts them.
+        with_image_ids: number the images, so that other captions of an image are not negatives of it.
+    """
+
+    options = ("two_views",)
+    mask_words: bool = False
+    with_image_ids: bool = False
+
+    def collator(
+        self, args: TrainingDataArguments, config: TCLConfig, processor: TCLProcessor
+    ) -> TCLPreTrainingCollator:
+        """Make the collator, of the arguments, the model's config and the processor."""
+        return TCLPreTrainingCollator(
+            processor,
+            build_augmentation(args, processor),
+            args.max_tokens,
+            two_views=args.two_views,
+            mlm_probability=config.mlm_probability if self.mask_words and config.mlm_weight else 0.0,
+            with_image_ids=self.with_image_ids,
+        )
+
+
+@dataclass(frozen=True)
+class TextBatches:
+    """Training batches of texts about images, with answers or labels.
+
+    Args:
+        with_labels: read labels, by their numbers in the model's config.
+    """
+
+    options = ("share_images",)
+    with_labels: bool = False
+
+    def collator(self, args: TrainingDataArguments, config: TCLConfig, processor: TCLProcessor) -> TCLTaskCollator:
+        """Make the collator, of the arguments, the model's config and the processor."""
+        label2id = dict(config.label2id) if self.with_labels else None
+        return TCLTaskCollator(processor, build_augmentation(args, processor), args.max_tokens, label2id=label2id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,32 +102,27 @@ class Task:
 
     Args:
         model_class: the head.
-        load: reads the samples of a split: `load(sources, split, **options)`.
+        load: reads the samples of a split, by default images with captions: `load(sources, split, **options)`.
         load_options: the arguments that it takes as options.
-        build_collator: makes the collator for training, of the arguments, the model's config and the processor.
-        collator_options: the arguments that only some collators read.
+        batches: the batches for training, which make their collator.
         result_type: the Hub's name for the task of a result.
         evaluate: returns the `Evaluation` of a model, given model, processor, records, arguments and the answers to
             choose from; None if there is nothing to measure.
         evaluation_options: the arguments that only some evaluations read.
         embedded: functions that load a split of data that comes with the package, by the name of the data.
-        protocol_options: facts that the protocol of a result states, and the arguments that hold them.
-        measured_as: the task that the evaluation measures, if it is another one.
         result_files: files beside `evaluation.json` that a server takes, and what makes their content of predictions.
-        is_downstream: whether the task is fine-tuned from a checkpoint, and evaluated by `evaluate.py`.
+        is_downstream: whether the task is fine-tuned from a checkpoint, and evaluated by `evaluate.py`; pre-training is
+            measured as retrieval.
     """
 
     model_class: type[TCLPreTrainedModel]
-    load: Callable[..., Any]
-    load_options: tuple[str, ...]
-    build_collator: Callable[[Any, TCLConfig, TCLProcessor], Collator]
-    collator_options: tuple[str, ...]
+    load: Callable[..., Any] = load_pairs
+    load_options: tuple[str, ...] = _OF_PAIRS
+    batches: PairBatches | TextBatches
     result_type: str
     evaluate: Callable[[Any, TCLProcessor, Sequence[dict], Any, list[str]], Evaluation] | None = None
     evaluation_options: tuple[str, ...] = ()
     embedded: dict[str, Callable[[str], Dataset]] = field(default_factory=dict)
-    protocol_options: dict[str, str] = field(default_factory=dict)
-    measured_as: str | None = None
     result_files: dict[str, Callable[[list[dict]], Any]] = field(default_factory=dict)
     is_downstream: bool = True
 
@@ -88,92 +130,34 @@ class Task:
     def options(self) -> set[str]:
         """The arguments that this task reads, of those that not every task reads."""
         for_validation = (f"validation_{name}" for name in self.load_options)
-        return {*self.load_options, *for_validation, *self.collator_options, *self.evaluation_options}
-
-    @property
-    def chooses_answers(self) -> bool:
-        """Whether the model chooses among a list of answers."""
-        return "answer_list" in self.options
-
-
-# Collators
-
-
-def build_augmentation(args: TrainingDataArguments, processor: TCLProcessor) -> TCLAugmentation:
-    """Make the augmentation that the arguments describe."""
-    pixels = processor.image_processor
-    return TCLAugmentation(
-        pixels.size["height"],
-        pixels.image_mean,
-        pixels.image_std,
-        crop_scale=tuple(args.crop_scale),
-        color_jitter=args.color_jitter,
-        flip=args.flip,
-        num_operations=args.num_operations,
-    )
-
-
-def _collate_pairs(
-    args: TrainingDataArguments,
-    config: TCLConfig,
-    processor: TCLProcessor,
-    mask_words: bool = False,
-    with_image_ids: bool = False,
-) -> TCLPreTrainingCollator:
-    return TCLPreTrainingCollator(
-        processor,
-        build_augmentation(args, processor),
-        args.max_tokens,
-        two_views=args.two_views,
-        mlm_probability=config.mlm_probability if mask_words and config.mlm_weight else 0.0,
-        with_image_ids=with_image_ids,
-    )
-
-
-def _collate_questions(args: TrainingDataArguments, config: TCLConfig, processor: TCLProcessor) -> TCLTaskCollator:
-    return TCLTaskCollator(processor, build_augmentation(args, processor), args.max_tokens)
-
-
-def _collate_statements(args: TrainingDataArguments, config: TCLConfig, processor: TCLProcessor) -> TCLTaskCollator:
-    augmentation = build_augmentation(args, processor)
-    return TCLTaskCollator(processor, augmentation, args.max_tokens, label2id=dict(config.label2id))
+        of_evaluation = (*_OF_EVALUATION, *self.evaluation_options) if self.evaluate else ()
+        return {*self.load_options, *for_validation, *self.batches.options, *of_evaluation}
 
 
 # Evaluations
 
 
+def _limits(args: DataArguments, max_tokens: int = MAX_TOKENS) -> dict[str, Any]:
+    """The options that all evaluations take: size of batches, longest text (`max_tokens` by default), progress bar."""
+    max_tokens = args.eval_max_tokens or max_tokens
+    return {"batch_size": args.per_device_eval_batch_size, "max_tokens": max_tokens, "progress": True}
+
+
 def _evaluate_retrieval(model, processor, records, args, answers) -> Evaluation:
-    metrics = evaluate_retrieval(
-        model,
-        processor,
-        records,
-        args.eval_k,
-        args.eval_captions,
-        args.per_device_eval_batch_size,
-        torch.float16 if args.half_precision_states else None,
-        max_tokens=args.eval_max_tokens or MAX_TOKENS,
-        progress=True,
-    )
-    return Evaluation(metrics)
+    options = _limits(args) | {"states_dtype": torch.float16 if args.half_precision_states else None}
+    return Evaluation(evaluate_retrieval(model, processor, records, args.eval_k, args.eval_captions, **options))
 
 
 def _evaluate_answers(model, processor, records, args, answers) -> Evaluation:
-    max_tokens, batch_size = args.eval_max_tokens or MAX_QUESTION_TOKENS, args.per_device_eval_batch_size
-    return evaluate_answers(
-        model, processor, records, answers, args.eval_k, batch_size, max_tokens=max_tokens, progress=True
-    )
+    return evaluate_answers(model, processor, records, answers, args.eval_k, **_limits(args, MAX_QUESTION_TOKENS))
 
 
 def _evaluate_statements(model, processor, records, args, answers) -> Evaluation:
-    max_tokens = args.eval_max_tokens or MAX_TOKENS
-    return evaluate_classes(model, processor, records, args.per_device_eval_batch_size, max_tokens, progress=True)
+    return evaluate_classes(model, processor, records, **_limits(args))
 
 
 def _evaluate_grounding(model, processor, records, args, answers) -> Evaluation:
-    max_tokens, batch_size = args.eval_max_tokens or MAX_TOKENS, args.per_device_eval_batch_size
-    return evaluate_grounding(
-        model, processor, records, args.heat_layer, batch_size, max_tokens, progress=True, heat=args.heat
-    )
+    return evaluate_grounding(model, processor, records, args.heat_layer, heat=args.heat, **_limits(args))
 
 
 def _answers_for_server(predictions: list[dict]) -> list[dict[str, Any]]:
@@ -185,82 +169,58 @@ def _answers_for_server(predictions: list[dict]) -> list[dict[str, Any]]:
 TASKS = {
     "pretraining": Task(
         model_class=TCLForPreTraining,
-        load=load_pairs,
-        load_options=_OF_PAIRS,
-        build_collator=partial(_collate_pairs, mask_words=True),
-        collator_options=_OF_VIEWS,
+        batches=PairBatches(mask_words=True),
         result_type="image-text-retrieval",
         evaluate=_evaluate_retrieval,
         evaluation_options=_OF_RETRIEVAL,
-        protocol_options={"k": "eval_k"},
-        measured_as="retrieval",
         is_downstream=False,
     ),
     "retrieval": Task(
         model_class=TCLForImageTextRetrieval,
-        load=load_pairs,
-        load_options=_OF_PAIRS,
-        build_collator=partial(_collate_pairs, with_image_ids=True),
-        collator_options=_OF_VIEWS,
+        batches=PairBatches(with_image_ids=True),
         result_type="image-text-retrieval",
         evaluate=_evaluate_retrieval,
         evaluation_options=(*_OF_RETRIEVAL, "eval_captions"),
-        protocol_options={"k": "eval_k"},
     ),
     "question_answering": Task(
         model_class=TCLForQuestionAnswering,
         load=load_questions,
         load_options=_OF_ANNOTATIONS,
-        build_collator=_collate_questions,
-        collator_options=_OF_TEXTS,
+        batches=TextBatches(),
         result_type="visual-question-answering",
         evaluate=_evaluate_answers,
-        evaluation_options=(*_OF_EVALUATION, "eval_k", "answer_list"),
+        evaluation_options=("eval_k", "answer_list"),
         embedded={"easy_vqa": load_easy_vqa},
-        protocol_options={"k": "eval_k"},
         result_files={"vqa_results.json": _answers_for_server},
     ),
     "visual_entailment": Task(
         model_class=TCLForVisualEntailment,
         load=load_entailment,
         load_options=("image_root",),
-        build_collator=_collate_statements,
-        collator_options=_OF_TEXTS,
+        batches=TextBatches(with_labels=True),
         result_type="visual-entailment",
         evaluate=_evaluate_statements,
-        evaluation_options=_OF_EVALUATION,
         embedded={"scenes": load_scene_entailment},
     ),
     "visual_reasoning": Task(
         model_class=TCLForVisualReasoning,
         load=load_reasoning,
         load_options=("image_root",),
-        build_collator=_collate_statements,
-        collator_options=_OF_TEXTS,
+        batches=TextBatches(with_labels=True),
         result_type="visual-reasoning",
         evaluate=_evaluate_statements,
-        evaluation_options=_OF_EVALUATION,
         embedded={"scenes": load_scene_reasoning},
     ),
-    "text_assignment": Task(
-        model_class=TCLForTextAssignment,
-        load=load_pairs,
-        load_options=_OF_PAIRS,
-        build_collator=_collate_pairs,
-        collator_options=_OF_VIEWS,
-        result_type="text-assignment",
-    ),
+    "text_assignment": Task(model_class=TCLForTextAssignment, batches=PairBatches(), result_type="text-assignment"),
     "grounding": Task(
         model_class=TCLForImageTextRetrieval,
         load=load_phrases,
         load_options=_OF_ANNOTATIONS,
-        build_collator=partial(_collate_pairs, with_image_ids=True),
-        collator_options=_OF_VIEWS,
+        batches=PairBatches(with_image_ids=True),
         result_type="visual-grounding",
         evaluate=_evaluate_grounding,
-        evaluation_options=(*_OF_EVALUATION, "heat", "heat_layer"),
+        evaluation_options=("heat", "heat_layer"),
         embedded={"scenes": load_scene_phrases},
-        protocol_options={"heat": "heat"},
     ),
 }
 

@@ -42,23 +42,16 @@ def train_task(
     task = TASKS[data_args.task]
     history = model.config.trained_on or []
     model.config.trained_on = [*history, {"task": data_args.task, "data": data_args.dataset_names}]
-    collator = task.build_collator(data_args, model.config, processor)
+    collator = task.batches.collator(data_args, model.config, processor)
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
         assert task.evaluate is not None and records is not None
         return task.evaluate(model, processor, records, data_args, answers or []).metrics
 
     pushes = args.push_to_hub and PartialState().is_main_process
-    run = TrainingRun(
-        model,
-        samples,
-        collator,
-        processor,
-        args,
-        evaluate if records else None,
-        push_checkpoint=BackgroundPush(str(args.hub_model_id)) if pushes else None,
-    )
-    return run.train()
+    push = BackgroundPush(str(args.hub_model_id)) if pushes else None
+    evaluation = evaluate if records else None
+    return TrainingRun(model, samples, collator, processor, args, evaluation, push_checkpoint=push).train()
 
 
 def command_line(name: str, argv: Sequence[str] | None) -> str:

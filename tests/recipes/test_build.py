@@ -44,7 +44,7 @@ def test_a_new_model_and_its_processor_fit_together():
     data, model, processor = build()
     assert model.config.text_config.vocab_size == len(processor.tokenizer)
     assert processor.image_processor.size["height"] == model.config.vision_config.image_size == 16
-    collator = TASKS[data.task].build_collator(data, model.config, processor)
+    collator = TASKS[data.task].batches.collator(data, model.config, processor)
     assert collator.augmentation.image_size == 16
     assert collator.augmentation.crop_scale == tuple(data.crop_scale)
 

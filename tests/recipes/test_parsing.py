@@ -146,6 +146,8 @@ def test_a_task_on_the_command_line_alone_takes_nothing_from_the_default_recipe(
         ("config: {quue_size: 4}", [], r"config has no field 'quue_size' \(did you mean 'queue_size'\?\)"),
         ("config: {vision_config: {hidden_sise: 4}}", [], r"config\.vision_config has no field 'hidden_sise'"),
         ("batchsize: 7", [], r"no argument 'batchsize' \(did you mean 'per_device_train_batch_size'\?\)"),
+        ("batchsize:", [], r"no argument 'batchsize' \(did you mean 'per_device_train_batch_size'\?\)"),
+        ("config: 5", [], "--config is not an object, but 5"),
         ("queue_size: 7", [], r"no argument 'queue_size' \(it is a field of the model: set it in config\)"),
         ("per_device_train_batch_size: many", [], "per_device_train_batch_size.*: invalid int value: 'many'"),
         ("lr_scheduler_type: linear", [], "lr_scheduler_type.*: invalid choice: 'linear'"),
@@ -157,6 +159,7 @@ def test_a_task_on_the_command_line_alone_takes_nothing_from_the_default_recipe(
         ("", ["learning_rate", "7"], "'learning_rate' does not belong to any option: write options as --name value"),
         ("", ["--recipe", "nowhere.yaml"], r"no recipe nowhere\.yaml: name a YAML file, or one of daquar"),
         ("", ["--config", "{"], "--config is not JSON"),
+        ("", ["--config"], "Argument --config: expected one argument"),
         ("", ["--config", "[]"], "--config is not an object"),
     ],
 )

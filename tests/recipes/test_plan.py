@@ -34,3 +34,11 @@ def test_a_checkpoint_that_does_not_exist_is_one_sentence():
         planned_config(ModelArguments(model="./nowhere"))
     with pytest.raises(SystemExit, match=r"^error: The model cannot be planned"):
         main(["--model", "./nowhere"])
+
+
+@pytest.mark.parametrize(("argv", "precision"), [([], "no"), (["--bf16", "true"], "bf16"), (["--fp16"], "fp16")])
+def test_a_plan_is_in_float32_unless_half_precision_is_named(argv, precision, tmp_path, capsys):
+    small_patches().save_pretrained(tmp_path)
+    main(["--model", str(tmp_path), "--operations", *argv])
+    printed = capsys.readouterr().out
+    assert f"(mixed precision: {precision})" in printed and f"masked, mixed precision: {precision}:" in printed

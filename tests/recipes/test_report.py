@@ -10,6 +10,7 @@ from PIL import Image
 
 from tcl_hf import TCLForImageTextRetrieval
 from tcl_hf.evaluation.protocol import EvaluationProtocol
+from tcl_hf.recipes.arguments import FinetuningDataArguments, PretrainingDataArguments
 from tcl_hf.recipes.report import (
     Run,
     _caption_of,
@@ -47,10 +48,10 @@ def report(tmp_path_factory):
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     torch.manual_seed(0)
     command = "accelerate launch scripts/pretrain.py"
-    run = Run("pretraining", "pre-trained", "100 pairs", ["openmoji"], [], command, folder)
     protocol = EvaluationProtocol("retrieval", "openmoji", "validation", 9, "pretrained_on_openmoji", 32, k=4)
+    run = Run(PretrainingDataArguments(), "100 pairs", [], command, folder, protocol)
     model = TCLForImageTextRetrieval(small_patches())
-    table = write_pretraining_report(run, model, tiny_processor(), tiny_records(9), METRICS, protocol)
+    table = write_pretraining_report(run, model, tiny_processor(), tiny_records(9), METRICS)
     return folder, table
 
 
@@ -100,14 +101,14 @@ def fine_tuned(tmp_path):
     lines = [{"step": 1, "loss": 3.0}, {"step": 1, "accuracy": 60.0}, {"step": 2, "loss": 2.5}]
     lines.append({"step": 2, "accuracy": 50.0})
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    how = "fine-tuned for visual entailment"
-    return Run("visual_entailment", how, "8 records", ["tiny_ve"], ["user/base"], "finetune.py", tmp_path)
+    data_args = FinetuningDataArguments(task="visual_entailment", dataset_name="tiny_ve")
+    protocol = EvaluationProtocol("visual_entailment", "tiny_ve", "dev", 3, "finetuned", 32)
+    return Run(data_args, "8 records", ["user/base"], "finetune.py", tmp_path, protocol)
 
 
 def test_the_card_of_fine_tuning_has_the_metrics_of_the_model_that_was_kept(fine_tuned):
-    protocol = EvaluationProtocol("visual_entailment", "tiny_ve", "dev", 3, "finetuned", 32)
     records = [{"image": picture(0), "captions": ["a dog"]}]
-    table = write_finetuning_report(fine_tuned, {"accuracy": 50.0}, protocol, "accuracy", records)
+    table = write_finetuning_report(fine_tuned, {"accuracy": 50.0}, "accuracy", records)
     assert "| accuracy | 60.00 |" in table
     card = ModelCard.load(fine_tuned.output_dir / "README.md")
     assert table in card.content and "fine-tuned for visual entailment by `tcl_hf` on 8 records of tiny_ve" in card.text
@@ -117,8 +118,7 @@ def test_the_card_of_fine_tuning_has_the_metrics_of_the_model_that_was_kept(fine
 
 def test_a_card_publishes_no_loss_as_a_result_where_nothing_was_evaluated(fine_tuned):
     (fine_tuned.output_dir / "metrics.jsonl").write_text('{"step": 2, "loss": 2.5}')
-    protocol = EvaluationProtocol("text_assignment", "tiny_ve", "validation", 0, "finetuned", 32)
-    write_finetuning_report(fine_tuned, {"step": 2, "loss": 2.5}, protocol, "", None)
+    write_finetuning_report(fine_tuned, {"step": 2, "loss": 2.5}, "", None)
     assert not ModelCard.load(fine_tuned.output_dir / "README.md").data.eval_results
 
 

@@ -30,29 +30,30 @@ def arguments(task: str, **fields):
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_has_what_training_needs(name):
     task = TASKS[name]
-    collator = task.build_collator(arguments(name), TCLConfig(), tiny_processor())
+    collator = task.batches.collator(arguments(name), TCLConfig(), tiny_processor())
     assert isinstance(collator, TCLPreTrainingCollator if "two_views" in task.options else TCLTaskCollator)
-    assert (task.evaluate is None) == (task.evaluation_options == ())
-    assert task.measured_as is None or task.measured_as in TASKS
+    assert (task.evaluate is None) == ("eval_steps" not in task.options)
 
 
 def test_collators_mask_words_and_number_images_where_the_head_reads_them():
     collators = {
-        name: task.build_collator(arguments(name), TCLConfig(), tiny_processor())
+        name: task.batches.collator(arguments(name), TCLConfig(), tiny_processor())
         for name, task in TASKS.items()
         if "two_views" in task.options
     }
     masks = {name for name, collator in collators.items() if collator.mlm_probability}
     numbers = {name for name, collator in collators.items() if collator.with_image_ids}
     assert masks == {"pretraining"} and numbers == {"retrieval", "grounding"}
-    unmasked = TASKS["pretraining"].build_collator(arguments("pretraining"), TCLConfig(mlm_weight=0), tiny_processor())
+    unmasked = TASKS["pretraining"].batches.collator(
+        arguments("pretraining"), TCLConfig(mlm_weight=0), tiny_processor()
+    )
     assert unmasked.mlm_probability == 0
 
 
 def test_collators_of_classes_read_labels_and_those_of_answers_do_not():
     config = TCLConfig()
     for name, label2id in (("visual_entailment", config.label2id), ("question_answering", None)):
-        assert TASKS[name].build_collator(arguments(name), config, tiny_processor()).label2id == label2id
+        assert TASKS[name].batches.collator(arguments(name), config, tiny_processor()).label2id == label2id
 
 
 @pytest.mark.parametrize(("name", "records"), RECORDS.items())
@@ -80,4 +81,3 @@ def test_options_that_depend_on_the_task_are_those_of_its_parts():
     assert readers_of("answer_list") == ["question_answering"]
     assert readers_of("learning_rate") == []
     assert ignored_options("retrieval", ["heat", "eval_k", "learning_rate", "annotations"]) == ["annotations", "heat"]
-    assert [name for name, task in TASKS.items() if task.chooses_answers] == ["question_answering"]

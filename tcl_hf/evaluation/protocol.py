@@ -13,7 +13,7 @@ class EvaluationProtocol:
         dataset: name of the data.
         split: name of its split.
         records: number of records that were evaluated.
-        protocol: what the model was trained on before, see `recipes.tasks.protocol_name`.
+        protocol: what the model was trained on before, see `recipes.results.protocol_name`.
         resolution: pixels of a side of the images.
         k: candidates that were re-ranked or scored in full; None for tasks without candidates.
         heat: for grounding, the score whose heat map was used.

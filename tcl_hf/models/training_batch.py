@@ -150,17 +150,17 @@ class FusionRows:
 
 def fusion_rows(
     batch: TrainingBatch,
-    masked_states: Tensor | None,
-    text_states: Tensor | None,
+    masked_states: Tensor,
+    text_states: Tensor,
     attention_mask: Tensor,
     negatives: HardNegatives | None,
 ) -> FusionRows:
     """Lay out the rows of a step: those of matching, if there are negatives, and those of masked texts, if any.
 
     Args:
-        masked_states: states of the masked texts (N, L, width).
+        masked_states: states of the masked texts (N, L, width); None where no text is masked.
         text_states, attention_mask: states and mask of the batch's own texts, and then perhaps of those of other
-            processes (K, L, width) and (K, L), L the longest text of any process.
+            processes (K, L, width) and (K, L), L the longest text of any process. States are None without negatives.
     """
     num_pairs, length = batch.attention_mask.shape
     own = torch.arange(num_pairs, device=attention_mask.device)

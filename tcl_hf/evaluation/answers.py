@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from ..data.collators import TCLTaskCollator
+from ..models.encoders import eval_mode
 from ..models.modeling_tcl_tasks import TCLForQuestionAnswering
 from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_QUESTION_WORDS, TCLProcessor
 from .metrics import normalize_answer, vqa_accuracies
-from .shares import Evaluation, collated_batches, eval_mode, gather_results
+from .shares import Evaluation, collated_batches, gather_results
 
 
 @torch.no_grad()

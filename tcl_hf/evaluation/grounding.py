@@ -9,10 +9,11 @@ from tqdm.auto import tqdm
 
 from ..data.images import open_image
 from ..inference.grounding import heat_point, phrase_heat_maps, rank_boxes, sliding_boxes
+from ..models.encoders import eval_mode
 from ..models.modeling_tcl import TCLForImageTextRetrieval
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .metrics import phrase_recall, pointing_accuracy
-from .shares import Evaluation, eval_mode, gather_results, in_batches, process_share
+from .shares import Evaluation, gather_results, in_batches, process_share
 
 CANDIDATES_KEPT = 10  # the largest k of the recalls
 

@@ -1,7 +1,6 @@
 """Evaluation in several processes: each one works on its share of the rows, and all get all results."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..data.collators import TCLTaskCollator
 
@@ -20,17 +18,6 @@ class Evaluation:
 
     metrics: dict[str, float]
     predictions: list[dict[str, Any]] = field(default_factory=list)
-
-
-@contextmanager
-def eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model in eval mode, and afterwards back in the mode in which it came."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def process_share(number: int) -> list[int]:

@@ -7,6 +7,8 @@ D width, H heads.
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,17 @@ from .attention import KeyValue, TCLAttention
 from .checksums import verify_checksums, write_checksums
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
 from .fitting import fit_shapes, part_of, repeat_fusion_layers, resize_positions
+
+
+@contextmanager
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model in eval mode, and afterwards back in the mode in which it came."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class TCLPreTrainedModel(PreTrainedModel):

@@ -402,31 +402,15 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         inputs = (input_ids, pixel_values, attention_mask)
         given = pixel_values_augmented is not None or image_ids is not None
         if return_loss and (self.training or given):
-            batch = TrainingBatch.from_inputs(
-                *inputs, pixel_values_augmented, image_ids, None, interpolate_pos_encoding
-            )
+            batch = TrainingBatch(*inputs, pixel_values_augmented, image_ids, None, interpolate_pos_encoding)
             return self._losses(batch, alpha)
-        return self._compare(*inputs, use_itm_head, interpolate_pos_encoding, output_attentions, output_hidden_states)
+        compared = self.tcl(*inputs, interpolate_pos_encoding, output_attentions, output_hidden_states)
+        return self._with_matching(compared, attention_mask, use_itm_head, output_attentions)
 
-    def _compare(
-        self,
-        input_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor | None,
-        use_itm_head: bool,
-        interpolate_pos_encoding: bool,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
+    def _with_matching(
+        self, compared: TCLOutput, attention_mask: Tensor | None, use_itm_head: bool, output_attentions: bool | None
     ) -> TCLLossOutput:
         """Similarities of images and texts, and matching logits where there are as many images as texts."""
-        compared = self.tcl(
-            input_ids,
-            pixel_values,
-            attention_mask,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
         output = TCLLossOutput(**compared)
         logits = compared.logits_per_image
         if use_itm_head and logits is not None and logits.shape[0] == logits.shape[1]:
@@ -488,29 +472,17 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         image_keys = torch.cat([gather_own_first(teacher.image), self.queue.image])  # (K, D)
         text_keys = torch.cat([gather_own_first(teacher.text), self.queue.text])  # (K, D)
         ids = batch.image_ids
-        if ids is None:
-            ids = torch.full(batch.input_ids.shape[:1], NO_IMAGE_ID, device=batch.input_ids.device)
         targets = positive_targets(ids, torch.cat([gather_own_first(ids), self.queue.ids]))  # (N, K)
         if config.cma_weight:
-            output.loss_i2t, output.loss_t2i = cma_loss(
-                student.image,
-                student.text,
-                teacher.image,
-                teacher.text,
-                image_keys,
-                text_keys,
-                targets,
-                temperature,
-                alpha,
-            )
+            output.loss_i2t = cma_loss(student.image, teacher.image, text_keys, targets, temperature, alpha)
+            output.loss_t2i = cma_loss(student.text, teacher.text, image_keys, targets, temperature, alpha)
             output.loss_cma = (output.loss_i2t + output.loss_t2i) / 2
         if config.imc_weight:
-            output.loss_i2i, output.loss_t2t = imc_loss(
-                student.image, student.text, image_keys, text_keys, targets, temperature
-            )
+            output.loss_i2i = imc_loss(student.image, image_keys, targets, temperature)
+            output.loss_t2t = imc_loss(student.text, text_keys, targets, temperature)
             output.loss_imc = (output.loss_i2i + output.loss_t2t) / 2
         if self.training:
-            self.queue.push(teacher.image, teacher.text, batch.image_ids)
+            self.queue.push(teacher.image, teacher.text, ids)
 
     def _compare_with_parts(
         self, output: TCLLossOutput, batch: TrainingBatch, student: View, teacher: View | None
@@ -658,9 +630,8 @@ class TCLForPreTraining(PredictsWords, TCLForImageTextRetrieval):
         inputs = (input_ids, pixel_values, attention_mask)
         given = any(x is not None for x in (pixel_values_augmented, mlm_labels, image_ids))
         if not (return_loss and (self.training or given)):
-            return self._compare(
-                *inputs, use_itm_head, interpolate_pos_encoding, output_attentions, output_hidden_states
-            )
+            compared = self.tcl(*inputs, interpolate_pos_encoding, output_attentions, output_hidden_states)
+            return self._with_matching(compared, attention_mask, use_itm_head, output_attentions)
         masked = None
         if self.config.mlm_weight:
             if mlm_input_ids is None or mlm_labels is None:
@@ -669,7 +640,7 @@ class TCLForPreTraining(PredictsWords, TCLForImageTextRetrieval):
                     "or a config with mlm_weight=0."
                 )
             masked = MaskedTokens(mlm_input_ids, mlm_labels, mlm_positions)
-        batch = TrainingBatch.from_inputs(*inputs, pixel_values_augmented, image_ids, masked, interpolate_pos_encoding)
+        batch = TrainingBatch(*inputs, pixel_values_augmented, image_ids, masked, interpolate_pos_encoding)
         return self._losses(batch, alpha)
 
 

@@ -1,7 +1,6 @@
 """Grounding: whether the heat map of a phrase points at its boxes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,13 +56,17 @@ def evaluate_grounding(
     results: list[list[dict]] = []  # the phrases of each caption
     share = process_share(len(captions))
     bar = tqdm(total=len(share), desc="Grounding", unit="caption", disable=not progress, leave=False)
-    with eval_mode(model):
+    with eval_mode(model), bar:
         for rows in in_batches(share, batch_size):
             results += _locate(model, processor, [captions[row] for row in rows], heat, layer, max_tokens)
             bar.update(len(rows))
-    bar.close()
     located = [phrase for phrases in gather_results(results, len(captions)) for phrase in phrases]
-    return Evaluation(_grounding_metrics(located), [_as_prediction(phrase) for phrase in located])
+    predictions = [
+        {name: phrase[name] for name in ("image_id", "phrase_id", "phrase")}
+        | {"point": list(phrase["point"]), "box": phrase["ranked"][0].tolist()}
+        for phrase in located
+    ]
+    return Evaluation(_grounding_metrics(located), predictions)
 
 
 def _locate(
@@ -115,14 +118,13 @@ def _grounding_metrics(located: list[dict]) -> dict[str, float]:
         return {"phrases": 0}
     boxes, types = [p["boxes"] for p in located], [p["types"] for p in located]
     sizes = torch.tensor([p["size"] for p in located], dtype=torch.float64)  # (N, 2)
-    metrics: dict[str, float] = {"phrases": len(located)}
     points = torch.tensor([p["point"] for p in located], dtype=torch.float64)
+    metrics: dict[str, float] = {"phrases": len(located)}
     metrics |= {f"pointing_{name}": value for name, value in pointing_accuracy(points, boxes, types).items()}
     for protocol in ("any", "merged"):
         recall = phrase_recall([p["ranked"] for p in located], boxes, types, protocol=protocol)
         metrics |= {f"{protocol}_{name}": value for name, value in recall.items() if "upper_bound" not in name}
-    areas = [_covered_share(p["boxes"], *p["size"]) for p in located]
-    metrics["random_point"] = 100 * sum(areas) / len(areas)
+    metrics["random_point"] = 100 * sum(_covered_share(p["boxes"], *p["size"]) for p in located) / len(located)
     metrics["center_point"] = pointing_accuracy(sizes / 2, boxes)["accuracy"]
     middle = torch.cat([sizes / 4, 3 * sizes / 4], dim=1)
     whole = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
@@ -138,8 +140,3 @@ def _covered_share(boxes: Tensor, width: int, height: int) -> float:
     for x1, y1, x2, y2 in boxes.round().int().tolist():
         covered[max(y1, 0) : y2, max(x1, 0) : x2] = True
     return covered.double().mean().item()
-
-
-def _as_prediction(phrase: dict) -> dict[str, Any]:
-    point, box = phrase["point"], phrase["ranked"][0].tolist()
-    return {name: phrase[name] for name in ("image_id", "phrase_id", "phrase")} | {"point": list(point), "box": box}

@@ -143,11 +143,7 @@ def encode_samples(
 
 @torch.no_grad()
 def matching_scores(
-    model: TCLForImageTextRetrieval,
-    encoded: EncodedSamples,
-    k: int,
-    batch_size: int = 64,
-    progress: bool = False,
+    model: TCLForImageTextRetrieval, encoded: EncodedSamples, k: int, batch_size: int = 64, progress: bool = False
 ) -> Tensor:
     """Matching logits of the candidate pairs of both directions, `NOT_SCORED` elsewhere (I, T).
 

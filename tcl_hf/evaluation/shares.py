@@ -1,5 +1,6 @@
 """Evaluation in several processes: each one works on its share of the rows, and all get all results."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.collators import TCLTaskCollator
+from ..models.distributed import is_distributed
 
 
 @dataclass
@@ -22,9 +24,8 @@ class Evaluation:
 
 def process_share(number: int) -> list[int]:
     """The rows, out of `number`, that this process works on: process r of n takes r, r + n, r + 2n and so on."""
-    if dist.is_available() and dist.is_initialized():
-        return list(range(dist.get_rank(), number, dist.get_world_size()))
-    return list(range(number))
+    first, step = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+    return list(range(first, number, step))
 
 
 def gather_results(results: list, number: int) -> list:
@@ -33,7 +34,7 @@ def gather_results(results: list, number: int) -> list:
     Args:
         results: those of this process's rows, in the order of `process_share`. Tensors come back on their device.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not is_distributed():
         return results
     shares: list[list] = [[] for _ in range(dist.get_world_size())]
     on_cpu = [item.cpu() if isinstance(item, Tensor) else item for item in results]
@@ -74,10 +75,5 @@ def _grouped_by_image(records: list[dict]) -> list[dict]:
     def image(record: dict) -> object:
         return record["images"] if "images" in record else record.get("image")
 
-    groups: list[list[dict]] = []
-    for record in records:
-        if groups and image(groups[-1][0]) == image(record):
-            groups[-1].append(record)
-        else:
-            groups.append([record])
+    groups = [list(run) for _, run in itertools.groupby(records, key=image)]
     return [{"image_id": group[0].get("image_id"), "records": group} for group in groups]

@@ -169,9 +169,8 @@ class TCLConfig(PreTrainedConfig):
                 "use TCLModel.from_vision_text_pretrained to start a new TCL from encoders."
             )
         if image_size is not None:
-            config_dict = config_dict | {
-                "vision_config": dict(config_dict["vision_config"]) | {"image_size": image_size}
-            }
+            vision_config = dict(config_dict["vision_config"]) | {"image_size": image_size}
+            config_dict = config_dict | {"vision_config": vision_config}
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):

@@ -694,19 +694,7 @@ class TCLForMaskedLM(PredictsWords, TCLPreTrainedModel):
         )
         logits = self.lm_head(output.last_hidden_state)
         loss = None if labels is None else mlm_loss(logits.flatten(0, 1), labels.flatten())
-        return TCLMaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            cross_attentions=output.cross_attentions,
-        )
+        return TCLMaskedLMOutput(loss, logits, output.hidden_states, output.attentions, output.cross_attentions)
 
 
-__all__ = [
-    "TCLForImageTextRetrieval",
-    "TCLForMaskedLM",
-    "TCLForPreTraining",
-    "TCLModel",
-    "TCLTaughtModel",
-]
+__all__ = ["TCLForImageTextRetrieval", "TCLForMaskedLM", "TCLForPreTraining", "TCLModel", "TCLTaughtModel"]

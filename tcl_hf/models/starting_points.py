@@ -67,12 +67,8 @@ class StartingPoint:
 
 
 # How the images of each family were normalised.
-_NORMALISATION = {
-    "vit": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-    "vit_mae": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "vit_msn": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-}
+_NORMALISATION = {"vit": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)}
+_NORMALISATION |= dict.fromkeys(("vit_mae", "vit_msn", "dinov2"), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 # Why our encoders do not compute the states of other well-known families.
 _UNSUPPORTED = {
     "deit": "it reads a distillation token beside the class token (a DeiT without one is a 'vit')",

@@ -79,20 +79,15 @@ def _locate(
 ) -> list[list[dict]]:
     """For each caption the phrases that the model reads: point, ranked boxes, true boxes, types and image size."""
     images = [open_image(record["image"]).convert("RGB") for record, _, _ in captions]
-    maps_of_captions = phrase_heat_maps(
-        model,
-        processor,
-        processor(images=images, return_tensors="pt")["pixel_values"],
-        [record["captions"][number] for record, number, _ in captions],
-        [[(phrase["start"], phrase["end"]) for phrase in phrases] for _, _, phrases in captions],
-        heat,
-        layer,
-        max_tokens,
-        skip_unread=True,
+    pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
+    texts = [record["captions"][number] for record, number, _ in captions]
+    spans = [[(phrase["start"], phrase["end"]) for phrase in phrases] for _, _, phrases in captions]
+    heat_maps = phrase_heat_maps(
+        model, processor, pixel_values, texts, spans, heat, layer, max_tokens, skip_unread=True
     )
     results: list[list[dict]] = []
-    for (record, number, phrases), image, maps in zip(captions, images, maps_of_captions, strict=True):
-        text, size = record["captions"][number], image.size
+    for (record, _, phrases), text, image, maps in zip(captions, texts, images, heat_maps, strict=True):
+        size = image.size
         proposals = torch.tensor(record["proposals"]) if record.get("proposals") else sliding_boxes(size)
         results.append(
             [

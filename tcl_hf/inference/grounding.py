@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from PIL import Image, ImageDraw
@@ -33,6 +34,7 @@ _HEAT_COLOR, _MAX_OPACITY = (255, 0, 0), 0.7
 _BOX_COLOR = (0, 255, 0)
 
 Span = tuple[int, int]  # first character, and the one after the last
+Boxes: TypeAlias = Tensor | Sequence[Sequence[float]]  # (K, 4)
 
 
 # Heat maps of tokens and texts
@@ -80,7 +82,7 @@ def matching_heat_map(
         score = model.itm_head(fused.pooler_output)[:, MATCHES]
         heat = _heat(score, fused.cross_attentions[layer - fusion_layers[0]])  # (N, L, 1 + P)
     heat = heat * attention_mask[..., None]
-    return heat[..., 1:].unflatten(-1, _grid(model.tcl, pixel_values))
+    return heat[..., 1:].unflatten(-1, model.tcl.config.vision_config.grid(*pixel_values.shape[-2:]))
 
 
 def similarity_heat_map(
@@ -119,7 +121,7 @@ def similarity_heat_map(
         )
         score = (tcl.image_features(vision.pooler_output) * text).sum(-1) / tcl.temperature
         heat = _heat(score, vision.attentions[layer])  # (N, 1 + P, 1 + P)
-    return heat[:, 0, 1:].unflatten(-1, _grid(tcl, pixel_values))
+    return heat[:, 0, 1:].unflatten(-1, tcl.config.vision_config.grid(*pixel_values.shape[-2:]))
 
 
 @contextmanager
@@ -158,12 +160,6 @@ def _check_pairs(input_ids: Tensor, pixel_values: Tensor) -> None:
             f"Each text needs one image, but got {len(pixel_values)} images and {len(input_ids)} texts: "
             "repeat the image of several texts."
         )
-
-
-def _grid(tcl: TCLModel, pixel_values: Tensor) -> tuple[int, int]:
-    """Patches along the height and the width of the images."""
-    patch = tcl.config.vision_config.patch_size
-    return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
 
 
 # Phrases: their tokens, and their heat maps
@@ -341,7 +337,7 @@ def phrase_heat_maps(
 # Places in an image: from a map to points and boxes
 
 
-def box_scores(heat_map: Tensor, boxes: Tensor | Sequence[Sequence[float]], image_size: tuple[int, int]) -> Tensor:
+def box_scores(heat_map: Tensor, boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
     """The heat (K,) inside boxes (K, 4), divided by the square root of their area.
 
     The map (height, width) is resized to the image. Corners are cut to integers, with x2 and y2 excluded, but the area
@@ -359,7 +355,7 @@ def box_scores(heat_map: Tensor, boxes: Tensor | Sequence[Sequence[float]], imag
     return (inside / area**AREA_EXPONENT).float().to(heat_map.device)
 
 
-def rank_boxes(heat_map: Tensor, boxes: Tensor | Sequence[Sequence[float]], image_size: tuple[int, int]) -> Tensor:
+def rank_boxes(heat_map: Tensor, boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
     """The order (K,) of boxes by `box_scores`, best first; boxes with equal scores keep their order."""
     return box_scores(heat_map, boxes, image_size).argsort(descending=True, stable=True)
 
@@ -445,7 +441,7 @@ def _spread(region: Tensor, allowed: Tensor) -> Tensor:
     return region
 
 
-def draw_heat_map(image: Image.Image, heat_map: Tensor, boxes: Tensor | Sequence[Sequence[float]] = ()) -> Image.Image:
+def draw_heat_map(image: Image.Image, heat_map: Tensor, boxes: Boxes = ()) -> Image.Image:
     """The image in RGB, redder where the map is hotter relative to its maximum, with green boxes.
 
     Raises:
@@ -479,7 +475,7 @@ def _check_size(image_size: tuple[int, int]) -> None:
         )
 
 
-def _checked_boxes(boxes: Tensor | Sequence[Sequence[float]], image_size: tuple[int, int]) -> Tensor:
+def _checked_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
     """The boxes (K, 4) in float64 on the CPU."""
     if not isinstance(boxes, Tensor):
         rows = [[float(corner) for corner in box] for box in boxes]

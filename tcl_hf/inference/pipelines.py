@@ -11,7 +11,7 @@ Shapes: B images, N texts of each, L tokens, C candidates.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval, TCLForPreTr
 from ..models.modeling_tcl_tasks import TCLForQuestionAnswering, TCLForVisualEntailment, TCLForVisualReasoning
 from ..models.processing_tcl import MAX_QUESTION_TOKENS
 from .grounding import (
+    Boxes,
     Span,
     box_from_heat_map,
     box_scores,
@@ -47,6 +48,8 @@ class _ImageTextPipeline(Pipeline):
     _load_tokenizer = _load_image_processor = _load_video_processor = _load_feature_extractor = False
     model_classes: tuple[type[TCLPreTrainedModel], ...]
     text_name = "text"
+    # For a record and its images, and perhaps parameters: the tokens of the text, and what else the task needs of them.
+    _prepare: Callable[..., Mapping[str, Any]]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -108,10 +111,6 @@ class _ImageTextPipeline(Pipeline):
         pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
         prepared = self._prepare(record, images, **parameters)
         return {"pixel_values": pixels if expected == 1 else pixels[None], **prepared}
-
-    def _prepare(self, record: Record, images: list[Image.Image], **parameters: Any) -> Mapping[str, Any]:
-        """The tokens of the record's text, and what else the task needs of the record."""
-        raise NotImplementedError
 
     def _text(self, record: Record) -> str:
         """The text of a record."""
@@ -287,7 +286,7 @@ class VisualGroundingPipeline(_ImageTextPipeline):
     def _sanitize_parameters(
         self,
         phrase: str | Span | None = None,
-        boxes: list | None = None,
+        boxes: Boxes | None = None,
         layer: int | None = None,
         sliding: bool | None = None,
         threshold: float | None = None,
@@ -299,11 +298,7 @@ class VisualGroundingPipeline(_ImageTextPipeline):
         return record, _given(layer=layer, heat=heat), _given(sliding=sliding, threshold=threshold, draw=draw)
 
     def _prepare(
-        self,
-        record: Record,
-        images: list[Image.Image],
-        phrase: str | Span | None = None,
-        boxes: list | Tensor | None = None,
+        self, record: Record, images: list[Image.Image], phrase: str | Span | None = None, boxes: Boxes | None = None
     ) -> dict:
         """The text with the span of the phrase, the image itself, and the candidate boxes."""
         (image,), text = images, self._text(record)

@@ -38,6 +38,10 @@ class TCLVisionConfig(PreTrainedConfig):
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches along the height and the width of images of a size in pixels."""
+        return height // self.patch_size, width // self.patch_size
+
 
 @strict
 class TCLTextConfig(PreTrainedConfig):

@@ -58,6 +58,8 @@ class TCLPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["temperature", "queue.image", "queue.text"]
     # Every class opens every checkpoint of a whole model, whatever heads were saved with it.
     _keys_to_ignore_on_load_unexpected = [r"^(teacher|queue|itm_head|lm_head|cls_head|ta_head|text_decoder)\."]
+    accepts_loss_kwargs = False  # every loss is a mean over its own batch
+    loss_names: tuple[str, ...] = ("loss",)  # the losses of the output, to be logged; None where one is not computed
     # For model cards and repositories on the Hub.
     task = "pretraining"  # the task on the card of a model of which only the class is known
     pipeline_tag: str | None = None  # the Hub's name for the ability of the class, where it has one
@@ -171,7 +173,7 @@ class TCLVisionEmbeddings(nn.Module):
         patches = patches.flatten(2).mT  # (B, P, D)
         positions = self.position_embeddings
         if interpolate_pos_encoding:
-            positions = resize_positions(positions, (height // patch, width // patch))
+            positions = resize_positions(positions, self.config.grid(height, width))
         return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + positions
 
 

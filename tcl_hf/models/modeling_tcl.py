@@ -190,9 +190,7 @@ class TCLTaughtModel(StartsFromEncoders, TCLPreTrainedModel):
     optimizer step, before its first forward. A subclass ends its own `__init__` with `post_init`.
     """
 
-    loss_names: tuple[str, ...] = ("loss",)  # the losses of the output, to be logged; None where one is not computed
     _tied_weights_keys: Any
-    accepts_loss_kwargs = False  # every loss is a mean over its own batch
     has_teacher = True  # unless the config leaves it out
     contrasts = False  # whether its losses use the projections and the temperature
 
@@ -431,19 +429,18 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
                 "The losses need the momentum teacher, which use_momentum_teacher=False left out: load the model "
                 "with use_momentum_teacher=True."
             )
-        config, masked, alpha = self.config, batch.masked, self.soft_target_share(alpha)
+        config, alpha = self.config, self.soft_target_share(alpha)
         compares = bool(config.cma_weight or config.imc_weight or config.lmi_weight or config.itm_weight)
-        distils_words = masked is not None and not has_no_share(alpha)
-        texts = batch.input_ids if compares else None
+        predicts_words = batch.masked is not None
+        distils_words = predicts_words and not has_no_share(alpha)
 
         # Only the student drops patches, because LMI pools the teacher's patches on their grid.
         patch_dropout = config.patch_dropout if self.training and self.drops_patches else 0.0
-        student = encode_view(self.tcl, batch, batch.pixel_values, texts, masked, patch_dropout)
+        student = encode_view(self.tcl, batch, batch.pixel_values, compares, predicts_words, patch_dropout)
         teacher = None
         if compares or distils_words:
-            masked_of_teacher = masked if distils_words else None
             with torch.no_grad():
-                teacher = encode_view(self.teacher.tcl, batch, batch.pixel_values_augmented, texts, masked_of_teacher)
+                teacher = encode_view(self.teacher.tcl, batch, batch.pixel_values_augmented, compares, distils_words)
         output = TCLLossOutput(image_embeds=student.image, text_embeds=student.text)
         if compares:
             output.logits_per_image = similarity(student.image, student.text, self.tcl.temperature).detach()
@@ -452,7 +449,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             self._contrast(output, batch, student, teacher, alpha)
         if config.lmi_weight:
             self._compare_with_parts(output, batch, student, teacher)
-        if config.itm_weight or masked is not None:
+        if config.itm_weight or predicts_words:
             self._match_and_predict(output, batch, student, teacher, alpha)
 
         for name in self.loss_names[1:]:
@@ -490,10 +487,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         """Add the losses of whole samples with their parts (LMI)."""
         config, temperature = self.config, self.tcl.temperature
         with torch.no_grad():
-            patch = config.vision_config.patch_size
-            height, width = batch.pixel_values_augmented.shape[-2:]
+            grid = config.vision_config.grid(*batch.pixel_values_augmented.shape[-2:])
             patches = self.teacher.tcl.image_features(teacher.image_states[:, 1:])  # (N, P, D)
-            regions = pool_locals(patches, (height // patch, width // patch), config.local_grid)
+            regions = pool_locals(patches, grid, config.local_grid)
             tokens = self.teacher.tcl.text_features(teacher.text_states[:, 1:])  # (N, L - 1, D)
             token_mask = batch.attention_mask[:, 1:]
             if config.gather_negatives:
@@ -648,8 +644,6 @@ class TCLForMaskedLM(PredictsWords, TCLPreTrainedModel):
     """TCL with its language-model head: fill in the masked words of a text about an image."""
 
     pipeline_tag = "zero-shot-image-classification"  # its encoders open as TCLModel
-    loss_names = ("loss",)
-    accepts_loss_kwargs = False
 
     def __init__(self, config: TCLConfig):
         super().__init__(config)

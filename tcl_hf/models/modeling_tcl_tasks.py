@@ -255,7 +255,6 @@ class TCLAnswerDecoder(PredictsWords, TCLTextPreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_flash_attn = False  # see TCLForQuestionAnswering
     _tied_weights_keys = {"lm_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
-    accepts_loss_kwargs = False
 
     def __init__(self, config: TCLTextConfig):
         super().__init__(config)
@@ -280,16 +279,9 @@ class TCLAnswerDecoder(PredictsWords, TCLTextPreTrainedModel, GenerationMixin):
             question_mask: 1 for tokens of the questions, 0 for padding (Q, P).
             question_index: the question of each answer (A,). Without it each question serves A / Q neighbours.
         """
-        states = self.text_model.encode(input_ids, attention_mask, cache=cache)
-        return self.text_model.fuse(
-            states.last_hidden_state,
-            attention_mask,
-            questions,
-            question_index,
-            image_mask=question_mask,
-            cache=cache,
-            **output_options,
-        )
+        states = self.text_model.encode(input_ids, attention_mask, cache=cache).last_hidden_state
+        options = output_options | {"image_mask": question_mask, "cache": cache}
+        return self.text_model.fuse(states, attention_mask, questions, question_index, **options)
 
     def next_tokens(
         self, questions: Tensor, answer_ids: Tensor, question_mask: Tensor | None, question_index: Tensor | None
@@ -328,15 +320,12 @@ class TCLAnswerDecoder(PredictsWords, TCLTextPreTrainedModel, GenerationMixin):
                 for number, (key, value) in enumerate(questions):
                     cache.cross_attention_cache.update(key, value, number)
                     cache.is_updated[number] = True
-        output = self.decode(
-            input_ids,
-            questions,
-            encoder_attention_mask,
-            cache=cache.self_attention_cache if cache is not None else None,
-            attention_mask=attention_mask,
-            output_attentions=bool(output_attentions),
-            output_hidden_states=bool(output_hidden_states),
-        )
+        options = {
+            "cache": None if cache is None else cache.self_attention_cache,
+            "output_attentions": bool(output_attentions),
+            "output_hidden_states": bool(output_hidden_states),
+        }
+        output = self.decode(input_ids, questions, encoder_attention_mask, attention_mask=attention_mask, **options)
         return CausalLMOutputWithCrossAttentions(
             logits=self.lm_head(output.last_hidden_state),
             cache=cache,

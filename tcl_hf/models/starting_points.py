@@ -74,9 +74,7 @@ _UNSUPPORTED = {
     "deit": "it reads a distillation token beside the class token (a DeiT without one is a 'vit')",
     "dinov2_with_registers": "it reads register tokens beside the class token",
     "dinov3_vit": "it rotates by positions and reads register tokens",
-    "clip_vision_model": "it normalises the patches before its first layer",
     "clip": "it normalises the patches before its first layer",
-    "siglip_vision_model": "it has no class token",
     "siglip": "it has no class token",
     "beit": "its positions are relative",
     "swin": "its patches merge from stage to stage",
@@ -217,7 +215,7 @@ def read_text_encoder(name_or_path: str, fusion_layer: int | None = None, num_fu
 
 
 def _why_not(config: PreTrainedConfig) -> str:
-    reason = _UNSUPPORTED.get(config.model_type)
+    reason = _UNSUPPORTED.get(config.model_type.removesuffix("_vision_model"))
     return f", and {reason}" if reason else ""
 
 

@@ -98,9 +98,9 @@ class TCLTokenizer(BertTokenizer):
     @clean_up_text.setter
     def clean_up_text(self, clean_up_text: bool) -> None:
         self._clean_up_text = clean_up_text
-        steps = []
+        steps: list[normalizers.Normalizer] = []
         if clean_up_text:
-            steps = [normalizers.Lowercase()] if self.do_lower_case else []
+            steps += [normalizers.Lowercase()] if self.do_lower_case else []
             steps += [normalizers.Replace(Regex(pattern.pattern), replacement) for pattern, replacement in _CLEAN_UP]
         self._tokenizer.normalizer = normalizers.Sequence([*steps, self._normalizer_of_bert])
 

@@ -61,9 +61,8 @@ class TrainingBatch:
     interpolate_pos_encoding: bool
 
     def __post_init__(self):
-        if self.input_ids is None or self.pixel_values is None or len(self.input_ids) != len(self.pixel_values):
-            texts = 0 if self.input_ids is None else len(self.input_ids)
-            images = 0 if self.pixel_values is None else len(self.pixel_values)
+        images, texts = (0 if given is None else len(given) for given in (self.pixel_values, self.input_ids))
+        if images != texts or self.input_ids is None:
             raise ValueError(
                 f"The losses need pairs, but got {images} images and {texts} texts: pass as many pixel_values as "
                 "input_ids, or return_loss=False."
@@ -88,26 +87,20 @@ class View:
 
 
 def encode_view(
-    tcl: Any,
-    batch: TrainingBatch,
-    pixel_values: Tensor,
-    input_ids: Tensor | None,
-    masked: MaskedTokens | None,
-    patch_dropout: float = 0.0,
+    tcl: Any, batch: TrainingBatch, pixel_values: Tensor, texts: bool, masked_texts: bool, patch_dropout: float = 0.0
 ) -> View:
-    """Encode a batch by a [`TCLModel`]; texts and masked texts, where given, are encoded in one pass."""
+    """Encode a batch by a [`TCLModel`]: its images, and its texts and masked texts where they are asked for."""
     image_states = tcl.encode_image(
         pixel_values, interpolate_pos_encoding=batch.interpolate_pos_encoding, patch_dropout=patch_dropout
     )
     view = View(image_states, tcl.image_features(image_states[:, 0]))
-    texts = [] if input_ids is None else [input_ids]
-    if masked is not None:
-        texts.append(masked.input_ids)
-    if texts:
-        states = tcl.encode_text(torch.cat(texts), batch.attention_mask.repeat(len(texts), 1)).chunk(len(texts))
-        if input_ids is not None:
+    input_ids = [batch.input_ids] * texts + ([batch.masked.input_ids] if masked_texts else [])
+    if input_ids:  # in one pass
+        mask = batch.attention_mask.repeat(len(input_ids), 1)
+        states = tcl.encode_text(torch.cat(input_ids), mask).chunk(len(input_ids))
+        if texts:
             view.text_states, view.text = states[0], tcl.text_features(states[0][:, 0])
-        if masked is not None:
+        if masked_texts:
             view.masked_states = states[-1]
     return view
 

@@ -412,12 +412,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         output = TCLLossOutput(**compared)
         logits = compared.logits_per_image
         if use_itm_head and logits is not None and logits.shape[0] == logits.shape[1]:
-            fused = self.tcl.fuse(
-                compared.text_model_output.last_hidden_state,
-                attention_mask,
-                compared.vision_model_output.last_hidden_state,
-                output_attentions=bool(output_attentions),
-            )
+            text_states = compared.text_model_output.last_hidden_state
+            image_states = compared.vision_model_output.last_hidden_state
+            fused = self.tcl.fuse(text_states, attention_mask, image_states, output_attentions=bool(output_attentions))
             output.itm_logits = self.itm_head(fused.pooler_output)
             output.cross_attentions = fused.cross_attentions
         return output
@@ -556,13 +553,12 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
     @torch.no_grad()
     def _hard_negatives(self, batch: TrainingBatch, student: View, teacher: View) -> HardNegatives:
         """Draw a hard negative image for each text and a hard negative text for each image."""
-        ids, image_keys, text_keys = batch.image_ids, teacher.image, teacher.text
+        ids, keys = batch.image_ids, (teacher.image, teacher.text, batch.image_ids)
         if self.config.gather_negatives:
-            image_keys, text_keys = gather_own_first(image_keys), gather_own_first(text_keys)
+            keys = tuple(gather_own_first(x) for x in keys)
+        image_keys, text_keys, key_ids = keys
         excluded = torch.eye(len(student.text), len(text_keys), dtype=torch.bool, device=student.text.device)
-        if ids is not None:
-            all_ids = gather_own_first(ids) if self.config.gather_negatives else ids
-            excluded = excluded | (ids[:, None] == all_ids) & (all_ids != NO_IMAGE_ID)
+        excluded = excluded | (ids[:, None] == key_ids) & (key_ids != NO_IMAGE_ID)
         temperature = self.tcl.temperature
         image, has_image = sample_hard_negatives(similarity(student.text, image_keys, temperature), excluded)
         text, has_text = sample_hard_negatives(similarity(student.image, text_keys, temperature), excluded)
@@ -679,13 +675,8 @@ class TCLForMaskedLM(PredictsWords, TCLPreTrainedModel):
         if input_ids is None or pixel_values is None:
             raise ValueError("TCLForMaskedLM reads texts about images: pass both input_ids and pixel_values.")
         image_states = self.tcl.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        output = self.tcl.text_model(
-            input_ids,
-            attention_mask,
-            encoder_hidden_states=image_states,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        output = self.tcl.text_model(input_ids, attention_mask, encoder_hidden_states=image_states, **options)
         logits = self.lm_head(output.last_hidden_state)
         loss = None if labels is None else mlm_loss(logits.flatten(0, 1), labels.flatten())
         return TCLMaskedLMOutput(loss, logits, output.hidden_states, output.attentions, output.cross_attentions)

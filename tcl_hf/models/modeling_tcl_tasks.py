@@ -474,30 +474,42 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
         with eval_mode(self):
             questions = _fused(self.tcl, *inputs).last_hidden_state
-            decoder = self.text_decoder
-            projected = decoder.text_model.project_images(questions)
-            cache = DynamicCache()
-            start_ids = candidate_ids[:1, :1].expand(len(questions), 1)
-            start = decoder.decode(start_ids, projected, attention_mask, cache=cache).last_hidden_state
-            first_tokens = decoder.lm_head(start[:, 0]).float().log_softmax(-1)  # (N, V)
-            first, indices = first_tokens[:, candidate_ids[:, 1]].topk(min(k, len(candidate_ids)))  # (N, k)
-            scores = 2 * first
+            return self._rank(questions, attention_mask, candidate_ids, candidate_mask, k, chunk_size)
 
-            # Answers of one length are read together: most have one or two tokens, and padding would be most of the
-            # work. [CLS] and the first token are scored already, and [SEP], the last one, predicts nothing.
-            answer_ids = candidate_ids[indices].flatten(0, 1)  # (N * k, L)
-            lengths = candidate_mask[indices].sum(-1).flatten()
-            rest = torch.zeros(len(lengths), device=scores.device)
-            for length in lengths[lengths > 2].unique().tolist():
-                rows = (lengths == length).nonzero().flatten()
-                ids, targets = answer_ids[rows, 1 : length - 1], answer_ids[rows, 2:length]  # (R, length - 2)
-                question_index = rows // indices.shape[1]
-                past = _rows_of_cache(cache, question_index)
-                read = decoder.decode(ids, projected, attention_mask, question_index, cache=past)
-                states = read.last_hidden_state.flatten(0, 1)
-                chunks = zip(states.split(chunk_size), targets.flatten().split(chunk_size), strict=True)
-                losses = [F.cross_entropy(decoder.lm_head(x).float(), y, reduction="none") for x, y in chunks]
-                rest[rows] = -torch.cat(losses).view(len(rows), -1).sum(-1)
+    def _rank(
+        self,
+        questions: Tensor,
+        question_mask: Tensor | None,
+        candidate_ids: Tensor,
+        candidate_mask: Tensor,
+        k: int,
+        chunk_size: int,
+    ) -> TCLRankedAnswers:
+        """`rank_answers` for the states of questions (N, L, width)."""
+        decoder = self.text_decoder
+        projected = decoder.text_model.project_images(questions)
+        cache = DynamicCache()
+        start_ids = candidate_ids[:1, :1].expand(len(questions), 1)
+        start = decoder.decode(start_ids, projected, question_mask, cache=cache).last_hidden_state
+        first_tokens = decoder.lm_head(start[:, 0]).float().log_softmax(-1)  # (N, V)
+        first, indices = first_tokens[:, candidate_ids[:, 1]].topk(min(k, len(candidate_ids)))  # (N, k)
+        scores = 2 * first
+
+        # Answers of one length are read together: most have one or two tokens, and padding would be most of the
+        # work. [CLS] and the first token are scored already, and [SEP], the last one, predicts nothing.
+        answer_ids = candidate_ids[indices].flatten(0, 1)  # (N * k, L)
+        lengths = candidate_mask[indices].sum(-1).flatten()
+        rest = torch.zeros(len(lengths), device=scores.device)
+        for length in lengths[lengths > 2].unique().tolist():
+            rows = (lengths == length).nonzero().flatten()
+            ids, targets = answer_ids[rows, 1 : length - 1], answer_ids[rows, 2:length]  # (R, length - 2)
+            question_index = rows // indices.shape[1]
+            past = _rows_of_cache(cache, question_index)
+            read = decoder.decode(ids, projected, question_mask, question_index, cache=past)
+            states = read.last_hidden_state.flatten(0, 1)
+            chunks = zip(states.split(chunk_size), targets.flatten().split(chunk_size), strict=True)
+            losses = [F.cross_entropy(decoder.lm_head(x).float(), y, reduction="none") for x, y in chunks]
+            rest[rows] = -torch.cat(losses).view(len(rows), -1).sum(-1)
         scores = scores + rest.view_as(scores)
         scores, order = scores.sort(-1, descending=True)
         return TCLRankedAnswers(indices.gather(-1, order), scores.softmax(-1), scores)

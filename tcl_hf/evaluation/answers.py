@@ -7,14 +7,15 @@ from typing import Any
 import torch
 
 from ..data.collators import TCLTaskCollator
+from ..models.encoders import eval_mode
 from ..models.modeling_tcl_tasks import TCLForQuestionAnswering
 from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_QUESTION_WORDS, TCLProcessor
 from .metrics import normalize_answer, vqa_accuracies
-from .shares import Evaluation, collated_batches, eval_mode, gather_results
+from .shares import Evaluation, collated_batches, gather_results
 
 
 @torch.no_grad()
-def answer_questions(
+def evaluate_answers(
     model: TCLForQuestionAnswering,
     processor: TCLProcessor,
     records: Sequence[dict],
@@ -23,11 +24,13 @@ def answer_questions(
     batch_size: int = 32,
     max_tokens: int = MAX_QUESTION_TOKENS,
     progress: bool = False,
-) -> list[dict[str, Any]]:
-    """The best candidate for each question: `question_id`, `answer` and `score`, its probability.
+) -> Evaluation:
+    """Accuracy in percent of the answers that rank first: see `answer_metrics`.
+
+    Each prediction has `question_id`, `answer` and `score`, its probability.
 
     Args:
-        records: an image and a question each.
+        records: an image, a question and its answers each; no answers in a test split.
         candidates: the answers to choose from.
         k: candidates that are scored in full, those with the most probable first tokens.
         batch_size: questions in a forward.
@@ -46,27 +49,10 @@ def answer_questions(
         for batch in collated_batches(collator, records, batch_size, model.device, progress):
             ranked = model.rank_answers(**batch, candidate_ids=candidate_ids, candidate_mask=candidate_mask, k=k)
             results += zip(ranked.indices[:, 0].tolist(), ranked.probabilities[:, 0].tolist(), strict=True)
-    return [
+    predictions = [
         {"question_id": record["question_id"], "answer": candidates[index], "score": score}
         for record, (index, score) in zip(records, gather_results(results, len(records)), strict=True)
     ]
-
-
-def evaluate_answers(
-    model: TCLForQuestionAnswering,
-    processor: TCLProcessor,
-    records: Sequence[dict],
-    candidates: list[str],
-    k: int = 128,
-    batch_size: int = 32,
-    max_tokens: int = MAX_QUESTION_TOKENS,
-    progress: bool = False,
-) -> Evaluation:
-    """Accuracy in percent of the answers that rank first: see `answer_metrics`.
-
-    Arguments and errors as in `answer_questions`.
-    """
-    predictions = answer_questions(model, processor, records, candidates, k, batch_size, max_tokens, progress)
     return Evaluation(answer_metrics(predictions, records, candidates), predictions)
 
 

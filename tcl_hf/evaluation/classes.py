@@ -6,9 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..data.collators import TCLTaskCollator
+from ..models.encoders import eval_mode
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .metrics import accuracy, consistency, majority_share, per_label_scores
-from .shares import Evaluation, collated_batches, eval_mode, gather_results
+from .shares import Evaluation, collated_batches, gather_results
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Grounding: whether the heat map of a phrase points at its boxes."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,10 +8,11 @@ from tqdm.auto import tqdm
 
 from ..data.images import open_image
 from ..inference.grounding import heat_point, phrase_heat_maps, rank_boxes, sliding_boxes
+from ..models.encoders import eval_mode
 from ..models.modeling_tcl import TCLForImageTextRetrieval
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .metrics import phrase_recall, pointing_accuracy
-from .shares import Evaluation, eval_mode, gather_results, in_batches, process_share
+from .shares import Evaluation, gather_results, in_batches, process_share
 
 CANDIDATES_KEPT = 10  # the largest k of the recalls
 
@@ -56,13 +56,17 @@ def evaluate_grounding(
     results: list[list[dict]] = []  # the phrases of each caption
     share = process_share(len(captions))
     bar = tqdm(total=len(share), desc="Grounding", unit="caption", disable=not progress, leave=False)
-    with eval_mode(model):
+    with eval_mode(model), bar:
         for rows in in_batches(share, batch_size):
             results += _locate(model, processor, [captions[row] for row in rows], heat, layer, max_tokens)
             bar.update(len(rows))
-    bar.close()
     located = [phrase for phrases in gather_results(results, len(captions)) for phrase in phrases]
-    return Evaluation(_grounding_metrics(located), [_as_prediction(phrase) for phrase in located])
+    predictions = [
+        {name: phrase[name] for name in ("image_id", "phrase_id", "phrase")}
+        | {"point": list(phrase["point"]), "box": phrase["ranked"][0].tolist()}
+        for phrase in located
+    ]
+    return Evaluation(_grounding_metrics(located), predictions)
 
 
 def _locate(
@@ -75,20 +79,15 @@ def _locate(
 ) -> list[list[dict]]:
     """For each caption the phrases that the model reads: point, ranked boxes, true boxes, types and image size."""
     images = [open_image(record["image"]).convert("RGB") for record, _, _ in captions]
-    maps_of_captions = phrase_heat_maps(
-        model,
-        processor,
-        processor(images=images, return_tensors="pt")["pixel_values"],
-        [record["captions"][number] for record, number, _ in captions],
-        [[(phrase["start"], phrase["end"]) for phrase in phrases] for _, _, phrases in captions],
-        heat,
-        layer,
-        max_tokens,
-        skip_unread=True,
+    pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
+    texts = [record["captions"][number] for record, number, _ in captions]
+    spans = [[(phrase["start"], phrase["end"]) for phrase in phrases] for _, _, phrases in captions]
+    heat_maps = phrase_heat_maps(
+        model, processor, pixel_values, texts, spans, heat, layer, max_tokens, skip_unread=True
     )
     results: list[list[dict]] = []
-    for (record, number, phrases), image, maps in zip(captions, images, maps_of_captions, strict=True):
-        text, size = record["captions"][number], image.size
+    for (record, _, phrases), text, image, maps in zip(captions, texts, images, heat_maps, strict=True):
+        size = image.size
         proposals = torch.tensor(record["proposals"]) if record.get("proposals") else sliding_boxes(size)
         results.append(
             [
@@ -114,14 +113,13 @@ def _grounding_metrics(located: list[dict]) -> dict[str, float]:
         return {"phrases": 0}
     boxes, types = [p["boxes"] for p in located], [p["types"] for p in located]
     sizes = torch.tensor([p["size"] for p in located], dtype=torch.float64)  # (N, 2)
-    metrics: dict[str, float] = {"phrases": len(located)}
     points = torch.tensor([p["point"] for p in located], dtype=torch.float64)
+    metrics: dict[str, float] = {"phrases": len(located)}
     metrics |= {f"pointing_{name}": value for name, value in pointing_accuracy(points, boxes, types).items()}
     for protocol in ("any", "merged"):
         recall = phrase_recall([p["ranked"] for p in located], boxes, types, protocol=protocol)
         metrics |= {f"{protocol}_{name}": value for name, value in recall.items() if "upper_bound" not in name}
-    areas = [_covered_share(p["boxes"], *p["size"]) for p in located]
-    metrics["random_point"] = 100 * sum(areas) / len(areas)
+    metrics["random_point"] = 100 * sum(_covered_share(p["boxes"], *p["size"]) for p in located) / len(located)
     metrics["center_point"] = pointing_accuracy(sizes / 2, boxes)["accuracy"]
     middle = torch.cat([sizes / 4, 3 * sizes / 4], dim=1)
     whole = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
@@ -137,8 +135,3 @@ def _covered_share(boxes: Tensor, width: int, height: int) -> float:
     for x1, y1, x2, y2 in boxes.round().int().tolist():
         covered[max(y1, 0) : y2, max(x1, 0) : x2] = True
     return covered.double().mean().item()
-
-
-def _as_prediction(phrase: dict) -> dict[str, Any]:
-    point, box = phrase["point"], phrase["ranked"][0].tolist()
-    return {name: phrase[name] for name in ("image_id", "phrase_id", "phrase")} | {"point": list(point), "box": box}

@@ -9,11 +9,12 @@ from tqdm.auto import tqdm
 
 from ..data.images import open_image
 from ..models.attention import KeyValue
+from ..models.encoders import eval_mode
 from ..models.losses import similarity as scaled_similarity
 from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .metrics import retrieval_metrics
-from .shares import eval_mode, gather_results, in_batches, process_share
+from .shares import gather_results, in_batches, process_share
 
 NOT_SCORED = -100.0  # the score of pairs outside the top k, as in the paper's code
 MAX_PADDING = 1 / 8  # largest share of padding in a group; a smaller one makes groups too small for fast products
@@ -142,11 +143,7 @@ def encode_samples(
 
 @torch.no_grad()
 def matching_scores(
-    model: TCLForImageTextRetrieval,
-    encoded: EncodedSamples,
-    k: int,
-    batch_size: int = 64,
-    progress: bool = False,
+    model: TCLForImageTextRetrieval, encoded: EncodedSamples, k: int, batch_size: int = 64, progress: bool = False
 ) -> Tensor:
     """Matching logits of the candidate pairs of both directions, `NOT_SCORED` elsewhere (I, T).
 

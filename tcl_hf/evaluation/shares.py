@@ -1,7 +1,7 @@
 """Evaluation in several processes: each one works on its share of the rows, and all get all results."""
 
+import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from ..data.collators import TCLTaskCollator
+from ..models.distributed import is_distributed
 
 
 @dataclass
@@ -22,22 +22,10 @@ class Evaluation:
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
 
-@contextmanager
-def eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model in eval mode, and afterwards back in the mode in which it came."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def process_share(number: int) -> list[int]:
     """The rows, out of `number`, that this process works on: process r of n takes r, r + n, r + 2n and so on."""
-    if dist.is_available() and dist.is_initialized():
-        return list(range(dist.get_rank(), number, dist.get_world_size()))
-    return list(range(number))
+    first, step = (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
+    return list(range(first, number, step))
 
 
 def gather_results(results: list, number: int) -> list:
@@ -46,7 +34,7 @@ def gather_results(results: list, number: int) -> list:
     Args:
         results: those of this process's rows, in the order of `process_share`. Tensors come back on their device.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not is_distributed():
         return results
     shares: list[list] = [[] for _ in range(dist.get_world_size())]
     on_cpu = [item.cpu() if isinstance(item, Tensor) else item for item in results]
@@ -87,10 +75,5 @@ def _grouped_by_image(records: list[dict]) -> list[dict]:
     def image(record: dict) -> object:
         return record["images"] if "images" in record else record.get("image")
 
-    groups: list[list[dict]] = []
-    for record in records:
-        if groups and image(groups[-1][0]) == image(record):
-            groups[-1].append(record)
-        else:
-            groups.append([record])
+    groups = [list(run) for _, run in itertools.groupby(records, key=image)]
     return [{"image_id": group[0].get("image_id"), "records": group} for group in groups]

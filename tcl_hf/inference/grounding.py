@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from PIL import Image, ImageDraw
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval, TCLModel
 from ..models.processing_tcl import MAX_TOKENS, MAX_WORDS, TCLProcessor
-from ..models.tokenization_tcl import TCLTokenizer, clean_caption_with_origins
+from ..models.tokenization_tcl import clean_caption_with_origins
 
 HEAT_KINDS = ("matching", "similarity")  # the scores that have heat maps
 AREA_EXPONENT = 0.5  # a box's heat is divided by its area to this power, as in the original for RefCOCO+
@@ -33,12 +34,7 @@ _HEAT_COLOR, _MAX_OPACITY = (255, 0, 0), 0.7
 _BOX_COLOR = (0, 255, 0)
 
 Span = tuple[int, int]  # first character, and the one after the last
-
-
-def check_heat(heat: str) -> None:
-    """Raise a ValueError if `heat` is not one of `HEAT_KINDS`."""
-    if heat not in HEAT_KINDS:
-        raise ValueError(f"heat='{heat}' does not exist: choose one of {', '.join(HEAT_KINDS)}.")
+Boxes: TypeAlias = Tensor | Sequence[Sequence[float]]  # (K, 4)
 
 
 # Heat maps of tokens and texts
@@ -68,8 +64,7 @@ def matching_heat_map(
         ValueError: if `layer` is not a fusion layer, or images and texts differ in number.
     """
     text_model = model.tcl.text_model
-    layers = range(len(text_model.layers))
-    fusion_layers = layers[len(layers) - len(text_model.fusion_layers) :]
+    fusion_layers = range(text_model.config.fusion_layer, len(text_model.layers))
     if not fusion_layers:
         raise ValueError("The model has no fusion layers, which matching needs: use similarity_heat_map.")
     if layer is None:
@@ -87,7 +82,7 @@ def matching_heat_map(
         score = model.itm_head(fused.pooler_output)[:, MATCHES]
         heat = _heat(score, fused.cross_attentions[layer - fusion_layers[0]])  # (N, L, 1 + P)
     heat = heat * attention_mask[..., None]
-    return heat[..., 1:].unflatten(-1, _grid(model.tcl, pixel_values))
+    return heat[..., 1:].unflatten(-1, model.tcl.config.vision_config.grid(*pixel_values.shape[-2:]))
 
 
 def similarity_heat_map(
@@ -126,7 +121,7 @@ def similarity_heat_map(
         )
         score = (tcl.image_features(vision.pooler_output) * text).sum(-1) / tcl.temperature
         heat = _heat(score, vision.attentions[layer])  # (N, 1 + P, 1 + P)
-    return heat[:, 0, 1:].unflatten(-1, _grid(tcl, pixel_values))
+    return heat[:, 0, 1:].unflatten(-1, tcl.config.vision_config.grid(*pixel_values.shape[-2:]))
 
 
 @contextmanager
@@ -165,12 +160,6 @@ def _check_pairs(input_ids: Tensor, pixel_values: Tensor) -> None:
             f"Each text needs one image, but got {len(pixel_values)} images and {len(input_ids)} texts: "
             "repeat the image of several texts."
         )
-
-
-def _grid(tcl: TCLModel, pixel_values: Tensor) -> tuple[int, int]:
-    """Patches along the height and the width of the images."""
-    patch = tcl.config.vision_config.patch_size
-    return pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
 
 
 # Phrases: their tokens, and their heat maps
@@ -238,16 +227,9 @@ def phrase_tokens(
             off with the end of the caption.
     """
     _check_span(caption, start, end)
-    if processor.clean_text:
-        cut, origins = clean_caption_with_origins(caption, MAX_WORDS)
-        uncut, uncut_origins = clean_caption_with_origins(caption, len(caption))
-    else:
-        cut, origins = uncut, uncut_origins = caption, list(range(len(caption)))
     span = range(start, end)
-    uncut_tokens = _tokens_of(processor.tokenizer, uncut, [origin in span for origin in uncut_origins])
-    tokens = _tokens_of(
-        processor.tokenizer, cut, [origin in span for origin in origins], truncation=True, max_length=max_length
-    )
+    uncut_tokens = _tokens_of(processor, caption, span, max_words=len(caption))
+    tokens = _tokens_of(processor, caption, span, MAX_WORDS, truncation=True, max_length=max_length)
     if not uncut_tokens.any():
         raise _nothing_read(caption, start, end)
     if tokens.sum() < uncut_tokens.sum():
@@ -276,10 +258,13 @@ def _nothing_read(caption: str, start: int, end: int) -> ValueError:
     )
 
 
-def _tokens_of(tokenizer: TCLTokenizer, text: str, chosen: list[bool], **kwargs) -> Tensor:
-    """Mark the tokens (L,) of a text that hold one of its chosen characters; special tokens hold none."""
-    offsets = tokenizer(text, return_offsets_mapping=True, **kwargs)["offset_mapping"]
-    return torch.tensor([any(chosen[start:end]) for start, end in offsets], dtype=torch.bool)
+def _tokens_of(processor: TCLProcessor, caption: str, span: range, max_words: int, **kwargs) -> Tensor:
+    """Mark the tokens (L,) of a caption that hold a character of the span; special tokens hold none."""
+    text, origins = caption, list(range(len(caption)))
+    if processor.clean_text:
+        text, origins = clean_caption_with_origins(caption, max_words)
+    offsets = processor.tokenizer(text, return_offsets_mapping=True, **kwargs)["offset_mapping"]
+    return torch.tensor([any(i in span for i in origins[start:end]) for start, end in offsets], dtype=torch.bool)
 
 
 def phrase_heat_maps(
@@ -309,7 +294,8 @@ def phrase_heat_maps(
         ValueError: if `heat` or `layer` do not exist, or the model does not read a phrase: the clean-up leaves nothing
             of it, or it is cut off with the end of its caption.
     """
-    check_heat(heat)
+    if heat not in HEAT_KINDS:
+        raise ValueError(f"heat='{heat}' does not exist: choose one of {', '.join(HEAT_KINDS)}.")
     phrases = [(row, span) for row, of_caption in enumerate(spans) for span in of_caption]
     found: list[list[Tensor | None]] = [[] for _ in captions]
     if not phrases:
@@ -330,7 +316,10 @@ def phrase_heat_maps(
     for number, (row, span) in enumerate(phrases):
         try:
             if alone:
-                _check_read(captions[row], span, masks[number])
+                if span is not None:
+                    _check_span(captions[row], *span)
+                    if masks[number].sum() == 1:  # [CLS] alone
+                        raise _nothing_read(captions[row], *span)
                 heat_map = maps[number]
             elif span is None:
                 heat_map = phrase_map(maps[row], masks[row])
@@ -345,18 +334,10 @@ def phrase_heat_maps(
     return found
 
 
-def _check_read(caption: str, span: Span | None, mask: Tensor) -> None:
-    """Raise a ValueError if a phrase that is read alone lies outside its caption or has no token but [CLS] (L,)."""
-    if span is not None:
-        _check_span(caption, *span)
-        if mask.sum() == 1:
-            raise _nothing_read(caption, *span)
-
-
 # Places in an image: from a map to points and boxes
 
 
-def box_scores(heat_map: Tensor, boxes: Tensor | Sequence[Sequence[float]], image_size: tuple[int, int]) -> Tensor:
+def box_scores(heat_map: Tensor, boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
     """The heat (K,) inside boxes (K, 4), divided by the square root of their area.
 
     The map (height, width) is resized to the image. Corners are cut to integers, with x2 and y2 excluded, but the area
@@ -374,7 +355,7 @@ def box_scores(heat_map: Tensor, boxes: Tensor | Sequence[Sequence[float]], imag
     return (inside / area**AREA_EXPONENT).float().to(heat_map.device)
 
 
-def rank_boxes(heat_map: Tensor, boxes: Tensor | Sequence[Sequence[float]], image_size: tuple[int, int]) -> Tensor:
+def rank_boxes(heat_map: Tensor, boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
     """The order (K,) of boxes by `box_scores`, best first; boxes with equal scores keep their order."""
     return box_scores(heat_map, boxes, image_size).argsort(descending=True, stable=True)
 
@@ -460,7 +441,7 @@ def _spread(region: Tensor, allowed: Tensor) -> Tensor:
     return region
 
 
-def draw_heat_map(image: Image.Image, heat_map: Tensor, boxes: Tensor | Sequence[Sequence[float]] = ()) -> Image.Image:
+def draw_heat_map(image: Image.Image, heat_map: Tensor, boxes: Boxes = ()) -> Image.Image:
     """The image in RGB, redder where the map is hotter relative to its maximum, with green boxes.
 
     Raises:
@@ -494,7 +475,7 @@ def _check_size(image_size: tuple[int, int]) -> None:
         )
 
 
-def _checked_boxes(boxes: Tensor | Sequence[Sequence[float]], image_size: tuple[int, int]) -> Tensor:
+def _checked_boxes(boxes: Boxes, image_size: tuple[int, int]) -> Tensor:
     """The boxes (K, 4) in float64 on the CPU."""
     if not isinstance(boxes, Tensor):
         rows = [[float(corner) for corner in box] for box in boxes]

@@ -11,7 +11,7 @@ Shapes: B images, N texts of each, L tokens, C candidates.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval, TCLForPreTr
 from ..models.modeling_tcl_tasks import TCLForQuestionAnswering, TCLForVisualEntailment, TCLForVisualReasoning
 from ..models.processing_tcl import MAX_QUESTION_TOKENS
 from .grounding import (
+    Boxes,
     Span,
     box_from_heat_map,
     box_scores,
@@ -47,6 +48,8 @@ class _ImageTextPipeline(Pipeline):
     _load_tokenizer = _load_image_processor = _load_video_processor = _load_feature_extractor = False
     model_classes: tuple[type[TCLPreTrainedModel], ...]
     text_name = "text"
+    # For a record and its images, and perhaps parameters: the tokens of the text, and what else the task needs of them.
+    _prepare: Callable[..., Mapping[str, Any]]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -91,16 +94,27 @@ class _ImageTextPipeline(Pipeline):
         images, texts = (given if isinstance(given, list) else [given] * len(lists[0]) for given in (images, text))
         return [{"image": image, self.text_name: text} for image, text in zip(images, texts, strict=True)]
 
+    def preprocess(self, record: Record, timeout: float | None = None, **parameters: Any) -> dict:
+        """Pixels of the record's image or images, upright and in RGB, and what `_prepare` makes of its text."""
+        if not isinstance(record, Mapping):
+            raise ValueError(
+                f"An input of type {type(record).__name__} is not a record: pass {{'image': ..., '{self.text_name}': "
+                f"...}}, or an image and its {self.text_name}."
+            )
+        given, expected = record.get("images", record.get("image")), getattr(self.model, "images_per_text", 1)
+        images = [_open_image(image, timeout) for image in (given if isinstance(given, list | tuple) else [given])]
+        if len(images) != expected:
+            raise ValueError(
+                f"{type(self.model).__name__} reads {expected} image{'s' * (expected > 1)} with a text, but got "
+                f"{len(images)}: pass them as {'image' if expected == 1 else 'images'}."
+            )
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        prepared = self._prepare(record, images, **parameters)
+        return {"pixel_values": pixels if expected == 1 else pixels[None], **prepared}
+
     def _text(self, record: Record) -> str:
         """The text of a record."""
-        return _checked_text(_checked_record(record, self.text_name).get(self.text_name), self.text_name)
-
-    def _image(self, record: Record, timeout: float | None) -> Image.Image:
-        """The image of a record, upright and in RGB."""
-        return _open_image(_checked_record(record, self.text_name).get("image"), timeout)
-
-    def _pixels(self, images: list[Image.Image]) -> Tensor:
-        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+        return _checked_text(record.get(self.text_name), self.text_name)
 
 
 class ImageTextMatchingPipeline(_ImageTextPipeline):
@@ -121,24 +135,19 @@ class ImageTextMatchingPipeline(_ImageTextPipeline):
     def _sanitize_parameters(self, timeout: float | None = None) -> tuple[dict, dict, dict]:
         return _given(timeout=timeout), {}, {}
 
-    def preprocess(self, record: Record, timeout: float | None = None) -> dict:
-        """Pixels of the image, and tokens of its texts (1, N, L).
+    def _prepare(self, record: Record, images: list[Image.Image]) -> dict:
+        """Tokens of the texts (1, N, L).
 
         They are padded to the maximal length, so that transformers can stack images; it fills up images that have
         fewer texts than others with rows of padding.
         """
-        image, text = self._image(record, timeout), record.get("text")
+        text = record.get("text")
         texts = list(text) if isinstance(text, list | tuple) else [text]
         if not texts:
             raise ValueError("The list of texts is empty: pass at least one.")
         texts = [_checked_text(one, "text") for one in texts]
         tokens = self.processor(text=texts, padding="max_length", return_tensors="pt")
-        return {
-            "pixel_values": self._pixels([image]),
-            "input_ids": tokens["input_ids"][None],
-            "attention_mask": tokens["attention_mask"][None],
-            "text": text,
-        }
+        return {name: tokens[name][None] for name in ("input_ids", "attention_mask")} | {"text": text}
 
     def _forward(self, inputs: dict) -> dict:
         input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]  # (B, N, L)
@@ -193,12 +202,11 @@ class VisualQuestionAnsweringPipeline(_ImageTextPipeline):
             forward["candidates"] = self.processor.encode_answers(checked)
         return _given(timeout=timeout), forward, _given(candidates=candidates, top_k=top_k)
 
-    def preprocess(self, record: Record, timeout: float | None = None) -> dict:
-        """Pixels of the image, and tokens of its question."""
-        image, question = self._image(record, timeout), self.processor.clean_question(self._text(record))
+    def _prepare(self, record: Record, images: list[Image.Image]) -> Mapping[str, Any]:
+        """Tokens of the question."""
+        question = self.processor.clean_question(self._text(record))
         longest = min(MAX_QUESTION_TOKENS, self.model.config.text_config.max_position_embeddings)
-        tokens = self.processor.tokenizer(question, truncation=True, max_length=longest, return_tensors="pt")
-        return {"pixel_values": self._pixels([image]), **tokens}
+        return self.processor.tokenizer(question, truncation=True, max_length=longest, return_tensors="pt")
 
     def _forward(self, inputs: dict, candidates: tuple[Tensor, Tensor] | None = None, k: int = 128, **kwargs) -> dict:
         if candidates is None:
@@ -237,19 +245,9 @@ class VisualEntailmentPipeline(_ImageTextPipeline):
     def _sanitize_parameters(self, top_k: int | None = None, timeout: float | None = None) -> tuple[dict, dict, dict]:
         return _given(timeout=timeout), {}, _given(top_k=top_k)
 
-    def preprocess(self, record: Record, timeout: float | None = None) -> dict:
-        """Pixels of the image or images, and tokens of the text."""
-        text, expected = self._text(record), self.model.images_per_text
-        given = record.get("images", record.get("image"))
-        images = [_open_image(image, timeout) for image in (given if isinstance(given, list | tuple) else [given])]
-        if len(images) != expected:
-            raise ValueError(
-                f"{type(self.model).__name__} reads {expected} image{'s' * (expected > 1)} with a text, but got "
-                f"{len(images)}: pass them as {'image' if expected == 1 else 'images'}."
-            )
-        pixels = self._pixels(images)
-        tokens = self.processor(text=[text], return_tensors="pt")
-        return {"pixel_values": pixels if expected == 1 else pixels[None], **tokens}
+    def _prepare(self, record: Record, images: list[Image.Image]) -> Mapping[str, Any]:
+        """Tokens of the text."""
+        return self.processor(text=[self._text(record)], return_tensors="pt")
 
     def _forward(self, inputs: dict) -> dict:
         return {"logits": self.model(**inputs).logits}
@@ -288,7 +286,7 @@ class VisualGroundingPipeline(_ImageTextPipeline):
     def _sanitize_parameters(
         self,
         phrase: str | Span | None = None,
-        boxes: list | None = None,
+        boxes: Boxes | None = None,
         layer: int | None = None,
         sliding: bool | None = None,
         threshold: float | None = None,
@@ -299,15 +297,11 @@ class VisualGroundingPipeline(_ImageTextPipeline):
         record = _given(phrase=phrase, boxes=boxes, timeout=timeout)
         return record, _given(layer=layer, heat=heat), _given(sliding=sliding, threshold=threshold, draw=draw)
 
-    def preprocess(
-        self,
-        record: Record,
-        phrase: str | Span | None = None,
-        boxes: list | Tensor | None = None,
-        timeout: float | None = None,
+    def _prepare(
+        self, record: Record, images: list[Image.Image], phrase: str | Span | None = None, boxes: Boxes | None = None
     ) -> dict:
-        """Pixels of the image, the text with the span of the phrase, and the candidate boxes."""
-        image, text = self._image(record, timeout), self._text(record)
+        """The text with the span of the phrase, the image itself, and the candidate boxes."""
+        (image,), text = images, self._text(record)
         in_record = _given(phrase=record.get("phrase"), boxes=record.get("boxes"))
         phrase, boxes = in_record.get("phrase", phrase), in_record.get("boxes", boxes)
         if boxes is not None:
@@ -316,7 +310,7 @@ class VisualGroundingPipeline(_ImageTextPipeline):
                 raise ValueError("boxes is empty: pass at least one candidate, or None to find a box without any.")
             box_scores(torch.zeros(1, 1), boxes, image.size)  # raises an error for a wrong box before the model runs
         span = phrase_span(text, phrase) if isinstance(phrase, str) else phrase
-        return {"pixel_values": self._pixels([image]), "text_and_span": (text, span), "image": image, "boxes": boxes}
+        return {"text_and_span": (text, span), "image": image, "boxes": boxes}
 
     def _forward(self, inputs: dict, **kwargs) -> dict:
         pairs = inputs["text_and_span"]
@@ -349,15 +343,6 @@ class VisualGroundingPipeline(_ImageTextPipeline):
 def _given(**parameters: Any) -> dict[str, Any]:
     """The parameters that are not None; the others keep the defaults of the function they would be passed to."""
     return {name: value for name, value in parameters.items() if value is not None}
-
-
-def _checked_record(record: Any, text_name: str) -> Record:
-    if not isinstance(record, Mapping):
-        raise ValueError(
-            f"An input of type {type(record).__name__} is not a record: pass {{'image': ..., '{text_name}': ...}}, or "
-            f"an image and its {text_name}."
-        )
-    return record
 
 
 def _checked_text(text: Any, name: str) -> str:

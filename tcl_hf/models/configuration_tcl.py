@@ -38,6 +38,10 @@ class TCLVisionConfig(PreTrainedConfig):
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Patches along the height and the width of images of a size in pixels."""
+        return height // self.patch_size, width // self.patch_size
+
 
 @strict
 class TCLTextConfig(PreTrainedConfig):
@@ -169,9 +173,8 @@ class TCLConfig(PreTrainedConfig):
                 "use TCLModel.from_vision_text_pretrained to start a new TCL from encoders."
             )
         if image_size is not None:
-            config_dict = config_dict | {
-                "vision_config": dict(config_dict["vision_config"]) | {"image_size": image_size}
-            }
+            vision_config = dict(config_dict["vision_config"]) | {"image_size": image_size}
+            config_dict = config_dict | {"vision_config": vision_config}
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):

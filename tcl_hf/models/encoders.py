@@ -7,6 +7,8 @@ D width, H heads.
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,17 @@ from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_p
 from .fitting import fit_shapes, part_of, repeat_fusion_layers, resize_positions
 
 
+@contextmanager
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model in eval mode, and afterwards back in the mode in which it came."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 class TCLPreTrainedModel(PreTrainedModel):
     """Loading, saving, starting values and abilities that all TCL models share."""
 
@@ -45,6 +58,8 @@ class TCLPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["temperature", "queue.image", "queue.text"]
     # Every class opens every checkpoint of a whole model, whatever heads were saved with it.
     _keys_to_ignore_on_load_unexpected = [r"^(teacher|queue|itm_head|lm_head|cls_head|ta_head|text_decoder)\."]
+    accepts_loss_kwargs = False  # every loss is a mean over its own batch
+    loss_names: tuple[str, ...] = ("loss",)  # the losses of the output, to be logged; None where one is not computed
     # For model cards and repositories on the Hub.
     task = "pretraining"  # the task on the card of a model of which only the class is known
     pipeline_tag: str | None = None  # the Hub's name for the ability of the class, where it has one
@@ -57,11 +72,11 @@ class TCLPreTrainedModel(PreTrainedModel):
         return next(weight.dtype for weight in weights if weight.is_floating_point())
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw PyTorch's own starting values for everything that is not part of an encoder."""
-        if isinstance(module, nn.Linear):
+        """Draw PyTorch's own starting values, for everything that has none of its own in an encoder."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
-                bound = 1 / math.sqrt(module.in_features)
+                bound = 1 / math.sqrt(module.weight[0].numel())
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
@@ -107,9 +122,8 @@ class TCLPreTrainedModel(PreTrainedModel):
         if state_dict is not None:
             fitted = model.fit_state_dict(state_dict)
             if any(fitted.get(name) is not entry for name, entry in state_dict.items()):
-                checkpoint_files = (
-                    None  # else weights that stay on disk (`device_map`) would be read without being fitted
-                )
+                # Otherwise weights that stay on disk (`device_map`) would be read without being fitted.
+                checkpoint_files = None
             state_dict = fitted
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
@@ -159,7 +173,7 @@ class TCLVisionEmbeddings(nn.Module):
         patches = patches.flatten(2).mT  # (B, P, D)
         positions = self.position_embeddings
         if interpolate_pos_encoding:
-            positions = resize_positions(positions, (height // patch, width // patch))
+            positions = resize_positions(positions, self.config.grid(height, width))
         return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + positions
 
 
@@ -202,6 +216,7 @@ class TCLVisionModel(TCLPreTrainedModel):
     config_class = TCLVisionConfig
     base_model_prefix = "vision_model"
     input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
     _keys_to_ignore_on_load_unexpected = [r"^(tcl\.)?(text_model|visual_projection|text_projection|temperature)"]
 
     def __init__(self, config: TCLVisionConfig):
@@ -219,17 +234,8 @@ class TCLVisionModel(TCLPreTrainedModel):
         elif isinstance(module, TCLVisionEmbeddings):
             init.trunc_normal_(module.cls_token, std=std)
             init.trunc_normal_(module.position_embeddings, std=std)
-        elif isinstance(module, nn.Conv2d):  # PyTorch's own values
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            bound = 1 / math.sqrt(module.weight[0].numel())
-            init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The convolution that embeds patches."""
-        return self.embeddings.patch_embedding
+        else:
+            super()._init_weights(module)
 
     def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the entries of a checkpoint, of a vision encoder or a whole model, as this model needs them."""
@@ -387,9 +393,8 @@ class TCLTextPreTrainedModel(TCLPreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear):
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
 
 class TCLTextModel(TCLTextPreTrainedModel):
@@ -397,6 +402,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
 
     main_input_name = "input_ids"
     input_modalities = ("text",)
+    _input_embed_layer = "word_embeddings"
     _keys_to_ignore_on_load_unexpected = [r"^(tcl\.)?(vision_model|visual_projection|text_projection|temperature)"]
 
     def __init__(self, config: TCLTextConfig):
@@ -406,14 +412,6 @@ class TCLTextModel(TCLTextPreTrainedModel):
             TCLTextLayer(config, number) for number in range(config.fusion_layer + config.num_fusion_layers)
         )
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The word embeddings."""
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the word embeddings."""
-        self.embeddings.word_embeddings = value
 
     @property
     def fusion_layers(self) -> nn.ModuleList:
@@ -544,11 +542,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
         return fused
 
     def _mask(
-        self,
-        states: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        token_index: Tensor | None = None,
+        self, states: Tensor, attention_mask: Tensor | None, cache: Cache | None, token_index: Tensor | None = None
     ) -> Tensor | None:
         """The tokens to which each token of states (N, L, D), or each token of `token_index` (N, T), attends.
 

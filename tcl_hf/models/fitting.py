@@ -41,14 +41,13 @@ def fit_shapes(
     prefix = f"{base_model_prefix}."
     fitted = {}
     for key, value in state_dict.items():
-        shape = shapes.get(key, shapes.get(prefix + key, shapes.get(key.removeprefix(prefix))))
         found = shape_of(value)
-        if shape is not None and shape != found:
-            if _IMAGE_POSITIONS.search(key) and shape[-1] == found[-1]:
-                value = resize_positions(value[:], math.isqrt(shape[1] - 1))
-            elif key.startswith("queue."):  # the whole queue starts new
-                rest = {k: v for k, v in state_dict.items() if not k.startswith("queue.")}
-                return fit_shapes(rest, shapes, base_model_prefix)
+        shape = shapes.get(key, shapes.get(prefix + key, shapes.get(key.removeprefix(prefix), found)))
+        if shape != found and _IMAGE_POSITIONS.search(key) and shape[-1] == found[-1]:
+            value = resize_positions(value[:], math.isqrt(shape[1] - 1))
+        elif shape != found and key.startswith("queue."):  # the whole queue starts new
+            rest = {k: v for k, v in state_dict.items() if not k.startswith("queue.")}
+            return fit_shapes(rest, shapes, base_model_prefix)
         fitted[key] = value
     return fitted
 

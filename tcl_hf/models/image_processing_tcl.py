@@ -4,34 +4,29 @@ from transformers.image_processing_backends import PilBackend, TorchvisionBacken
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
 
-class TCLImageProcessor(TorchvisionBackend):
+class _Pixels:
+    """Images are resized to a square, bicubically, and normalised with CLIP's mean and std."""
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    size = {"height": 256, "width": 256}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+
+class TCLImageProcessor(_Pixels, TorchvisionBackend):
     """Resize to a square, bicubically, and normalise with CLIP's mean and std, on tensors (any device).
 
     The pixels of a photo differ from those of [`TCLImageProcessorPil`] by one grey level at most (0.015 when
     normalised); those of noise that is resized in one direction only, by up to four.
     """
 
-    resample = PILImageResampling.BICUBIC
-    image_mean = OPENAI_CLIP_MEAN
-    image_std = OPENAI_CLIP_STD
-    size = {"height": 256, "width": 256}
-    do_resize = True
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
 
-
-class TCLImageProcessorPil(PilBackend):
+class TCLImageProcessorPil(_Pixels, PilBackend):
     """Resize to a square, bicubically, and normalise with CLIP's mean and std, by PIL: bit for bit as the original."""
-
-    resample = PILImageResampling.BICUBIC
-    image_mean = OPENAI_CLIP_MEAN
-    image_std = OPENAI_CLIP_STD
-    size = {"height": 256, "width": 256}
-    do_resize = True
-    do_rescale = True
-    do_normalize = True
-    do_convert_rgb = True
 
 
 __all__ = ["TCLImageProcessor", "TCLImageProcessorPil"]

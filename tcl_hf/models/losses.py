@@ -46,53 +46,32 @@ def positive_targets(ids: Tensor, key_ids: Tensor) -> Tensor:
 
 
 def cma_loss(
-    image: Tensor,
-    text: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    image_keys: Tensor,
-    text_keys: Tensor,
-    targets: Tensor,
-    temperature: Tensor,
-    alpha: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Cross-modal alignment: find the text of an image among the text keys, and the reverse.
+    queries: Tensor, teacher_queries: Tensor, keys: Tensor, targets: Tensor, temperature: Tensor, alpha: float | Tensor
+) -> Tensor:
+    """Cross-modal alignment in one direction: find the text of an image among the text keys, or the reverse.
 
     The target of a query is `(1 - alpha) * targets + alpha * teacher`, where the teacher's distribution is the
     softmax of its own similarities to the same keys; no gradient flows through it.
 
     Args:
-        image, text: student features (N, D).
-        teacher_image, teacher_text: teacher features (N, D).
-        image_keys, text_keys: teacher features of the batch, then of the queue (K, D).
+        queries: student features of one modality (N, D).
+        teacher_queries: teacher features of the same samples and modality (N, D).
+        keys: teacher features of the other modality, of the batch and then of the queue (K, D).
         targets: distribution over the keys (N, K), see `positive_targets`.
-
-    Returns:
-        The losses image-to-text and text-to-image, each a scalar.
     """
-
-    def one_way(student: Tensor, teacher: Tensor, keys: Tensor) -> Tensor:
-        with torch.no_grad():
-            soft = similarity(teacher, keys, temperature).softmax(-1)  # (N, K)
-            mixed = (1 - alpha) * targets + alpha * soft
-        return soft_cross_entropy(similarity(student, keys, temperature), mixed).mean()
-
-    return one_way(image, teacher_image, text_keys), one_way(text, teacher_text, image_keys)
+    with torch.no_grad():
+        soft = similarity(teacher_queries, keys, temperature).softmax(-1)  # (N, K)
+        mixed = (1 - alpha) * targets + alpha * soft
+    return soft_cross_entropy(similarity(queries, keys, temperature), mixed).mean()
 
 
-def imc_loss(
-    image: Tensor, text: Tensor, image_keys: Tensor, text_keys: Tensor, targets: Tensor, temperature: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Intra-modal contrast: find the teacher's view of the same sample among the keys of its own modality.
+def imc_loss(queries: Tensor, keys: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+    """Intra-modal contrast in one modality: find the teacher's view of the same sample among the keys.
 
-    The targets are never softened by the teacher. The arguments are those of `cma_loss`.
-
-    Returns:
-        The losses image-to-image and text-to-text, each a scalar.
+    The targets are never softened by the teacher. The arguments are those of `cma_loss`, but for the keys, which have
+    the modality of the queries.
     """
-    image_to_image = soft_cross_entropy(similarity(image, image_keys, temperature), targets).mean()
-    text_to_text = soft_cross_entropy(similarity(text, text_keys, temperature), targets).mean()
-    return image_to_image, text_to_text
+    return soft_cross_entropy(similarity(queries, keys, temperature), targets).mean()
 
 
 def pool_locals(patches: Tensor, grid: tuple[int, int], size: int) -> Tensor:

@@ -188,9 +188,7 @@ class TCLTaughtModel(StartsFromEncoders, TCLPreTrainedModel):
     optimizer step, before its first forward. A subclass ends its own `__init__` with `post_init`.
     """
 
-    loss_names: tuple[str, ...] = ("loss",)  # the losses of the output, to be logged; None where one is not computed
     _tied_weights_keys: Any
-    accepts_loss_kwargs = False  # every loss is a mean over its own batch
     has_teacher = True  # unless the config leaves it out
     contrasts = False  # whether its losses use the projections and the temperature
 
@@ -400,40 +398,21 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         inputs = (input_ids, pixel_values, attention_mask)
         given = pixel_values_augmented is not None or image_ids is not None
         if return_loss and (self.training or given):
-            batch = TrainingBatch.from_inputs(
-                *inputs, pixel_values_augmented, image_ids, None, interpolate_pos_encoding
-            )
+            batch = TrainingBatch(*inputs, pixel_values_augmented, image_ids, None, interpolate_pos_encoding)
             return self._losses(batch, alpha)
-        return self._compare(*inputs, use_itm_head, interpolate_pos_encoding, output_attentions, output_hidden_states)
+        compared = self.tcl(*inputs, interpolate_pos_encoding, output_attentions, output_hidden_states)
+        return self._with_matching(compared, attention_mask, use_itm_head, output_attentions)
 
-    def _compare(
-        self,
-        input_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor | None,
-        use_itm_head: bool,
-        interpolate_pos_encoding: bool,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
+    def _with_matching(
+        self, compared: TCLOutput, attention_mask: Tensor | None, use_itm_head: bool, output_attentions: bool | None
     ) -> TCLLossOutput:
         """Similarities of images and texts, and matching logits where there are as many images as texts."""
-        compared = self.tcl(
-            input_ids,
-            pixel_values,
-            attention_mask,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
         output = TCLLossOutput(**compared)
         logits = compared.logits_per_image
         if use_itm_head and logits is not None and logits.shape[0] == logits.shape[1]:
-            fused = self.tcl.fuse(
-                compared.text_model_output.last_hidden_state,
-                attention_mask,
-                compared.vision_model_output.last_hidden_state,
-                output_attentions=bool(output_attentions),
-            )
+            text_states = compared.text_model_output.last_hidden_state
+            image_states = compared.vision_model_output.last_hidden_state
+            fused = self.tcl.fuse(text_states, attention_mask, image_states, output_attentions=bool(output_attentions))
             output.itm_logits = self.itm_head(fused.pooler_output)
             output.cross_attentions = fused.cross_attentions
         return output
@@ -445,19 +424,18 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
                 "The losses need the momentum teacher, which use_momentum_teacher=False left out: load the model "
                 "with use_momentum_teacher=True."
             )
-        config, masked, alpha = self.config, batch.masked, self.soft_target_share(alpha)
+        config, alpha = self.config, self.soft_target_share(alpha)
         compares = bool(config.cma_weight or config.imc_weight or config.lmi_weight or config.itm_weight)
-        distils_words = masked is not None and not has_no_share(alpha)
-        texts = batch.input_ids if compares else None
+        predicts_words = batch.masked is not None
+        distils_words = predicts_words and not has_no_share(alpha)
 
         # Only the student drops patches, because LMI pools the teacher's patches on their grid.
         patch_dropout = config.patch_dropout if self.training and self.drops_patches else 0.0
-        student = encode_view(self.tcl, batch, batch.pixel_values, texts, masked, patch_dropout)
+        student = encode_view(self.tcl, batch, batch.pixel_values, compares, predicts_words, patch_dropout)
         teacher = None
         if compares or distils_words:
-            masked_of_teacher = masked if distils_words else None
             with torch.no_grad():
-                teacher = encode_view(self.teacher.tcl, batch, batch.pixel_values_augmented, texts, masked_of_teacher)
+                teacher = encode_view(self.teacher.tcl, batch, batch.pixel_values_augmented, compares, distils_words)
         output = TCLLossOutput(image_embeds=student.image, text_embeds=student.text)
         if compares:
             output.logits_per_image = similarity(student.image, student.text, self.tcl.temperature).detach()
@@ -466,7 +444,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             self._contrast(output, batch, student, teacher, alpha)
         if config.lmi_weight:
             self._compare_with_parts(output, batch, student, teacher)
-        if config.itm_weight or masked is not None:
+        if config.itm_weight or predicts_words:
             self._match_and_predict(output, batch, student, teacher, alpha)
 
         for name in self.loss_names[1:]:
@@ -486,29 +464,17 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         image_keys = torch.cat([gather_own_first(teacher.image), self.queue.image])  # (K, D)
         text_keys = torch.cat([gather_own_first(teacher.text), self.queue.text])  # (K, D)
         ids = batch.image_ids
-        if ids is None:
-            ids = torch.full(batch.input_ids.shape[:1], NO_IMAGE_ID, device=batch.input_ids.device)
         targets = positive_targets(ids, torch.cat([gather_own_first(ids), self.queue.ids]))  # (N, K)
         if config.cma_weight:
-            output.loss_i2t, output.loss_t2i = cma_loss(
-                student.image,
-                student.text,
-                teacher.image,
-                teacher.text,
-                image_keys,
-                text_keys,
-                targets,
-                temperature,
-                alpha,
-            )
+            output.loss_i2t = cma_loss(student.image, teacher.image, text_keys, targets, temperature, alpha)
+            output.loss_t2i = cma_loss(student.text, teacher.text, image_keys, targets, temperature, alpha)
             output.loss_cma = (output.loss_i2t + output.loss_t2i) / 2
         if config.imc_weight:
-            output.loss_i2i, output.loss_t2t = imc_loss(
-                student.image, student.text, image_keys, text_keys, targets, temperature
-            )
+            output.loss_i2i = imc_loss(student.image, image_keys, targets, temperature)
+            output.loss_t2t = imc_loss(student.text, text_keys, targets, temperature)
             output.loss_imc = (output.loss_i2i + output.loss_t2t) / 2
         if self.training:
-            self.queue.push(teacher.image, teacher.text, batch.image_ids)
+            self.queue.push(teacher.image, teacher.text, ids)
 
     def _compare_with_parts(
         self, output: TCLLossOutput, batch: TrainingBatch, student: View, teacher: View | None
@@ -516,10 +482,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         """Add the losses of whole samples with their parts (LMI)."""
         config, temperature = self.config, self.tcl.temperature
         with torch.no_grad():
-            patch = config.vision_config.patch_size
-            height, width = batch.pixel_values_augmented.shape[-2:]
+            grid = config.vision_config.grid(*batch.pixel_values_augmented.shape[-2:])
             patches = self.teacher.tcl.image_features(teacher.image_states[:, 1:])  # (N, P, D)
-            regions = pool_locals(patches, (height // patch, width // patch), config.local_grid)
+            regions = pool_locals(patches, grid, config.local_grid)
             tokens = self.teacher.tcl.text_features(teacher.text_states[:, 1:])  # (N, L - 1, D)
             token_mask = batch.attention_mask[:, 1:]
             if config.gather_negatives:
@@ -581,13 +546,12 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
     @torch.no_grad()
     def _hard_negatives(self, batch: TrainingBatch, student: View, teacher: View) -> HardNegatives:
         """Draw a hard negative image for each text and a hard negative text for each image."""
-        ids, image_keys, text_keys = batch.image_ids, teacher.image, teacher.text
+        ids, keys = batch.image_ids, (teacher.image, teacher.text, batch.image_ids)
         if self.config.gather_negatives:
-            image_keys, text_keys = gather_own_first(image_keys), gather_own_first(text_keys)
+            keys = tuple(gather_own_first(x) for x in keys)
+        image_keys, text_keys, key_ids = keys
         excluded = torch.eye(len(student.text), len(text_keys), dtype=torch.bool, device=student.text.device)
-        if ids is not None:
-            all_ids = gather_own_first(ids) if self.config.gather_negatives else ids
-            excluded = excluded | (ids[:, None] == all_ids) & (all_ids != NO_IMAGE_ID)
+        excluded = excluded | (ids[:, None] == key_ids) & (key_ids != NO_IMAGE_ID)
         temperature = self.tcl.temperature
         image, has_image = sample_hard_negatives(similarity(student.text, image_keys, temperature), excluded)
         text, has_text = sample_hard_negatives(similarity(student.image, text_keys, temperature), excluded)
@@ -651,9 +615,8 @@ class TCLForPreTraining(PredictsWords, TCLForImageTextRetrieval):
         inputs = (input_ids, pixel_values, attention_mask)
         given = any(x is not None for x in (pixel_values_augmented, mlm_labels, image_ids))
         if not (return_loss and (self.training or given)):
-            return self._compare(
-                *inputs, use_itm_head, interpolate_pos_encoding, output_attentions, output_hidden_states
-            )
+            compared = self.tcl(*inputs, interpolate_pos_encoding, output_attentions, output_hidden_states)
+            return self._with_matching(compared, attention_mask, use_itm_head, output_attentions)
         masked = None
         if self.config.mlm_weight:
             if mlm_input_ids is None or mlm_labels is None:
@@ -662,7 +625,7 @@ class TCLForPreTraining(PredictsWords, TCLForImageTextRetrieval):
                     "or a config with mlm_weight=0."
                 )
             masked = MaskedTokens(mlm_input_ids, mlm_labels, mlm_positions)
-        batch = TrainingBatch.from_inputs(*inputs, pixel_values_augmented, image_ids, masked, interpolate_pos_encoding)
+        batch = TrainingBatch(*inputs, pixel_values_augmented, image_ids, masked, interpolate_pos_encoding)
         return self._losses(batch, alpha)
 
 
@@ -670,8 +633,6 @@ class TCLForMaskedLM(PredictsWords, TCLPreTrainedModel):
     """TCL with its language-model head: fill in the masked words of a text about an image."""
 
     pipeline_tag = "zero-shot-image-classification"  # its encoders open as TCLModel
-    loss_names = ("loss",)
-    accepts_loss_kwargs = False
 
     def __init__(self, config: TCLConfig):
         super().__init__(config)
@@ -707,28 +668,11 @@ class TCLForMaskedLM(PredictsWords, TCLPreTrainedModel):
         if input_ids is None or pixel_values is None:
             raise ValueError("TCLForMaskedLM reads texts about images: pass both input_ids and pixel_values.")
         image_states = self.tcl.encode_image(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
-        output = self.tcl.text_model(
-            input_ids,
-            attention_mask,
-            encoder_hidden_states=image_states,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
+        options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        output = self.tcl.text_model(input_ids, attention_mask, encoder_hidden_states=image_states, **options)
         logits = self.lm_head(output.last_hidden_state)
         loss = None if labels is None else mlm_loss(logits.flatten(0, 1), labels.flatten())
-        return TCLMaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            cross_attentions=output.cross_attentions,
-        )
+        return TCLMaskedLMOutput(loss, logits, output.hidden_states, output.attentions, output.cross_attentions)
 
 
-__all__ = [
-    "TCLForImageTextRetrieval",
-    "TCLForMaskedLM",
-    "TCLForPreTraining",
-    "TCLModel",
-    "TCLTaughtModel",
-]
+__all__ = ["TCLForImageTextRetrieval", "TCLForMaskedLM", "TCLForPreTraining", "TCLModel", "TCLTaughtModel"]

@@ -21,7 +21,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention import KeyValue
 from .configuration_tcl import TCLConfig, TCLTextConfig
-from .encoders import PredictsWords, TCLLMHead, TCLTextModel, TCLTextPreTrainedModel
+from .encoders import PredictsWords, TCLLMHead, TCLTextModel, TCLTextPreTrainedModel, eval_mode
 from .fitting import fill_decoder, shape_of
 from .losses import answer_loss, classification_loss, draw_two_images
 from .modeling_tcl import TCLModel, TCLTaughtModel, has_no_share
@@ -112,13 +112,11 @@ class _FusedClassifier(TCLTaughtModel):
             ValueError: if texts or images are missing, if there are not as many images as the model reads, or if
                 texts and images differ in number and `image_index` is missing.
         """
-        name = type(self).__name__
-        if input_ids is None or pixel_values is None:
-            raise ValueError(f"{name} reads texts about images: pass both input_ids and pixel_values.")
         expected = self.images_per_text
-        if pixel_values.ndim != (5 if expected > 1 else 4) or (expected > 1 and pixel_values.shape[1] != expected):
+        slots = (expected,) if expected > 1 else ()
+        if pixel_values is not None and (pixel_values.ndim < 4 or pixel_values.shape[1:-3] != slots):
             shape = "(B, 3, height, width)" if expected == 1 else f"(B, {expected}, 3, height, width)"
-            raise ValueError(f"{name} reads pixel_values {shape}, but got {tuple(pixel_values.shape)}.")
+            raise ValueError(f"{type(self).__name__} reads pixel_values {shape}, but got {tuple(pixel_values.shape)}.")
         inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
         output = _fused(
             self.tcl, *inputs, output_attentions=output_attentions, output_hidden_states=output_hidden_states
@@ -139,17 +137,19 @@ class _FusedClassifier(TCLTaughtModel):
 
 def _fused(
     tcl: TCLModel,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     attention_mask: Tensor | None,
-    pixel_values: Tensor,
+    pixel_values: Tensor | None,
     image_index: Tensor | None,
     interpolate_pos_encoding: bool,
     **output_options: bool | None,
 ) -> Any:
-    """The text model's output for texts (N, L) about images (B, ..., 3, height, width).
+    """The text model's output for texts (N, L) about images (B, ..., 3, height, width), of student or teacher.
 
     Text n is about row `image_index[n]` of the images, or about row n if `image_index` is None.
     """
+    if input_ids is None or pixel_values is None:
+        raise ValueError("A text or a question is about an image: pass both input_ids and pixel_values.")
     if image_index is None and len(input_ids) != len(pixel_values):
         raise ValueError(
             f"There are {len(input_ids)} texts about {len(pixel_values)} images: pass image_index, the image of each "
@@ -255,7 +255,6 @@ class TCLAnswerDecoder(PredictsWords, TCLTextPreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_flash_attn = False  # see TCLForQuestionAnswering
     _tied_weights_keys = {"lm_head.decoder.weight": "text_model.embeddings.word_embeddings.weight"}
-    accepts_loss_kwargs = False
 
     def __init__(self, config: TCLTextConfig):
         super().__init__(config)
@@ -280,16 +279,16 @@ class TCLAnswerDecoder(PredictsWords, TCLTextPreTrainedModel, GenerationMixin):
             question_mask: 1 for tokens of the questions, 0 for padding (Q, P).
             question_index: the question of each answer (A,). Without it each question serves A / Q neighbours.
         """
-        states = self.text_model.encode(input_ids, attention_mask, cache=cache)
-        return self.text_model.fuse(
-            states.last_hidden_state,
-            attention_mask,
-            questions,
-            question_index,
-            image_mask=question_mask,
-            cache=cache,
-            **output_options,
-        )
+        states = self.text_model.encode(input_ids, attention_mask, cache=cache).last_hidden_state
+        options = output_options | {"image_mask": question_mask, "cache": cache}
+        return self.text_model.fuse(states, attention_mask, questions, question_index, **options)
+
+    def next_tokens(
+        self, questions: Tensor, answer_ids: Tensor, question_mask: Tensor | None, question_index: Tensor | None
+    ) -> Tensor:
+        """Logits (A, L, V) of the tokens after those of answers (A, L) to questions with states (Q, P, width)."""
+        projected = self.text_model.project_images(questions)
+        return self.lm_head(self.decode(answer_ids, projected, question_mask, question_index).last_hidden_state)
 
     @deprecate_kwarg("past_key_values", version="6.0.0", new_name="cache")
     @can_return_tuple
@@ -321,15 +320,12 @@ class TCLAnswerDecoder(PredictsWords, TCLTextPreTrainedModel, GenerationMixin):
                 for number, (key, value) in enumerate(questions):
                     cache.cross_attention_cache.update(key, value, number)
                     cache.is_updated[number] = True
-        output = self.decode(
-            input_ids,
-            questions,
-            encoder_attention_mask,
-            cache=cache.self_attention_cache if cache is not None else None,
-            attention_mask=attention_mask,
-            output_attentions=bool(output_attentions),
-            output_hidden_states=bool(output_hidden_states),
-        )
+        options = {
+            "cache": None if cache is None else cache.self_attention_cache,
+            "output_attentions": bool(output_attentions),
+            "output_hidden_states": bool(output_hidden_states),
+        }
+        output = self.decode(input_ids, questions, encoder_attention_mask, attention_mask=attention_mask, **options)
         return CausalLMOutputWithCrossAttentions(
             logits=self.lm_head(output.last_hidden_state),
             cache=cache,
@@ -421,7 +417,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
                 `question_index` is missing or of another length than the answers.
         """
         inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
-        questions = self._read(self.tcl, *inputs)
+        questions = _fused(self.tcl, *inputs).last_hidden_state  # (N, L, width)
         if labels is None:
             return TCLQuestionAnsweringOutput(encoder_last_hidden_state=questions)
         if question_index is None and len(labels) != len(questions):
@@ -436,44 +432,17 @@ class TCLForQuestionAnswering(TCLTaughtModel):
             )
         alpha = self.soft_target_share(alpha)
         answer_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id or 0)[:, :-1]
-        logits = self._answer(self, questions, attention_mask, answer_ids, question_index)
+        answers = (answer_ids, attention_mask, question_index)
+        logits = self.text_decoder.next_tokens(questions, *answers)
         teacher_logits = None
         if not has_no_share(alpha):
             with torch.no_grad():
-                taught = self._read(self.teacher.tcl, *inputs)
-                teacher_logits = self._answer(self.teacher, taught, attention_mask, answer_ids, question_index)
+                taught = _fused(self.teacher.tcl, *inputs).last_hidden_state
+                teacher_logits = self.teacher.text_decoder.next_tokens(taught, *answers)
         if answer_weights is None:
             answer_weights = torch.ones(len(labels), device=labels.device)
         loss = answer_loss(logits, labels[:, 1:], answer_weights, len(questions), teacher_logits, alpha)
         return TCLQuestionAnsweringOutput(loss, logits, questions)
-
-    @staticmethod
-    def _read(
-        tcl: TCLModel,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        pixel_values: Tensor | None,
-        image_index: Tensor | None,
-        interpolate_pos_encoding: bool,
-    ) -> Tensor:
-        """States (N, L, width) of questions fused with their images, by the student's or the teacher's `tcl`."""
-        if input_ids is None or pixel_values is None:
-            raise ValueError("A question is asked about an image: pass both input_ids and pixel_values.")
-        inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
-        return _fused(tcl, *inputs).last_hidden_state
-
-    @staticmethod
-    def _answer(
-        owner: nn.Module,
-        questions: Tensor,
-        question_mask: Tensor | None,
-        answer_ids: Tensor,
-        question_index: Tensor | None,
-    ) -> Tensor:
-        """Logits of the answers' next tokens (A, L, V), by the student's or the teacher's decoder."""
-        decoder = owner.text_decoder
-        projected = decoder.text_model.project_images(questions)
-        return decoder.lm_head(decoder.decode(answer_ids, projected, question_mask, question_index).last_hidden_state)
 
     @torch.no_grad()
     def rank_answers(
@@ -502,15 +471,10 @@ class TCLForQuestionAnswering(TCLTaughtModel):
             k: number of candidates scored in full; all of them if there are fewer.
             chunk_size: number of tokens whose logits are in memory at once.
         """
-        was_training = self.training
-        self.eval()
-        try:
-            questions = self._read(
-                self.tcl, input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding
-            )
+        inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
+        with eval_mode(self):
+            questions = _fused(self.tcl, *inputs).last_hidden_state
             return self._rank(questions, attention_mask, candidate_ids, candidate_mask, k, chunk_size)
-        finally:
-            self.train(was_training)
 
     def _rank(
         self,
@@ -522,33 +486,30 @@ class TCLForQuestionAnswering(TCLTaughtModel):
         chunk_size: int,
     ) -> TCLRankedAnswers:
         """`rank_answers` for the states of questions (N, L, width)."""
-        decoder, num_questions = self.text_decoder, len(questions)
+        decoder = self.text_decoder
         projected = decoder.text_model.project_images(questions)
         cache = DynamicCache()
-        start_ids = candidate_ids[:1, :1].expand(num_questions, 1)
+        start_ids = candidate_ids[:1, :1].expand(len(questions), 1)
         start = decoder.decode(start_ids, projected, question_mask, cache=cache).last_hidden_state
         first_tokens = decoder.lm_head(start[:, 0]).float().log_softmax(-1)  # (N, V)
         first, indices = first_tokens[:, candidate_ids[:, 1]].topk(min(k, len(candidate_ids)))  # (N, k)
         scores = 2 * first
 
-        # Answers of one length are read together: most have one or two tokens, and padding would be most of the work.
+        # Answers of one length are read together: most have one or two tokens, and padding would be most of the
+        # work. [CLS] and the first token are scored already, and [SEP], the last one, predicts nothing.
         answer_ids = candidate_ids[indices].flatten(0, 1)  # (N * k, L)
         lengths = candidate_mask[indices].sum(-1).flatten()
         rest = torch.zeros(len(lengths), device=scores.device)
-        for length in lengths.unique().tolist():
-            if length < 3:  # [CLS] and one token, which is scored already
-                continue
+        for length in lengths[lengths > 2].unique().tolist():
             rows = (lengths == length).nonzero().flatten()
-            ids = answer_ids[rows, 1:length]  # (R, length - 1); the last, [SEP], predicts nothing
+            ids, targets = answer_ids[rows, 1 : length - 1], answer_ids[rows, 2:length]  # (R, length - 2)
             question_index = rows // indices.shape[1]
-            states = decoder.decode(
-                ids[:, :-1], projected, question_mask, question_index, cache=_rows_of_cache(cache, question_index)
-            ).last_hidden_state
-            chunks = zip(states.flatten(0, 1).split(chunk_size), ids[:, 1:].flatten().split(chunk_size), strict=True)
-            log_p = [
-                -F.cross_entropy(decoder.lm_head(chunk).float(), targets, reduction="none") for chunk, targets in chunks
-            ]
-            rest[rows] = torch.cat(log_p).view(len(rows), -1).sum(-1)
+            past = _rows_of_cache(cache, question_index)
+            read = decoder.decode(ids, projected, question_mask, question_index, cache=past)
+            states = read.last_hidden_state.flatten(0, 1)
+            chunks = zip(states.split(chunk_size), targets.flatten().split(chunk_size), strict=True)
+            losses = [F.cross_entropy(decoder.lm_head(x).float(), y, reduction="none") for x, y in chunks]
+            rest[rows] = -torch.cat(losses).view(len(rows), -1).sum(-1)
         scores = scores + rest.view_as(scores)
         scores, order = scores.sort(-1, descending=True)
         return TCLRankedAnswers(indices.gather(-1, order), scores.softmax(-1), scores)
@@ -574,7 +535,8 @@ class TCLForQuestionAnswering(TCLTaughtModel):
             Token ids from [CLS] to [SEP], as `generate` of transformers returns them.
         """
         text = self.config.text_config
-        questions = self._read(self.tcl, input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
+        inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
+        questions = _fused(self.tcl, *inputs).last_hidden_state
         if not {"max_new_tokens", "max_length", "generation_config"} & generation_kwargs.keys():
             generation_kwargs["max_new_tokens"] = 10
         ends = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": text.pad_token_id}

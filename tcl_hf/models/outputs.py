@@ -6,7 +6,11 @@ Shapes: B images, N texts, P patches, L tokens, D feature dimensions, V words, A
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    MaskedLMOutput,
+)
 from transformers.utils import ModelOutput
 
 
@@ -80,7 +84,7 @@ class TCLLossOutput(ModelOutput):
 
 
 @dataclass
-class TCLMaskedLMOutput(ModelOutput):
+class TCLMaskedLMOutput(MaskedLMOutput):
     """Output of [`TCLForMaskedLM`].
 
     Args:
@@ -89,10 +93,6 @@ class TCLMaskedLMOutput(ModelOutput):
         hidden_states, attentions, cross_attentions: those of every layer, if asked for.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     cross_attentions: tuple[Tensor, ...] | None = None
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import BatchEncoding
 
@@ -93,9 +94,8 @@ class TCLProcessor(ProcessorMixin):
                 padded, and truncated to 30 tokens.
         """
         if text is not None and self.clean_text:
-            text = (
-                clean_caption(text, MAX_WORDS) if isinstance(text, str) else [clean_caption(t, MAX_WORDS) for t in text]
-            )
+            one = isinstance(text, str)
+            text = clean_caption(text, MAX_WORDS) if one else [clean_caption(each, MAX_WORDS) for each in text]
         return super().__call__(images=images, text=text, **kwargs)
 
     def clean_question(self, question: str, max_words: int = MAX_QUESTION_WORDS) -> str:
@@ -113,13 +113,11 @@ class TCLProcessor(ProcessorMixin):
         """
         tokenizer = self.tokenizer
         rows = [
-            [tokenizer.cls_token_id, *tokens[: max_tokens - 2], tokenizer.sep_token_id]
+            torch.tensor([tokenizer.cls_token_id, *tokens[: max_tokens - 2], tokenizer.sep_token_id])
             for tokens in tokenizer(list(answers), add_special_tokens=False, clean_up_text=False)["input_ids"]
         ]
-        longest = max(len(row) for row in rows)
-        ids = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows])
-        return ids, (torch.arange(longest) < lengths[:, None]).long()
+        ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        return ids, pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 __all__ = ["TCLProcessor"]

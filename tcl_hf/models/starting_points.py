@@ -67,20 +67,14 @@ class StartingPoint:
 
 
 # How the images of each family were normalised.
-_NORMALISATION = {
-    "vit": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-    "vit_mae": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "vit_msn": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-}
+_NORMALISATION = {"vit": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)}
+_NORMALISATION |= dict.fromkeys(("vit_mae", "vit_msn", "dinov2"), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 # Why our encoders do not compute the states of other well-known families.
 _UNSUPPORTED = {
     "deit": "it reads a distillation token beside the class token (a DeiT without one is a 'vit')",
     "dinov2_with_registers": "it reads register tokens beside the class token",
     "dinov3_vit": "it rotates by positions and reads register tokens",
-    "clip_vision_model": "it normalises the patches before its first layer",
     "clip": "it normalises the patches before its first layer",
-    "siglip_vision_model": "it has no class token",
     "siglip": "it has no class token",
     "beit": "its positions are relative",
     "swin": "its patches merge from stage to stage",
@@ -128,26 +122,25 @@ def read_vision_encoder(name_or_path: str, image_size: int | None = None) -> Sta
             f"{name_or_path} has gated feed-forward layers or no query biases, which our vision encoder does not "
             "support: choose a model with use_swiglu_ffn=false and qkv_bias=true."
         )
-    patch_size = foreign.patch_size
     config = {
         "hidden_size": foreign.hidden_size,
         "intermediate_size": getattr(foreign, "intermediate_size", None)
         or foreign.hidden_size * int(foreign.mlp_ratio),
         "num_hidden_layers": foreign.num_hidden_layers,
         "num_attention_heads": foreign.num_attention_heads,
-        "patch_size": patch_size,
+        "patch_size": foreign.patch_size,
         "image_size": image_size or foreign.image_size,
         "hidden_act": foreign.hidden_act,
         "layer_norm_eps": foreign.layer_norm_eps,
     }
-    model = _load_foreign(name_or_path, foreign, add_pooling_layer=False)
+    model = _load_foreign(name_or_path, foreign)
     state = _rename(model.state_dict(), _VISION_RENAMES, _VISION_DROPPED, name_or_path)
     for key in [key for key in state if ".layer_scale" in key]:
         layer, number = key.rsplit(".layer_scale", 1)
         scale = state.pop(key)
         state[f"{layer}.{_LAYER_SCALED[number]}.weight"] *= scale[:, None]
         state[f"{layer}.{_LAYER_SCALED[number]}.bias"] *= scale
-    grid = TCLVisionConfig(**config).image_size // patch_size
+    grid = TCLVisionConfig(**config).image_size // foreign.patch_size
     positions = "embeddings.position_embeddings"
     state[positions] = resize_positions(state[positions], grid)
     mean, std = _normalisation(name_or_path, foreign.model_type)
@@ -211,7 +204,7 @@ def read_text_encoder(name_or_path: str, fusion_layer: int | None = None, num_fu
     if with_lm_head:
         whole = AutoModelForMaskedLM.from_pretrained(name_or_path, config=foreign, dtype=torch.float32).state_dict()
     else:
-        whole = _load_foreign(name_or_path, foreign, add_pooling_layer=False).state_dict()
+        whole = _load_foreign(name_or_path, foreign).state_dict()
     head = {k.removeprefix("cls.predictions."): v for k, v in whole.items() if k.startswith("cls.predictions.")}
     encoder = {k.removeprefix("bert."): v for k, v in whole.items() if not k.startswith("cls.")}
     state = _rename(encoder, _as_renames(BERT_NAMES), _TEXT_DROPPED, name_or_path)
@@ -222,7 +215,7 @@ def read_text_encoder(name_or_path: str, fusion_layer: int | None = None, num_fu
 
 
 def _why_not(config: PreTrainedConfig) -> str:
-    reason = _UNSUPPORTED.get(config.model_type)
+    reason = _UNSUPPORTED.get(config.model_type.removesuffix("_vision_model"))
     return f", and {reason}" if reason else ""
 
 
@@ -241,10 +234,9 @@ def _normalisation(name_or_path: str, model_type: str) -> tuple[tuple[float, ...
     return tuple(image_processor.get("image_mean", mean)), tuple(image_processor.get("image_std", std))
 
 
-def _load_foreign(name_or_path: str, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
-    if config.model_type not in ("vit", "bert"):
-        kwargs.pop("add_pooling_layer", None)
-    return AutoModel.from_pretrained(name_or_path, config=config, dtype=torch.float32, **kwargs)
+def _load_foreign(name_or_path: str, config: PreTrainedConfig) -> PreTrainedModel:
+    without_pooler = {"add_pooling_layer": False} if config.model_type in ("vit", "bert") else {}
+    return AutoModel.from_pretrained(name_or_path, config=config, dtype=torch.float32, **without_pooler)
 
 
 def _rename(
@@ -310,8 +302,9 @@ class StartsFromEncoders:
         Raises:
             ValueError: for an encoder whose states ours cannot reproduce.
         """
-        vision = read_vision_encoder(vision_model, image_size) if isinstance(vision_model, str) else vision_model
-        text = text_model
+        vision, text = vision_model, text_model
+        if isinstance(vision, str):
+            vision = read_vision_encoder(vision, image_size)
         if isinstance(text, str):
             text = read_text_encoder(text, fusion_layer, num_fusion_layers)
         vision_fields = (vision.config if vision else {}) | (vision_config or {})

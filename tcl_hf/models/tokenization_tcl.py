@@ -9,6 +9,7 @@ _DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 _WHITE_SPACE_RUN = re.compile(r"\s{2,}")
 _COMPOUND = re.compile("[-/]")
 _PERSON_BRACKET = re.compile("<(?=person>)|(?<=<person)>")
+_CLEAN_UP = ((_DELETED, ""), (_COMPOUND, " "), (_PERSON_BRACKET, ""))  # what a pattern matches is replaced
 
 
 def clean_caption(caption: str, max_words: int = 30) -> str:
@@ -29,12 +30,7 @@ def clean_caption_with_origins(caption: str, max_words: int = 30) -> tuple[str, 
     text = caption.lower()
     # A character may become several in lower case.
     origins = [position for position, char in enumerate(caption) for _ in char.lower()]
-    for pattern, replacement in (
-        (_DELETED, ""),
-        (_COMPOUND, " "),
-        (_PERSON_BRACKET, ""),
-        (_WHITE_SPACE_RUN, " "),
-    ):
+    for pattern, replacement in (*_CLEAN_UP, (_WHITE_SPACE_RUN, " ")):
         matches = list(pattern.finditer(text))
         text = pattern.sub(replacement, text)
         for match in reversed(matches):
@@ -102,17 +98,11 @@ class TCLTokenizer(BertTokenizer):
     @clean_up_text.setter
     def clean_up_text(self, clean_up_text: bool) -> None:
         self._clean_up_text = clean_up_text
-        steps = [self._normalizer_of_bert]
+        steps: list[normalizers.Normalizer] = []
         if clean_up_text:
-            steps = [
-                *([normalizers.Lowercase()] if self.do_lower_case else []),
-                *(
-                    normalizers.Replace(Regex(pattern.pattern), replacement)
-                    for pattern, replacement in ((_DELETED, ""), (_COMPOUND, " "), (_PERSON_BRACKET, ""))
-                ),
-                self._normalizer_of_bert,
-            ]
-        self._tokenizer.normalizer = normalizers.Sequence(steps)
+            steps += [normalizers.Lowercase()] if self.do_lower_case else []
+            steps += [normalizers.Replace(Regex(pattern.pattern), replacement) for pattern, replacement in _CLEAN_UP]
+        self._tokenizer.normalizer = normalizers.Sequence([*steps, self._normalizer_of_bert])
 
     def _encode_plus(self, *args, clean_up_text: bool | None = None, **kwargs) -> BatchEncoding:
         if clean_up_text in (None, self.clean_up_text):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .losses import NO_IMAGE_ID
+
 
 @dataclass
 class MaskedTokens:
@@ -44,48 +46,33 @@ class MaskedTokens:
 
 @dataclass
 class TrainingBatch:
-    """A batch of pairs to train on: image n belongs to text n."""
+    """A batch of pairs to train on: image n belongs to text n. Inputs that may be left out are filled in.
+
+    Raises:
+        ValueError: if the number of images differs from that of texts.
+    """
 
     input_ids: Tensor  # (N, L)
     pixel_values: Tensor  # (N, 3, height, width): view a, the student's
-    attention_mask: Tensor  # (N, L)
-    pixel_values_augmented: Tensor  # (N, 3, height, width): view b, the teacher's
-    image_ids: Tensor | None  # (N,)
+    attention_mask: Tensor  # (N, L), of ones if None is given
+    pixel_values_augmented: Tensor  # (N, 3, height, width): view b, the teacher's; view a if None is given
+    image_ids: Tensor  # (N,), `NO_IMAGE_ID` if None is given
     masked: MaskedTokens | None
     interpolate_pos_encoding: bool
 
-    @classmethod
-    def from_inputs(
-        cls,
-        input_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        attention_mask: Tensor | None,
-        pixel_values_augmented: Tensor | None,
-        image_ids: Tensor | None,
-        masked: MaskedTokens | None,
-        interpolate_pos_encoding: bool,
-    ) -> "TrainingBatch":
-        """Check the inputs of a forward, and fill in those that may be left out.
-
-        Raises:
-            ValueError: if the number of images differs from that of texts.
-        """
-        if input_ids is None or pixel_values is None or len(input_ids) != len(pixel_values):
-            texts = 0 if input_ids is None else len(input_ids)
-            images = 0 if pixel_values is None else len(pixel_values)
+    def __post_init__(self):
+        images, texts = (0 if given is None else len(given) for given in (self.pixel_values, self.input_ids))
+        if images != texts or self.input_ids is None:
             raise ValueError(
                 f"The losses need pairs, but got {images} images and {texts} texts: pass as many pixel_values as "
                 "input_ids, or return_loss=False."
             )
-        return cls(
-            input_ids,
-            pixel_values,
-            torch.ones_like(input_ids) if attention_mask is None else attention_mask,
-            pixel_values if pixel_values_augmented is None else pixel_values_augmented,
-            image_ids,
-            masked,
-            interpolate_pos_encoding,
-        )
+        if self.attention_mask is None:
+            self.attention_mask = torch.ones_like(self.input_ids)
+        if self.pixel_values_augmented is None:
+            self.pixel_values_augmented = self.pixel_values
+        if self.image_ids is None:
+            self.image_ids = torch.full_like(self.input_ids[:, 0], NO_IMAGE_ID, dtype=torch.long)
 
 
 @dataclass
@@ -100,26 +87,20 @@ class View:
 
 
 def encode_view(
-    tcl: Any,
-    batch: TrainingBatch,
-    pixel_values: Tensor,
-    input_ids: Tensor | None,
-    masked: MaskedTokens | None,
-    patch_dropout: float = 0.0,
+    tcl: Any, batch: TrainingBatch, pixel_values: Tensor, texts: bool, masked_texts: bool, patch_dropout: float = 0.0
 ) -> View:
-    """Encode a batch by a [`TCLModel`]; texts and masked texts, where given, are encoded in one pass."""
+    """Encode a batch by a [`TCLModel`]: its images, and its texts and masked texts where they are asked for."""
     image_states = tcl.encode_image(
         pixel_values, interpolate_pos_encoding=batch.interpolate_pos_encoding, patch_dropout=patch_dropout
     )
     view = View(image_states, tcl.image_features(image_states[:, 0]))
-    texts = [] if input_ids is None else [input_ids]
-    if masked is not None:
-        texts.append(masked.input_ids)
-    if texts:
-        states = tcl.encode_text(torch.cat(texts), batch.attention_mask.repeat(len(texts), 1)).chunk(len(texts))
-        if input_ids is not None:
+    input_ids = [batch.input_ids] * texts + ([batch.masked.input_ids] if masked_texts else [])
+    if input_ids:  # in one pass
+        mask = batch.attention_mask.repeat(len(input_ids), 1)
+        states = tcl.encode_text(torch.cat(input_ids), mask).chunk(len(input_ids))
+        if texts:
             view.text_states, view.text = states[0], tcl.text_features(states[0][:, 0])
-        if masked is not None:
+        if masked_texts:
             view.masked_states = states[-1]
     return view
 

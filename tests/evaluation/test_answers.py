@@ -8,7 +8,7 @@ from transformers import pipeline
 from tcl_hf import TCLForQuestionAnswering
 from tcl_hf.data.collators import TCLTaskCollator
 from tcl_hf.data.images import open_image
-from tcl_hf.evaluation.answers import answer_metrics, answer_questions, evaluate_answers
+from tcl_hf.evaluation.answers import answer_metrics, evaluate_answers
 from tcl_hf.models.processing_tcl import MAX_ANSWER_TOKENS, MAX_QUESTION_TOKENS
 
 
@@ -16,7 +16,7 @@ from tcl_hf.models.processing_tcl import MAX_ANSWER_TOKENS, MAX_QUESTION_TOKENS
 def test_answers_equal_a_plain_loop_over_candidates(k):
     model, processor = tiny(TCLForQuestionAnswering)
     rows, candidates = questions(5), ["red", "green dog", "big cat house", "blue", "a"]
-    found = answer_questions(model, processor, rows, candidates, k=k, batch_size=2)
+    found = evaluate_answers(model, processor, rows, candidates, k=k, batch_size=2).predictions
     for row, prediction in zip(rows, found, strict=True):
         batch = TCLTaskCollator(processor, with_answers=False, max_tokens=50)([row])
         scores = []
@@ -42,7 +42,7 @@ def test_evaluation_and_pipeline_rank_long_answers_and_questions_equally():
     rows = questions(4)
     rows[1]["question"] = "what is near the big red dog " * 10
     assert len(processor.tokenizer.tokenize(processor.clean_question(rows[1]["question"]))) >= MAX_QUESTION_TOKENS
-    evaluated = answer_questions(model, processor, rows, candidates, batch_size=2)
+    evaluated = evaluate_answers(model, processor, rows, candidates, batch_size=2).predictions
     pipe = pipeline("visual-question-answering", model=model, processor=processor, device="cpu")
     for row, expected in zip(rows, evaluated, strict=True):
         best, _ = pipe({"image": open_image(row["image"]), "question": row["question"]}, candidates=candidates)

@@ -14,7 +14,7 @@ import json, sys, torch.distributed as dist
 sys.path.insert(0, "tests")
 from helpers import phrases, questions, statements, tiny, tiny_records
 from tcl_hf import TCLForImageTextRetrieval, TCLForQuestionAnswering, TCLForVisualEntailment
-from tcl_hf.evaluation.answers import answer_questions
+from tcl_hf.evaluation.answers import evaluate_answers
 from tcl_hf.evaluation.classes import evaluate_classes
 from tcl_hf.evaluation.grounding import evaluate_grounding
 from tcl_hf.evaluation.retrieval import evaluate_retrieval
@@ -26,7 +26,7 @@ model, processor = tiny(TCLForVisualEntailment)
 rows = statements(("entailment", "neutral", "contradiction"), 7)
 found.append(evaluate_classes(model, processor, rows, batch_size=2).predictions)
 model, processor = tiny(TCLForQuestionAnswering)
-found.append(answer_questions(model, processor, questions(5), ["red", "green dog", "a"], batch_size=2))
+found.append(evaluate_answers(model, processor, questions(5), ["red", "green dog", "a"], batch_size=2).predictions)
 open(f"{sys.argv[1]}-{dist.get_rank()}.json", "w").write(json.dumps(found))
 dist.destroy_process_group()
 """

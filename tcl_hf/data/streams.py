@@ -251,7 +251,8 @@ class _Lanes(torch.utils.data.IterableDataset):
     def _draw_sources(self, lane: int, window: int) -> torch.Tensor:
         """The source of each record in a window of a mixture: (window,)."""
         generator = _generator(self.seed, self.epoch, 2, lane, window)
-        return torch.multinomial(self.weights, self.window, replacement=True, generator=generator)
+        weights: Any = self.weights  # Only a mixture has them.
+        return torch.multinomial(weights, self.window, replacement=True, generator=generator)
 
     def _drawn_before(self, lane: int, first_window: int) -> torch.Tensor:
         """The number of records that a lane has taken from each source before a window: (sources,)."""

@@ -47,7 +47,8 @@ def evaluate_answers(
     results: list[tuple[int, float]] = []  # index and probability of the best candidate
     with eval_mode(model):
         for batch in collated_batches(collator, records, batch_size, model.device, progress):
-            ranked = model.rank_answers(**batch, candidate_ids=candidate_ids, candidate_mask=candidate_mask, k=k)
+            options: dict[str, Any] = {"candidate_ids": candidate_ids, "candidate_mask": candidate_mask, "k": k}
+            ranked: Any = model.rank_answers(**batch | options)
             results += zip(ranked.indices[:, 0].tolist(), ranked.probabilities[:, 0].tolist(), strict=True)
     predictions = [
         {"question_id": record["question_id"], "answer": candidates[index], "score": score}

@@ -41,8 +41,8 @@ def evaluate_classes(
         for batch in collated_batches(collator, records, batch_size, model.device, progress):
             labels = batch.pop("labels")
             results += zip(model(**batch).logits.float().softmax(-1).tolist(), labels.tolist(), strict=True)
-    probabilities, labels = zip(*gather_results(results, len(records)), strict=True)
-    predicted, true = torch.tensor(probabilities).argmax(-1), torch.tensor(labels)
+    probabilities, numbers = zip(*gather_results(results, len(records)), strict=True)
+    predicted, true = torch.tensor(probabilities).argmax(-1), torch.tensor(numbers)
     metrics = {"accuracy": accuracy(predicted, true), "most_frequent_label": majority_share(true)}
     metrics |= per_label_scores(predicted, true, names)
     pair_ids = [pair_id for record in records if (pair_id := record.get("pair_id"))]

@@ -112,7 +112,10 @@ def encode_samples(
     texts = [text for of_image in captions for text in of_image]
     image_of_text = torch.tensor([row for row, of_image in enumerate(captions) for _ in of_image])
     image_rows, text_rows = process_share(len(records)), process_share(len(texts))
-    image_states, image_embeds, text_states, text_embeds = [], [], [], []
+    image_states: list[Tensor] = []
+    image_embeds: list[Tensor] = []
+    text_states: list[Tensor] = []
+    text_embeds: list[Tensor] = []
     bar = tqdm(total=len(image_rows) + len(text_rows), desc="Encoding", disable=not progress, leave=False)
     for rows in in_batches(image_rows, batch_size):
         images = [open_image(records[row]["image"]).convert("RGB") for row in rows]

@@ -75,7 +75,7 @@ class MatchingLogits(nn.Module):
 class _Part:
     """A part to export: the module, example inputs, and their dynamic sizes."""
 
-    module: nn.Module
+    module: Any
     inputs: tuple[Tensor, ...]
     dynamic_shapes: tuple[dict[int, Any], ...]
 

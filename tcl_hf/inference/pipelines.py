@@ -78,7 +78,8 @@ class _ImageTextPipeline(Pipeline):
             inputs = self._records(inputs, text)
         elif isinstance(inputs, Iterable) and not isinstance(inputs, str | Mapping | list | Dataset):
             # transformers accepts generators and PyTorch's datasets, but not those of the library `datasets`.
-            inputs = Subset(inputs, range(len(inputs))) if isinstance(inputs, Sized) else (one for one in inputs)
+            records: Any = inputs
+            inputs = Subset(records, range(len(records))) if isinstance(inputs, Sized) else (one for one in inputs)
         return super().__call__(inputs, **kwargs)
 
     def _records(self, images: Any, text: str | list[str]) -> Record | list[Record]:
@@ -316,7 +317,9 @@ class VisualGroundingPipeline(_ImageTextPipeline):
         pairs = inputs["text_and_span"]
         texts, spans = zip(*(pairs if isinstance(pairs, list) else [pairs]), strict=True)  # a list only in batches
         phrases = [[span] for span in spans]
-        maps = phrase_heat_maps(self.model, self.processor, inputs["pixel_values"], texts, phrases, **kwargs)
+        maps: list[list[Any]] = phrase_heat_maps(
+            self.model, self.processor, inputs["pixel_values"], texts, phrases, **kwargs
+        )
         heat_maps = torch.stack([heat_map for (heat_map,) in maps])  # (B, height, width)
         return {"heat_map": heat_maps, "image": inputs["image"], "boxes": inputs["boxes"]}
 

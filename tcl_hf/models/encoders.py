@@ -171,7 +171,7 @@ class TCLVisionEmbeddings(nn.Module):
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         patches = patches.flatten(2).mT  # (B, P, D)
-        positions = self.position_embeddings
+        positions: Tensor = self.position_embeddings
         if interpolate_pos_encoding:
             positions = resize_positions(positions, self.config.grid(height, width))
         return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + positions
@@ -585,7 +585,7 @@ class TCLLMHead(TCLTextPreTrainedModel):
 class PredictsWords:
     """A model with a language-model head `lm_head`, whose last weights are the word embeddings."""
 
-    lm_head: nn.Module
+    lm_head: Any
     _tied_weights_keys: Any = {"lm_head.decoder.weight": "tcl.text_model.embeddings.word_embeddings.weight"}
 
     def get_output_embeddings(self) -> nn.Module:

@@ -163,7 +163,7 @@ class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
         if input_ids is None and pixel_values is None:
             raise ValueError("TCLModel got neither pixel_values nor input_ids: pass images, texts or both.")
         output_options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        output = TCLOutput()
+        output: Any = TCLOutput()
         if pixel_values is not None:
             vision = self.vision_model(
                 pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **output_options
@@ -432,7 +432,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         # Only the student drops patches, because LMI pools the teacher's patches on their grid.
         patch_dropout = config.patch_dropout if self.training and self.drops_patches else 0.0
         student = encode_view(self.tcl, batch, batch.pixel_values, compares, predicts_words, patch_dropout)
-        teacher = None
+        teacher: Any = None
         if compares or distils_words:
             with torch.no_grad():
                 teacher = encode_view(self.teacher.tcl, batch, batch.pixel_values_augmented, compares, distils_words)
@@ -499,7 +499,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         output: TCLLossOutput,
         batch: TrainingBatch,
         student: View,
-        teacher: View | None,
+        teacher: View,
         alpha: float | Tensor,
     ) -> None:
         """Add the losses of the fusion encoder, matching (ITM) and masked words (MLM), from one pass over all rows."""
@@ -546,7 +546,8 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
     @torch.no_grad()
     def _hard_negatives(self, batch: TrainingBatch, student: View, teacher: View) -> HardNegatives:
         """Draw a hard negative image for each text and a hard negative text for each image."""
-        ids, keys = batch.image_ids, (teacher.image, teacher.text, batch.image_ids)
+        ids = batch.image_ids
+        keys: tuple[Tensor, ...] = (teacher.image, teacher.text, ids)
         if self.config.gather_negatives:
             keys = tuple(gather_own_first(x) for x in keys)
         image_keys, text_keys, key_ids = keys
@@ -574,7 +575,7 @@ class TCLForPreTraining(PredictsWords, TCLForImageTextRetrieval):
         The last weights of the language-model head are the word embeddings, which are always used.
         """
         head = self.lm_head
-        idle = [] if self.config.mlm_weight else [head.dense, head.layer_norm, head.decoder.bias]
+        idle: list[Any] = [] if self.config.mlm_weight else [head.dense, head.layer_norm, head.decoder.bias]
         return super().idle_parts() + idle
 
     @can_return_tuple

@@ -315,12 +315,12 @@ class TCLAnswerDecoder(PredictsWords, TCLTextPreTrainedModel, GenerationMixin):
         if cache is not None and cache.is_updated.get(0):
             questions = [(layer.keys, layer.values) for layer in cache.cross_attention_cache.layers]
         else:
-            questions = self.text_model.project_images(encoder_hidden_states)
+            questions = self.text_model.project_images(encoder_hidden_states)  # type: ignore[arg-type]
             if cache is not None:
                 for number, (key, value) in enumerate(questions):
                     cache.cross_attention_cache.update(key, value, number)
                     cache.is_updated[number] = True
-        options = {
+        options: dict[str, Any] = {
             "cache": None if cache is None else cache.self_attention_cache,
             "output_attentions": bool(output_attentions),
             "output_hidden_states": bool(output_hidden_states),

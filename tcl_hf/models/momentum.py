@@ -1,6 +1,7 @@
 """The two memories of contrastive pre-training: a slowly moving teacher, and queues of its features."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ class MomentumTeacher(nn.Module):
     whenever the student is, so that their dropout masks differ from the student's: for texts this is the second view of
     IMC.
     """
+
+    tcl: Any
+    lm_head: Any
+    cls_head: Any
+    text_decoder: Any
 
     def __init__(self, **students: nn.Module):
         super().__init__()
@@ -87,7 +93,7 @@ class MomentumTeacher(nn.Module):
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters by name. A layer with PEFT's adapters also has, by its former names, the weights they amount to."""
-    weights = dict(module.named_parameters(remove_duplicate=False))
+    weights: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     for name, layer in module.named_modules():
         if hasattr(layer, "get_base_layer"):
             merged = copy.deepcopy(layer)  # a copy, because adapters are merged in place
@@ -105,6 +111,11 @@ class FeatureQueue(nn.Module):
         size: rows kept (Q); 0 for a queue that keeps nothing.
         dim: feature dimensions (D).
     """
+
+    image: Tensor
+    text: Tensor
+    ids: Tensor
+    cursor: Tensor
 
     def __init__(self, size: int, dim: int):
         super().__init__()

@@ -55,8 +55,8 @@ class TrainingBatch:
     input_ids: Tensor  # (N, L)
     pixel_values: Tensor  # (N, 3, height, width): view a, the student's
     attention_mask: Tensor  # (N, L), of ones if None is given
-    pixel_values_augmented: Tensor  # (N, 3, height, width): view b, the teacher's; view a if None is given
-    image_ids: Tensor  # (N,), `NO_IMAGE_ID` if None is given
+    pixel_values_augmented: Any  # (N, 3, height, width): view b, the teacher's; view a if None is given
+    image_ids: Any  # (N,), `NO_IMAGE_ID` if None is given
     masked: MaskedTokens | None
     interpolate_pos_encoding: bool
 
@@ -81,9 +81,9 @@ class View:
 
     image_states: Tensor  # (N, 1 + P, width), P the patches that the encoder read
     image: Tensor  # (N, D)
-    text_states: Tensor = None  # (N, L, width)
-    text: Tensor = None  # (N, D)
-    masked_states: Tensor = None  # (N, L, width)
+    text_states: Tensor = None  # type: ignore[assignment]  # (N, L, width)
+    text: Tensor = None  # type: ignore[assignment]  # (N, D)
+    masked_states: Tensor = None  # type: ignore[assignment]  # (N, L, width)
 
 
 def encode_view(
@@ -155,7 +155,7 @@ def fusion_rows(
             texts.append(text_states[text])
             masks.append(attention_mask[text])
             images.append(image)
-    token_indices = [] if token_index is None else [torch.zeros_like(token_index)] * len(texts)
+    token_indices: list[Any] = [] if token_index is None else [torch.zeros_like(token_index)] * len(texts)
     if batch.masked is not None:
         padding = attention_mask.shape[1] - length
         texts.append(F.pad(masked_states, (0, 0, 0, padding)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import set_seed
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Pre-train a model as the recipe and the command line say, and leave model, metrics, pictures and card."""
     data_args, model_args, args = parse_recipe(PRETRAIN, argv)
     set_seed(args.seed)
+    pairs: Any
     pairs, records = load_pretraining_data(data_args)
     model, processor = build_model(model_args, captions_of(pairs))
     metrics = train_task(data_args, args, model, processor, pairs, records)

@@ -12,7 +12,7 @@ class Agreement:
     """Lets processes agree by collective calls over their CPUs, so that nothing waits for a GPU."""
 
     def __init__(self):
-        self.group = dist.new_group(backend="gloo") if is_distributed() else None
+        self.group: Any = dist.new_group(backend="gloo") if is_distributed() else None
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is true in any process; all processes have to ask together."""

@@ -67,7 +67,7 @@ def save_checkpoint(
                 shutil.rmtree(left, ignore_errors=True)
         accelerator.wait_for_everyone()
         # The checksums of the manifest are stronger, and a second pass over all bytes would cost time.
-        with serialization.patch("save.compute_crc32", False):
+        with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             accelerator.save_state(str(unfinished))
     except (OSError, RuntimeError, SafetensorError) as error:  # Torch and safetensors raise errors of their own.
         failure = error

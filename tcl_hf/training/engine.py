@@ -173,7 +173,9 @@ def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Every process has to ask for it. The first gets all of it in the memory of its CPU, and the others get nothing.
     """
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     return {name: _as_saved(name, value) for name, value in state.items()}
 
 
@@ -185,7 +187,7 @@ def whole_model(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, FSDPModule):
         return model
-    model_class = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+    model_class: Any = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
     with torch.device("meta"):
         copy = model_class(model.config)
     copy.load_state_dict({name: _as_saved(name, whole(x)) for name, x in model.state_dict().items()}, assign=True)

@@ -190,8 +190,9 @@ def modules_by_part(model: TCLForPreTraining) -> dict[str, list[nn.Module]]:
 
     None of them calls another, and what runs outside them belongs to the losses.
     """
+    owners: dict[str, Any] = {"student": model, "teacher": model.teacher}
     modules = {}
-    for name, owner in (("student", model), ("teacher", model.teacher)):
+    for name, owner in owners.items():
         text = owner.tcl.text_model
         attentions = [layer.cross_attn for layer in text.fusion_layers if hasattr(layer.cross_attn, "k_proj")]
         modules[name] = {

@@ -6,8 +6,8 @@ operations and activations of a step are counted and not guessed.
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..models.configuration_tcl import TCLConfig
@@ -50,7 +50,7 @@ def count_parameters(model: TCLForPreTraining) -> dict[str, int]:
     return parts | {"student": student, "teacher": number_of(model.teacher)}
 
 
-def number_of(module: nn.Module) -> int:
+def number_of(module: Any) -> int:
     """Return the number of parameters of a module; a parameter that it uses twice counts once."""
     return sum(parameter.numel() for parameter in module.parameters())
 

@@ -395,7 +395,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         Raises:
             ValueError: if a side is missing that is needed, or a training batch has more of one side than of the other.
         """
-        inputs = (input_ids, pixel_values, attention_mask)
+        inputs: tuple[Any, Any, Any] = (input_ids, pixel_values, attention_mask)
         given = pixel_values_augmented is not None or image_ids is not None
         if return_loss and (self.training or given):
             batch = TrainingBatch(*inputs, pixel_values_augmented, image_ids, None, interpolate_pos_encoding)
@@ -613,7 +613,7 @@ class TCLForPreTraining(PredictsWords, TCLForImageTextRetrieval):
         Raises:
             ValueError: as there, and if masked texts are missing while `mlm_weight` is above 0.
         """
-        inputs = (input_ids, pixel_values, attention_mask)
+        inputs: tuple[Any, Any, Any] = (input_ids, pixel_values, attention_mask)
         given = any(x is not None for x in (pixel_values_augmented, mlm_labels, image_ids))
         if not (return_loss and (self.training or given)):
             compared = self.tcl(*inputs, interpolate_pos_encoding, output_attentions, output_hidden_states)

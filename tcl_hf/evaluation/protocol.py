@@ -30,6 +30,17 @@ class EvaluationProtocol:
     heat: str | None = None
     images_shuffled: bool = False
 
+    def __str__(self) -> str:
+        """The protocol as a sentence."""
+        conditions = [f"the protocol {self.protocol}", f"the resolution {self.resolution}"]
+        conditions += [f"k = {self.k}"] if self.k is not None else []
+        conditions += [f"the heat map of {self.heat}"] if self.heat is not None else []
+        conditions += ["the images shuffled"] if self.images_shuffled else []
+        return (
+            f"These are results for the task {self.task}, on {self.records} samples of the split {self.split} of "
+            f"{self.dataset}, with {', '.join(conditions[:-1])} and {conditions[-1]}."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that apply to the task, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None and value is not False}

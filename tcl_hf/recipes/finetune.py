@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = train_task(data_args, args, model, processor, visited, records, answers)
     if PartialState().is_main_process:
         protocol = evaluation_protocol(data_args, model.config, len(records or ()))
-        amount, started_by = f"{len(samples)} records", command_line("finetune", argv)
+        amount, started_by = f"{len(samples)} samples", command_line("finetune", argv)
         run = Run(data_args, amount, [checkpoint_args.model], started_by, output_dir, protocol)
         print(write_finetuning_report(run, metrics, args.metric_for_best_model, records))
         print(f"Model, processor, metrics and card are in {output_dir}")

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not PartialState().is_main_process:
         return
     if records:
-        amount = "a stream of pairs" if data_args.streaming else f"{len(pairs)} pairs"
+        amount = "a stream of samples" if data_args.streaming else f"{len(pairs)} samples"
         bases = [name for name in (model_args.model, model_args.vision_model, model_args.text_model) if name]
         protocol = evaluation_protocol(data_args, model.config, len(records))
         run = Run(data_args, amount, bases, command_line("pretrain", argv), Path(args.output_dir), protocol)

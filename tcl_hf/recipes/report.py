@@ -68,7 +68,7 @@ class Run:
             datasets=datasets,
             summary=f"A model of {METHOD}, {training} by `tcl_hf` on {data}. {start}",
             results=results,
-            training=f"`{self.command}`; losses and metrics along the run are in `{METRICS}`.",
+            training=f"`{self.command}`; the losses and metrics of the run are in `{METRICS}`.",
             metrics=metrics,
             protocol=self.protocol,
             base_models=self.base_models,
@@ -169,14 +169,14 @@ def write_pretraining_report(
     plot_training(read_metrics(folder / METRICS), folder / CURVES)
     picture_sheet(model, processor, records, folder / SHEET, k)
     results = f"""\
-Split `{protocol.split}`, which this run did not train on, one caption per image, measured at its end. Similarity is the
-cosine of both encoders' features; re-ranking scores the {k} most similar candidates of each query by the matching head
-alone. Pixels were made by the PIL backend of the image processor.
+The model was measured at the end of the run on the split `{protocol.split}`, which it was not trained on, with one
+caption per image. Similarity is the cosine of the features of both encoders. Re-ranking scores the {k} most similar
+candidates of each query by the matching head alone. The images were prepared by the PIL backend of the image processor.
 
 {table}"""
     pictures = [
-        (CURVES, "Losses and recall along the run."),
-        (SHEET, "Retrieved pictures; the right one is framed. The captions are spread evenly over the split."),
+        (CURVES, "The losses and the recall during the run."),
+        (SHEET, "Retrieved pictures, with the right one framed. The captions are spread evenly over the split."),
     ]
     mean_recall = {name: v for name, v in metrics.items() if name.removeprefix("reranked_").startswith("recall@")}
     labels = [records[row]["captions"][0] for row in range(min(4, len(records)))]
@@ -236,10 +236,9 @@ def _caption_of(prediction: dict, record: dict) -> tuple[str, str, str]:
 
 
 def task_table(metrics: dict[str, float], protocol: EvaluationProtocol) -> str:
-    """A Markdown table of a task's metrics, under a line with the protocol of their measurement."""
-    line = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in protocol.to_dict().items())
+    """A Markdown table of a task's metrics, under a sentence with the protocol of their measurement."""
     rows = [f"| {name} | {value:.2f} |" for name, value in metrics.items() if name not in ("step", "epoch")]
-    return "\n".join([f"Measured with: {line}.", "", "| metric | value |", "|---|---|", *rows])
+    return "\n".join([str(protocol), "", "| metric | value |", "|---|---|", *rows])
 
 
 def plot_task(lines: list[dict[str, float]], metric: str, path: Path) -> None:
@@ -266,7 +265,7 @@ def write_finetuning_report(run: Run, metrics: dict[str, float], metric: str, re
     best = max(evaluations, key=lambda line: line.get(metric, -math.inf), default=metrics)
     plot_task(lines, metric, run.output_dir / CURVES)
     table = task_table(best, run.protocol)
-    pictures = [(CURVES, "Loss and metric along the run.")]
+    pictures = [(CURVES, "The loss and the metric during the run.")]
     run.write_card(table, best if records else {}, pictures, example=records[0] if records else None)
     return table
 

@@ -85,8 +85,8 @@ def test_curves_can_be_drawn_of_a_run_without_evaluation(tmp_path):
 def test_a_task_s_table_stands_under_its_protocol():
     protocol = EvaluationProtocol("grounding", "scenes", "validation", 9, "finetuned", 64, heat="similarity")
     assert task_table({"step": 3, "epoch": 1, "pointing_accuracy": 91.128}, protocol).splitlines() == [
-        "Measured with: task grounding, dataset scenes, split validation, records 9, protocol finetuned, "
-        "resolution 64, heat similarity.",
+        "These are results for the task grounding, on 9 samples of the split validation of scenes, with the protocol "
+        "finetuned, the resolution 64 and the heat map of similarity.",
         "",
         "| metric | value |",
         "|---|---|",

@@ -747,7 +747,14 @@ def test_loss_names_are_the_losses_of_the_output(model_class):
         batch = {name: batch[name] for name in ("pixel_values", "attention_mask", "mlm_input_ids", "mlm_labels")}
         batch = {name.removeprefix("mlm_"): value for name, value in batch.items()}
     output = model(**batch)
-    parts = {"loss_i2t", "loss_t2i", "loss_i2i", "loss_t2t", "loss_lmi_image", "loss_lmi_text"}  # of CMA, IMC and LMI
+    parts = {
+        "loss_i2t",
+        "loss_t2i",
+        "loss_i2i",
+        "loss_t2t",
+        "loss_lmi_image",
+        "loss_lmi_text",
+    }  # the parts of CMA, IMC and LMI
     assert set(model.loss_names) == {name for name in output if name.startswith("loss")} - parts
     assert all(output[name].shape == () for name in model.loss_names)
 

@@ -145,21 +145,21 @@ def fusion_rows(
     """
     num_pairs, length = batch.attention_mask.shape
     own = torch.arange(num_pairs, device=attention_mask.device)
+    batch_mask = attention_mask[:num_pairs]  # (N, L)
     # [CLS] alone (T = 1) where no text is masked; all tokens where masked tokens come without positions.
     token_index = (
         batch.masked.token_index() if batch.masked else attention_mask.new_zeros(num_pairs, 1, dtype=torch.long)
     )
     texts, masks, images = [], [], []
     if negatives is not None:
-        for text, image in ((own, own), (own, negatives.image), (negatives.text, own)):
-            texts.append(text_states[text])
-            masks.append(attention_mask[text])
-            images.append(image)
+        texts += [text_states[:num_pairs], text_states[:num_pairs], text_states[negatives.text]]
+        masks += [batch_mask, batch_mask, attention_mask[negatives.text]]
+        images += [own, negatives.image, own]
     token_indices: list[Any] = [] if token_index is None else [torch.zeros_like(token_index)] * len(texts)
     if batch.masked is not None:
         padding = attention_mask.shape[1] - length
         texts.append(F.pad(masked_states, (0, 0, 0, padding)))
-        masks.append(F.pad(batch.attention_mask, (0, padding)))
+        masks.append(batch_mask)
         images.append(own)
         token_indices.append(token_index)
     return FusionRows(

@@ -1,7 +1,7 @@
 """The engine of a run: Accelerate on one device or many, with DDP, FSDP2, DeepSpeed and compilation.
 
-`Engine` holds all that the training loop need not know about them. The functions below it are what torch's FSDP2 needs
-to shard a model with its teacher, which `fully_shard` alone refuses or breaks. A sharded model holds a slice of every
+`Engine` keeps the differences between them out of the training loop. The functions below it let torch's FSDP2 shard a
+model with its teacher, which `fully_shard` alone refuses or breaks. A sharded model holds a slice of every
 weight, of the teacher's as of the student's, and gathers the weights of a layer while that layer is called. Queues are
 buffers: each process holds them whole, and pushes the same rows.
 """
@@ -30,7 +30,7 @@ SHARDED_LAYERS = (TCLVisionLayer, TCLTextLayer)
 
 
 class Engine:
-    """Runs the forward, backward and update of a model as the launcher and the arguments ask for it.
+    """Runs the forward and backward passes of a model as the launcher and the arguments ask for them.
 
     Args:
         args: the arguments of the run.

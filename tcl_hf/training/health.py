@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.modeling_tcl import MAX_TEMPERATURE, MIN_TEMPERATURE
+from ..models.configuration_tcl import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 logger = logging.getLogger(__name__)
 

@@ -139,7 +139,7 @@ class CheckpointArguments:
 class ModelArguments(CheckpointArguments):
     """The checkpoint, or the encoders, that pre-training starts from."""
 
-    vision_model: str | None = option(None, "ViT or DINOv2 of transformers to start from.")
+    vision_model: str | None = option(None, "ViT, DINOv2, CLIP or similar model of transformers to start from.")
     text_model: str | None = option(None, "BERT of transformers to start from.")
     tokenizer: str | None = option(None, "Tokenizer or vocab.txt; the text model's if None, or trained on captions.")
     vocab_size: int = option(30522, "Largest vocabulary of a tokenizer that is trained here.")

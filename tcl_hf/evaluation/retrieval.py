@@ -121,14 +121,14 @@ def encode_samples(
         images = [open_image(records[row]["image"]).convert("RGB") for row in rows]
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
         states = model.tcl.encode_image(pixel_values)
-        image_embeds += model.tcl.image_features(states[:, 0]).unbind()
+        image_embeds += model.tcl.image_features(states).unbind()
         image_states += kept(states).unbind()
         bar.update(len(rows))
     tokens = processor(text=texts, return_tensors="pt", max_length=max_tokens)
     for rows in in_batches(text_rows, batch_size):
         mask = tokens["attention_mask"][rows].to(device)
         states = model.tcl.encode_text(tokens["input_ids"][rows].to(device), mask)
-        text_embeds += model.tcl.text_features(states[:, 0]).unbind()
+        text_embeds += model.tcl.text_features(states, mask).unbind()
         text_states += kept(states).unbind()
         bar.update(len(rows))
     bar.close()

@@ -97,7 +97,7 @@ def test_the_map_of_similarity_leaves_out_class_token_and_register_tokens(inputs
     model = TCLModel(small_patches(vision_config={"num_register_tokens": 3})).eval()
     vision = model.vision_model(inputs[2], output_attentions=True)
     text = model.get_text_features(*inputs[:2]).pooler_output
-    scores = (model.image_features(vision.pooler_output) * text).sum(-1) / model.temperature
+    scores = (model.image_features(vision.last_hidden_state) * text).sum(-1) / model.temperature
     (gradients,) = torch.autograd.grad(scores.sum(), vision.attentions[layer])
     weights = vision.attentions[layer].detach()
     expected = torch.zeros(3, 4, 4)

@@ -358,6 +358,22 @@ def test_register_tokens_are_read_by_the_layers_and_not_returned():
     torch.testing.assert_close(first.mean(-1), torch.zeros(2, 20), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("lock", "num_states"), [(1, 1 + 3 + 16), (2, 1 + 3 + 16), (True, 1 + 16)])
+@pytest.mark.parametrize("patch_dropout", [0.0, 0.5])
+def test_kept_states_of_locked_layers_hold_the_register_tokens(lock, num_states, patch_dropout):
+    torch.manual_seed(0)
+    model = TCLVisionModel(small_patches(vision_config=EVERY_VISION_PART, lock_vision=lock).vision_config)
+    images = torch.randn(2, 3, 32, 32)
+    kept = model.encode_locked(images)
+    assert kept.shape == (2, num_states, 24)
+    outputs = []
+    for pixel_values in (images, kept):
+        torch.manual_seed(1)
+        outputs.append(model(pixel_values, patch_dropout=patch_dropout).last_hidden_state)
+    assert outputs[0].shape == (2, 9 if patch_dropout else 17, 24)
+    assert torch.equal(*outputs)
+
+
 def test_every_part_of_a_vision_encoder_trains_follows_and_is_saved(tmp_path):
     torch.manual_seed(0)
     model = TCLForPreTraining(small_patches(vision_config=EVERY_VISION_PART, momentum=0.5)).train()

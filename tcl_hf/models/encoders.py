@@ -28,6 +28,7 @@ from .attention import KeyValue, TCLAttention
 from .checksums import verify_checksums, write_checksums
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
 from .fitting import fit_shapes, part_of, repeat_fusion_layers, resize_positions
+from .momentum import SharedModule
 
 
 @contextmanager
@@ -67,7 +68,13 @@ class TCLPreTrainedModel(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the weights, except for that of the temperature, which is always float32."""
-        weights = (weight for name, weight in self.named_parameters() if not name.endswith("temperature"))
+        shared = [part.owned_elsewhere[0] for part in self.modules() if isinstance(part, SharedModule)]
+        weights = (
+            weight
+            for owner in (self, *shared)
+            for name, weight in owner.named_parameters()
+            if not name.endswith("temperature")
+        )
         return next(weight.dtype for weight in weights if weight.is_floating_point())
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -280,6 +287,13 @@ class TCLVisionModel(TCLPreTrainedModel):
         """The modules that are locked, by name."""
         return _locked_parts(self, self.config.lock, self.num_locked_layers, last="layer_norm")
 
+    @property
+    def locked_shape(self) -> tuple[int, int]:
+        """The shape of one image's states after the locked part of the encoder, see `encode_locked`."""
+        size = self.config.image_size
+        num_register_tokens = 0 if self.config.lock is True else self.config.num_register_tokens
+        return 1 + num_register_tokens + math.prod(self.config.grid(size, size)), self.config.hidden_size
+
     def encode_locked(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """States (B, 1 + R + P, D) of images (B, 3, height, width) after the locked part of the encoder.
 
@@ -353,14 +367,11 @@ class TCLVisionModel(TCLPreTrainedModel):
                 f"pixel_values {tuple(states.shape)} are states and not images, but no layer of the vision encoder is "
                 "locked: pass images (B, 3, height, width), or load the model with lock_vision."
             )
-        num_states, width = self.embeddings.position_embeddings.shape[1:]
-        if self.config.lock is not True:
-            num_states += self.config.num_register_tokens
-        expected = (num_states, width)
-        if states.shape[1:] != expected:
+        num_states, width = self.locked_shape
+        if states.shape[1:] != (num_states, width):
             raise ValueError(
                 f"pixel_values {tuple(states.shape)} are not states of this vision encoder, which are (B, "
-                f"{', '.join(map(str, expected))}): keep the states anew for this model and image size."
+                f"{num_states}, {width}): keep the states anew for this model and image size."
             )
         return states.to(self.dtype)
 

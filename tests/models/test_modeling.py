@@ -365,7 +365,7 @@ def test_kept_states_of_locked_layers_hold_the_register_tokens(lock, num_states,
     model = TCLVisionModel(small_patches(vision_config=EVERY_VISION_PART, lock_vision=lock).vision_config)
     images = torch.randn(2, 3, 32, 32)
     kept = model.encode_locked(images)
-    assert kept.shape == (2, num_states, 24)
+    assert kept.shape == (2, num_states, 24) and model.locked_shape == (num_states, 24)
     outputs = []
     for pixel_values in (images, kept):
         torch.manual_seed(1)

@@ -265,7 +265,8 @@ class TCLTaughtModel(StartsFromEncoders, TCLPreTrainedModel):
             self.teacher = MomentumTeacher(self.tcl.locked_parts("tcl."), tcl=self.tcl, **taught_heads)
             self.teacher.tcl.temperature = None  # the teacher's similarities are divided by the student's
             tied = self._tied_weights_keys or {}
-            owner = "" if config.lock_text is not False else "teacher."  # of the word embeddings
+            # Locked word embeddings belong to the student alone.
+            owner = "" if config.lock_text is not False else "teacher."
             self._tied_weights_keys = tied | {f"teacher.{a}": f"{owner}{b}" for a, b in tied.items()}
         self.alpha = float(config.alpha)
         self._teacher_has_moved = False

@@ -126,6 +126,19 @@ def test_the_best_model_is_kept_with_the_weights_that_were_measured(tmp_path):
     assert not torch.equal(kept[2.0], kept[3.0])
 
 
+def test_locked_towers_stay_as_they_are(tmp_path):
+    """The teacher has no copy of them."""
+    torch.manual_seed(0)
+    model = TCLForPreTraining(small_patches(momentum=0.5, lock_vision=True, lock_text=1))
+    before = {name: value.clone() for name, value in model.tcl.vision_model.state_dict().items()}
+    tiny_run(tmp_path, model=model, evaluate=metrics_of, average_weights=True, **STEPS)
+    saved = TCLForPreTraining.from_pretrained(tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in saved.tcl.vision_model.state_dict().items())
+    teacher = dict(model.teacher.named_parameters())
+    assert torch.equal(saved.tcl.text_model.layers[1].fc1.weight, teacher["tcl.text_model.layers.1.fc1.weight"])
+    assert not torch.equal(saved.tcl.text_model.layers[1].fc1.weight, model.tcl.text_model.layers[1].fc1.weight)
+
+
 def test_a_model_without_teacher_is_refused(tmp_path):
     for model in (TCLForTextAssignment(small_patches()), TCLForPreTraining(small_patches(use_momentum_teacher=False))):
         name = type(model).__name__

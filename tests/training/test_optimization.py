@@ -216,9 +216,17 @@ def test_a_part_that_the_model_does_not_train_is_refused_with_those_that_it_does
     for part in ("visoin", "projections"):
         with pytest.raises(TrainingError, match=f"trains no part '{part}', but vision, text, fusion, heads: name one"):
             rates_by_name(model, part_learning_rates={part: 1e-5})
-    model.tcl.vision_model.requires_grad_(False)
+    model = TCLForVisualEntailment(small_patches(lock_vision=True))
     with pytest.raises(TrainingError, match="trains no part 'vision', but text, fusion, heads: name one"):
         rates_by_name(model, part_learning_rates={"vision": 1e-5})
+
+
+def test_the_layers_above_locked_ones_have_rates():
+    model = TCLForPreTraining(small_patches(lock_vision=1, lock_text=True))
+    rates = rates_by_name(model, learning_rate=1.0, part_learning_rates={"vision": 0.25}, layer_decay=0.5)
+    layers = {".".join(name.split(".")[1:4]): rate for name, rate in rates.items() if ".layers." in name}
+    vision, text = "vision_model.layers", "text_model.layers"
+    assert layers == {f"{vision}.1": 0.25, f"{text}.2": 0.5, f"{text}.3": 1.0}
 
 
 RATES = {"part_learning_rates": {"vision": 2e-4, "heads": 4e-3}, "layer_decay": 0.5}  # beside a learning rate of 1e-3

@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not PartialState().is_main_process:
         return
     if records:
+        if args.average_weights:  # The pictures are those of the model that was saved.
+            model = type(model).from_pretrained(args.output_dir).to(model.device)
         amount = "a stream of samples" if data_args.streaming else f"{len(pairs)} samples"
         bases = [name for name in (model_args.model, model_args.vision_model, model_args.text_model) if name]
         protocol = evaluation_protocol(data_args, model.config, len(records))

@@ -68,7 +68,7 @@ class TCLPreTrainedModel(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the weights, except for that of the temperature, which is always float32."""
-        shared = [part.owned_elsewhere[0] for part in self.modules() if isinstance(part, SharedModule)]
+        shared: list[Any] = [part.owned_elsewhere[0] for part in self.modules() if isinstance(part, SharedModule)]
         weights = (
             weight
             for owner in (self, *shared)

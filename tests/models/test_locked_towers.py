@@ -1,4 +1,4 @@
-"""Locked encoders: the same losses and gradients as frozen ones, no copy in the teacher, and states in place of pixels."""
+"""Locked encoders: losses and gradients of frozen ones, no copy in the teacher, and states in place of pixels."""
 
 import copy
 
@@ -102,7 +102,8 @@ def test_states_give_the_losses_of_their_pixels(lock):
     expected, expected_gradients = losses_and_gradients(copy.deepcopy(model), batch)
     with torch.no_grad():
         states = {
-            name: model.tcl.vision_model.encode_locked(batch[name]) for name in ("pixel_values", "pixel_values_augmented")
+            name: model.tcl.vision_model.encode_locked(batch[name])
+            for name in ("pixel_values", "pixel_values_augmented")
         }
     found, gradients = losses_and_gradients(model, batch | states)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

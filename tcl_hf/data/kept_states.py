@@ -48,7 +48,7 @@ class StatesPlan:
         fingerprint: a hash of the locked weights, the views, and the images.
         num_images: number of different images.
         num_views: augmented views of each image. The image as it is evaluated is kept too, before them.
-        num_states: states of a view: those of the class token and of the patches.
+        num_states: states of a view: class token, patches, and register tokens if the upper layers read them.
         width: numbers in a state.
     """
 
@@ -328,8 +328,7 @@ def _plan(
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     for identity in identities:
         digest.update(identity.encode())
-    num_states = vision_model.embeddings.position_embeddings.shape[1]
-    return StatesPlan(digest.hexdigest(), len(identities), num_views, num_states, config.hidden_size)
+    return StatesPlan(digest.hexdigest(), len(identities), num_views, *vision_model.locked_shape)
 
 
 def _plainly(value: Any) -> Any:

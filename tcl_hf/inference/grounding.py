@@ -120,8 +120,10 @@ def similarity_heat_map(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_attentions=True
         )
         score = (tcl.image_features(vision.last_hidden_state) * text).sum(-1) / tcl.temperature
-        heat = _heat(score, vision.attentions[layer])  # (N, 1 + P, 1 + P)
-    return heat[:, 0, 1:].unflatten(-1, tcl.config.vision_config.grid(*pixel_values.shape[-2:]))
+        heat = _heat(score, vision.attentions[layer])  # (N, 1 + R + P, 1 + R + P), with R register tokens
+    vision_config = tcl.config.vision_config
+    of_patches = heat[:, 0, 1 + vision_config.num_register_tokens :]
+    return of_patches.unflatten(-1, vision_config.grid(*pixel_values.shape[-2:]))
 
 
 @contextmanager

@@ -11,11 +11,19 @@ POOLINGS = ("cls", "mean", "cls_mean")
 class TCLVisionConfig(PreTrainedConfig):
     """Sizes of the vision encoder; the defaults are ViT-B/16 at 256 pixels, as in the paper.
 
+    The first four arguments are for encoders to start from, which have such parts; the paper's has none of them.
+
     Args:
+        pre_layer_norm: normalise the states before the first layer, as CLIP does.
+        patch_bias: whether the convolution that embeds the patches has a bias; CLIP's has none.
+        num_register_tokens: tokens between the class token and the patches, which the layers read and write. They have
+            no position, and the model does not return their last states (arXiv 2309.16588: 4).
+        use_swiglu_ffn: the feed-forward layers multiply their hidden states by a gate, the activation of a second
+            projection of the same size, as in DINOv2-giant.
         lock: the lowest layers that are locked, see [`TCLConfig`], which sets it from `lock_vision`.
 
     Raises:
-        ValueError: if the image does not divide into patches or the width into heads.
+        ValueError: if the image does not divide into patches or the width into heads, or a number is negative.
     """
 
     model_type = "tcl_vision_model"
@@ -32,6 +40,10 @@ class TCLVisionConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-6
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
+    pre_layer_norm: bool = False
+    patch_bias: bool = True
+    num_register_tokens: int = 0
+    use_swiglu_ffn: bool = False
     lock: bool | int = False
 
     def __post_init__(self, **kwargs):
@@ -39,6 +51,10 @@ class TCLVisionConfig(PreTrainedConfig):
             raise ValueError(
                 f"vision_config.image_size={self.image_size} does not divide into patches of "
                 f"{self.patch_size} pixels: choose a multiple of vision_config.patch_size."
+            )
+        if self.num_register_tokens < 0:
+            raise ValueError(
+                f"vision_config.num_register_tokens={self.num_register_tokens} is negative: choose 0 for none, or more."
             )
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)

@@ -82,7 +82,7 @@ def matching_heat_map(
         score = model.itm_head(fused.pooler_output)[:, MATCHES]
         heat = _heat(score, fused.cross_attentions[layer - fusion_layers[0]])  # (N, L, 1 + P)
     heat = heat * attention_mask[..., None]
-    return heat[..., 1:].unflatten(-1, model.tcl.config.vision_config.grid(*pixel_values.shape[-2:]))
+    return heat[..., 1:].unflatten(-1, model.tcl.config.vision_config.grid_of_states(*pixel_values.shape[-2:]))
 
 
 def similarity_heat_map(

@@ -20,6 +20,8 @@ class TCLVisionConfig(PreTrainedConfig):
             no position, and the model does not return their last states (arXiv 2309.16588: 4).
         use_swiglu_ffn: the feed-forward layers multiply their hidden states by a gate, the activation of a second
             projection of the same size, as in DINOv2-giant.
+        output_grid: the encoder returns the means of its patch states over `output_grid` x `output_grid` regions (None:
+            the states of all patches). Fusion then reads fewer states, where many small patches serve a fine encoder.
         lock: the lowest layers that are locked, see [`TCLConfig`], which sets it from `lock_vision`.
 
     Raises:
@@ -44,6 +46,7 @@ class TCLVisionConfig(PreTrainedConfig):
     patch_bias: bool = True
     num_register_tokens: int = 0
     use_swiglu_ffn: bool = False
+    output_grid: int | None = None
     lock: bool | int = False
 
     def __post_init__(self, **kwargs):
@@ -56,12 +59,18 @@ class TCLVisionConfig(PreTrainedConfig):
             raise ValueError(
                 f"vision_config.num_register_tokens={self.num_register_tokens} is negative: choose 0 for none, or more."
             )
+        if self.output_grid is not None and self.output_grid < 1:
+            raise ValueError(f"vision_config.output_grid={self.output_grid} must be 1 or more, or None for all.")
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches along the height and the width of images of a size in pixels."""
         return height // self.patch_size, width // self.patch_size
+
+    def grid_of_states(self, height: int, width: int) -> tuple[int, int]:
+        """The patch states that the encoder returns, along the height and the width of images of a size in pixels."""
+        return self.grid(height, width) if self.output_grid is None else (self.output_grid, self.output_grid)
 
 
 @strict
@@ -230,6 +239,11 @@ class TCLConfig(PreTrainedConfig):
             raise ValueError(
                 f"patch_dropout={self.patch_dropout} leaves no patch or is not a share: choose 0, which keeps all "
                 "patches, or a number between 0 and 1."
+            )
+        if self.patch_dropout and self.vision_config.output_grid is not None:
+            raise ValueError(
+                f"patch_dropout={self.patch_dropout} leaves no grid of patches for vision_config.output_grid="
+                f"{self.vision_config.output_grid}: choose one of them."
             )
         for name in ("cma_weight", "imc_weight", "lmi_weight", "itm_weight", "mlm_weight", "queue_size"):
             if getattr(self, name) < 0:

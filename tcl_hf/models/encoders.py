@@ -28,6 +28,7 @@ from .attention import KeyValue, TCLAttention
 from .checksums import verify_checksums, write_checksums
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
 from .fitting import fit_shapes, part_of, repeat_fusion_layers, resize_positions
+from .losses import pool_locals
 from .momentum import SharedModule
 
 
@@ -291,8 +292,9 @@ class TCLVisionModel(TCLPreTrainedModel):
     def locked_shape(self) -> tuple[int, int]:
         """The shape of one image's states after the locked part of the encoder, see `encode_locked`."""
         size = self.config.image_size
-        num_register_tokens = 0 if self.config.lock is True else self.config.num_register_tokens
-        return 1 + num_register_tokens + math.prod(self.config.grid(size, size)), self.config.hidden_size
+        if self.config.lock is True:
+            return 1 + math.prod(self.config.grid_of_states(size, size)), self.config.hidden_size
+        return 1 + self.config.num_register_tokens + math.prod(self.config.grid(size, size)), self.config.hidden_size
 
     def encode_locked(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """States (B, 1 + R + P, D) of images (B, 3, height, width) after the locked part of the encoder.
@@ -303,9 +305,7 @@ class TCLVisionModel(TCLPreTrainedModel):
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
         for layer in self.layers[: self.num_locked_layers]:
             hidden_states, _ = layer(hidden_states)
-        if self.config.lock is not True:
-            return hidden_states
-        return self.layer_norm(drop_register_tokens(hidden_states, self.config.num_register_tokens))
+        return self._last_states(hidden_states, pixel_values) if self.config.lock is True else hidden_states
 
     @can_return_tuple
     def forward(
@@ -349,7 +349,7 @@ class TCLVisionModel(TCLPreTrainedModel):
             hidden_states, weights = self.layers[number](hidden_states, output_attentions)
             collected.add(hidden_states, weights)
         if not (are_states and self.config.lock is True):
-            hidden_states = self.layer_norm(drop_register_tokens(hidden_states, num_register_tokens))
+            hidden_states = self._last_states(hidden_states, pixel_values)
         if patch_dropout and num_locked == num_layers:
             hidden_states = drop_patches(hidden_states, patch_dropout)
         collected = collected or _Collected(hidden_states, output_attentions, output_hidden_states)
@@ -359,6 +359,15 @@ class TCLVisionModel(TCLPreTrainedModel):
             hidden_states=collected.hidden_states,
             attentions=collected.attentions,
         )
+
+    def _last_states(self, hidden_states: Tensor, pixel_values: Tensor) -> Tensor:
+        """The states that the encoder returns, of those after its last layer; `pixel_values` are its input."""
+        states = self.layer_norm(drop_register_tokens(hidden_states, self.config.num_register_tokens))
+        if self.config.output_grid is None:
+            return states
+        size = pixel_values.shape[-2:] if pixel_values.ndim == 4 else (self.config.image_size, self.config.image_size)
+        regions = pool_locals(states[:, 1:], self.config.grid(*size), self.config.output_grid)
+        return torch.cat([states[:, :1], regions], dim=1)
 
     def _locked_states(self, states: Tensor) -> Tensor:
         """States of the locked part, which were given in place of images: as `encode_locked` returns them."""

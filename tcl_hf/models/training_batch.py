@@ -80,8 +80,8 @@ class TrainingBatch:
     def patch_grid(self, config: TCLVisionConfig) -> tuple[int, int]:
         """Patches along the height and the width of the teacher's images; states are those of the model's own size."""
         if self.pixel_values_augmented.ndim == 3:
-            return config.grid(config.image_size, config.image_size)
-        return config.grid(*self.pixel_values_augmented.shape[-2:])
+            return config.grid_of_states(config.image_size, config.image_size)
+        return config.grid_of_states(*self.pixel_values_augmented.shape[-2:])
 
 
 @dataclass

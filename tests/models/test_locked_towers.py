@@ -150,6 +150,24 @@ def test_retrieval_compares_states_as_images():
     torch.testing.assert_close(found.itm_logits, expected.itm_logits, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("lock", [False, True, 1])
+def test_an_output_grid_holds_the_means_of_its_patches(lock):
+    whole = stir(TCLForPreTraining(small_patches())).eval()
+    pooled = TCLForPreTraining(small_patches(lock_vision=lock, vision_config={"output_grid": 2})).eval()
+    pooled.load_state_dict({k: v for k, v in whole.state_dict().items() if k in pooled.state_dict()})
+    pixels = training_batch()["pixel_values"]
+    with torch.no_grad():
+        states, found = whole.tcl.encode_image(pixels), pooled.tcl.encode_image(pixels)
+        inputs = pooled.tcl.vision_model.encode_locked(pixels) if lock else pixels
+        again = pooled.tcl.encode_image(inputs)
+    assert found.shape == (4, 1 + 4, 24)
+    patches = states[0, 1:].view(4, 4, 24)
+    torch.testing.assert_close(found[0, 0], states[0, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[0, 2], patches[:2, 2:].reshape(4, 24).mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(again, found, rtol=0, atol=1e-6)
+    assert pooled(**training_batch()).loss.isfinite()
+
+
 def test_pooling_is_a_mean_over_patches_and_over_real_tokens():
     model = stir(TCLModel(small_patches(image_pooling="cls_mean", text_pooling="mean"))).eval()
     batch = training_batch()

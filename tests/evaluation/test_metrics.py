@@ -202,7 +202,7 @@ def test_accuracies_of_ranked_classes_counted_by_hand():
     assert top_k_accuracy(ranked, labels) == 75  # all but the third
     assert top_k_accuracy(ranked[:, :1], labels) == accuracy(ranked[:, 0], labels) == 50
     assert mean_per_class_accuracy(ranked[:, 0], labels) == pytest.approx(100 * (1 + 0 + 0) / 3)
-    assert mean_per_class_accuracy(torch.tensor([7, 7, 1]), torch.tensor([7, 7, 3])) == 50  # of two that occur
+    assert mean_per_class_accuracy(torch.tensor([7, 7, 1]), torch.tensor([7, 7, 3])) == 50  # two classes occur
     with pytest.raises(ValueError, match=r"The ranked classes are \(4,\): they must be \(N, k\)"):
         top_k_accuracy(ranked[:, 0], labels)
     with pytest.raises(ValueError, match="must both be"):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import labelled, stir, tiny
+from helpers import labelled, tiny
 from transformers import pipeline
 
 from tcl_hf import TCLForImageTextRetrieval, TCLModel
@@ -25,7 +25,11 @@ TEMPLATES = ["{}", "a photo of the {}", "a {} on a {}"]
 @pytest.fixture(scope="module")
 def model_and_processor():
     model, processor = tiny(TCLModel)
-    return stir(model, by=0.3), processor
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # so that images differ in their classes
+    return model, processor
 
 
 # Parts

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 ClassNames: TypeAlias = list[str] | dict[str, str]
 
 EMBEDDED = {"easy_vqa": load_easy_vqa_classes, "openmoji": load_openmoji_classes}
-ORDER_SEED = 0  # of the order of the records
+ORDER_SEED = 0  # the seed by which the order of the records is drawn
 UNLABELLED = (None, "", -1)  # the labels of images without one; -1 stands in test splits on the Hub
 _SPLITS = {name for names in SPLIT_NAMES.values() for name in names}
 _MAX_NAMED = 5  # class names in an error
@@ -247,7 +247,7 @@ def _class_folders(folder: Path, split: str) -> Dataset | None:
     for name in SPLIT_NAMES.get(split, (split,)):
         if classes := _images_by_folder(folder / name):
             return _table_of_files(folder / name, classes)
-    classes = {} if any(folder.glob("metadata.*")) else _images_by_folder(folder)
+    classes = _images_by_folder(folder)
     if classes and classes.keys() <= _SPLITS:
         raise DataError(
             f"{folder} has folders of splits ({', '.join(classes)}), but none of '{split}' with class folders in it: "
@@ -257,7 +257,9 @@ def _class_folders(folder: Path, split: str) -> Dataset | None:
 
 
 def _images_by_folder(folder: Path) -> dict[str, list[Path]]:
-    """The images in each folder of a folder, for those that have any."""
+    """The images in each folder of a folder, for those that have any; nothing if a file of metadata has the labels."""
+    if any(folder.glob("metadata.*")):
+        return {}
     Image.init()
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     names = sorted(one.name for one in folder.glob("[!.]*") if one.is_dir())

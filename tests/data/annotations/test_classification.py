@@ -70,10 +70,11 @@ def test_class_folders_are_read_with_or_without_folders_of_splits(tmp_path):
     assert by_id(one_class) == {"n1/d.png": "n1"} and class_names_of(one_class) == ["n1"]
 
 
-def test_a_folder_of_images_with_metadata_is_read_by_its_metadata(tmp_path):
-    class_folders(tmp_path, ["part/a.png", "part/b.png"])
-    (tmp_path / "metadata.csv").write_text("file_name,label\npart/a.png,cat\npart/b.png,dog\n")
-    assert sorted(by_id(load_classification(str(tmp_path))).values()) == ["cat", "dog"]
+@pytest.mark.parametrize(("folder", "split"), [(".", "train"), ("val", "validation")])
+def test_a_folder_of_images_with_metadata_is_read_by_its_metadata(tmp_path, folder, split):
+    class_folders(tmp_path / folder, ["part/a.png", "part/b.png"])
+    (tmp_path / folder / "metadata.csv").write_text("file_name,label\npart/a.png,cat\npart/b.png,dog\n")
+    assert sorted(by_id(load_classification(str(tmp_path), split)).values()) == ["cat", "dog"]
 
 
 def test_saved_data_and_tars_are_read(tmp_path):

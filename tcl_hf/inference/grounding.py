@@ -115,11 +115,11 @@ def similarity_heat_map(
     _check_pairs(input_ids, pixel_values)
 
     with _graph_from(layers[layer], model):
-        text = tcl.text_features(tcl.encode_text(input_ids, attention_mask)[:, 0])  # (N, D)
+        text = tcl.text_features(tcl.encode_text(input_ids, attention_mask), attention_mask)  # (N, D)
         vision = tcl.vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_attentions=True
         )
-        score = (tcl.image_features(vision.pooler_output) * text).sum(-1) / tcl.temperature
+        score = (tcl.image_features(vision.last_hidden_state) * text).sum(-1) / tcl.temperature
         heat = _heat(score, vision.attentions[layer])  # (N, 1 + P, 1 + P)
     return heat[:, 0, 1:].unflatten(-1, tcl.config.vision_config.grid(*pixel_values.shape[-2:]))
 

@@ -4,11 +4,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # the paper's code keeps tau in this range
+POOLINGS = ("cls", "mean", "cls_mean")
 
 
 @strict
 class TCLVisionConfig(PreTrainedConfig):
     """Sizes of the vision encoder; the defaults are ViT-B/16 at 256 pixels, as in the paper.
+
+    Args:
+        lock: the lowest layers that are locked, see [`TCLConfig`], which sets it from `lock_vision`.
 
     Raises:
         ValueError: if the image does not divide into patches or the width into heads.
@@ -28,6 +32,7 @@ class TCLVisionConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-6
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
+    lock: bool | int = False
 
     def __post_init__(self, **kwargs):
         if self.patch_size < 1 or self.image_size < self.patch_size or self.image_size % self.patch_size:
@@ -55,6 +60,7 @@ class TCLTextConfig(PreTrainedConfig):
             several images per text, each copy reads a different image (2 for NLVR2).
         causal: a token attends only to itself and to those before it, as in the decoder of answers.
         bos_token_id, eos_token_id: [CLS] and [SEP], with which answers begin and end.
+        lock: the lowest layers that are locked, see [`TCLConfig`], which sets it from `lock_text`.
 
     Raises:
         ValueError: if `fusion_layer` lies outside the stack or the width does not divide into heads.
@@ -83,6 +89,7 @@ class TCLTextConfig(PreTrainedConfig):
     images_per_text: int = 1
     causal: bool = False
     tie_word_embeddings: bool = True
+    lock: bool | int = False
 
     def __post_init__(self, **kwargs):
         if self.images_per_text < 1:
@@ -120,6 +127,14 @@ class TCLConfig(PreTrainedConfig):
         patch_dropout: share of the patches that the student does not read in a step of pre-training, drawn for each
             image (FLIP, arXiv 2212.00794: 0.5 and 0.75; paper: 0). The teacher, evaluation and fine-tuning read all
             patches.
+        image_pooling, text_pooling: the states of a sample that the projection to features reads: "cls", that of the
+            class token or [CLS] (paper); "mean", the mean over the patches, or over the tokens with [CLS]; "cls_mean",
+            both, one behind the other. Encoders that were trained without contrast keep much in their patches, and
+            sentence encoders keep it in the mean over the tokens.
+        lock_vision, lock_text: layers of the encoders that are locked: True for all of them, or the number of the
+            lowest ones, with the embeddings (LiT, arXiv 2111.07991; paper: False). A locked layer has no gradient, and
+            the teacher has no copy of it, but uses that of the student. With a locked vision encoder, its states can be
+            given in place of pixels, see [`TCLVisionModel`].
         local_grid: patch features are averaged to `local_grid` x `local_grid` regions for LMI (paper: 4).
         gather_negatives: whether LMI and ITM take negatives from the samples of all processes, with gradients; if not,
             from their own process, as in the paper's code. (CMA and IMC always use the keys of all processes.)
@@ -143,6 +158,10 @@ class TCLConfig(PreTrainedConfig):
     alpha: float | int = 0.4
     mlm_probability: float | int = 0.15
     patch_dropout: float | int = 0.0
+    image_pooling: str = "cls"
+    text_pooling: str = "cls"
+    lock_vision: bool | int = False
+    lock_text: bool | int = False
     local_grid: int = 4
     cma_weight: float | int = 1 / 3
     imc_weight: float | int = 1 / 3
@@ -180,6 +199,11 @@ class TCLConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.text_config.encoder_hidden_size = self.vision_config.hidden_size
+        for name in ("image_pooling", "text_pooling"):
+            if getattr(self, name) not in POOLINGS:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(POOLINGS)}.")
+        self.vision_config.lock = _checked_lock("lock_vision", self.lock_vision, self.vision_config.num_hidden_layers)
+        self.text_config.lock = _checked_lock("lock_text", self.lock_text, self.text_config.fusion_layer)
         for name in ("momentum", "alpha", "mlm_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share: choose a number from 0 to 1.")
@@ -200,6 +224,16 @@ class TCLConfig(PreTrainedConfig):
                 f"temperature_init_value={self.temperature_init_value} lies outside [{MIN_TEMPERATURE}, "
                 f"{MAX_TEMPERATURE}], the range in which training keeps the temperature: choose a value inside."
             )
+
+
+def _checked_lock(name: str, lock: bool | int, num_layers: int) -> bool | int:
+    """A lock that the encoder can have, with False in place of 0."""
+    if not 0 <= lock <= num_layers:
+        raise ValueError(
+            f"{name}={lock} locks layers that are not there, because the encoder has {num_layers}: choose true for the "
+            f"whole encoder, or 0 to {num_layers} of its lowest layers."
+        )
+    return lock or False
 
 
 def kept_patches(num_patches: int, patch_dropout: float) -> int:

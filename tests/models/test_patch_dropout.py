@@ -108,9 +108,9 @@ def test_lmi_compares_with_the_regions_of_whole_images():
     output = model(**batch, alpha=0.4)
     with torch.no_grad():
         teacher = model.teacher.tcl
-        patches = teacher.image_features(teacher.encode_image(batch["pixel_values_augmented"])[:, 1:])
+        patches = teacher.patch_features(teacher.encode_image(batch["pixel_values_augmented"]))
         regions = pool_locals(patches, (4, 4), 4)
-        tokens = teacher.text_features(teacher.encode_text(batch["input_ids"], batch["attention_mask"])[:, 1:])
+        tokens = teacher.token_features(teacher.encode_text(batch["input_ids"], batch["attention_mask"]))
         image = lmi_loss(output.image_embeds, regions, model.tcl.temperature)
         text = lmi_loss(output.text_embeds, tokens, model.tcl.temperature, batch["attention_mask"][:, 1:])
     torch.testing.assert_close(output.loss_lmi_image, image, rtol=0, atol=1e-6)

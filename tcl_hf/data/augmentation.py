@@ -123,7 +123,7 @@ class TCLAugmentation:
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (image_mean, image_std))
 
     def settings(self) -> dict[str, Any]:
-        """What views depend on, besides the image and the random numbers."""
+        """The settings that views depend on, besides the image and the random numbers."""
         names = ("image_size", "image_mean", "image_std", "crop_scale", "color_jitter", "flip")
         return {name: getattr(self, name) for name in names} | {"num_operations": self.operations.num_operations}
 

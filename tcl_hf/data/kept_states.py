@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -169,6 +169,10 @@ class StatesOfRow:
         """States (1 + P, width) of the image as it is evaluated."""
         return self.kept.views(self.row, [0])[0]
 
+    def all_augmented(self) -> list[Tensor]:
+        """States (1 + P, width) of all augmented views; of the image as it is evaluated if there are none."""
+        return self.kept.views(self.row, range(1, 1 + self.kept.plan.num_views) or [0])
+
     def draw(self, number: int) -> list[Tensor]:
         """States (1 + P, width) of `number` different augmented views, drawn by PyTorch's generator.
 
@@ -315,7 +319,9 @@ def _plan(
     }
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(views, sort_keys=True, default=_plainly).encode())
-    digest.update(json.dumps([config.lock, config.layer_norm_eps, config.hidden_act, config.num_attention_heads]).encode())
+    digest.update(
+        json.dumps([config.lock, config.layer_norm_eps, config.hidden_act, config.num_attention_heads]).encode()
+    )
     for name, part in vision_model.locked_parts().items():
         for key, weight in sorted(part.state_dict().items()):
             digest.update(f"{name}.{key}".encode())

@@ -145,7 +145,8 @@ def encode_samples(
 def _images_or_states(processor: TCLProcessor, records: list[dict]) -> Tensor:
     """The pixels of the records' images (B, 3, H, W), or the states that are kept of all of them (B, 1 + P, width)."""
     if all("states" in record for record in records):
-        return torch.stack([record["states"].plain() for record in records])
+        # In float32, because autocast on CPUs cannot stack half precision.
+        return torch.stack([record["states"].plain().float() for record in records])
     images = [open_image(record["image"]).convert("RGB") for record in records]
     return processor(images=images, return_tensors="pt")["pixel_values"]
 

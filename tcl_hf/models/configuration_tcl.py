@@ -194,6 +194,9 @@ class TCLConfig(PreTrainedConfig):
         if image_size is not None:
             vision_config = dict(config_dict["vision_config"]) | {"image_size": image_size}
             config_dict = config_dict | {"vision_config": vision_config}
+        # transformers would set them on the finished config, unchecked and without their effect on the encoders'.
+        names = cls.__annotations__.keys() & kwargs.keys() - cls.sub_configs_defaults.keys()
+        config_dict = config_dict | {name: kwargs.pop(name) for name in names}
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):

@@ -29,6 +29,7 @@ from .attention import KeyValue, TCLAttention
 from .checksums import verify_checksums, write_checksums
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
 from .fitting import fit_shapes, part_of, repeat_fusion_layers, resize_positions
+from .momentum import SharedModule
 
 
 @contextmanager
@@ -68,7 +69,13 @@ class TCLPreTrainedModel(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the weights, except for that of the temperature, which is always float32."""
-        weights = (weight for name, weight in self.named_parameters() if not name.endswith("temperature"))
+        shared: list[Any] = [part.owned_elsewhere[0] for part in self.modules() if isinstance(part, SharedModule)]
+        weights = (
+            weight
+            for owner in (self, *shared)
+            for name, weight in owner.named_parameters()
+            if not name.endswith("temperature")
+        )
         return next(weight.dtype for weight in weights if weight.is_floating_point())
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -320,11 +327,12 @@ class TCLVisionModel(TCLPreTrainedModel):
                 f"pixel_values {tuple(states.shape)} are states and not images, but no layer of the vision encoder is "
                 "locked: pass images (B, 3, height, width), or load the model with lock_vision."
             )
-        expected = self.embeddings.position_embeddings.shape[1:]
+        size = self.config.image_size
+        expected = (1 + math.prod(self.config.grid(size, size)), self.config.hidden_size)
         if states.shape[1:] != expected:
             raise ValueError(
                 f"pixel_values {tuple(states.shape)} are not states of this vision encoder, which are (B, "
-                f"{', '.join(map(str, expected))}): keep the states anew for this model and image size."
+                f"{expected[0]}, {expected[1]}): keep the states anew for this model and image size."
             )
         return states.to(self.dtype)
 

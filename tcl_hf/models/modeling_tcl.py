@@ -151,14 +151,12 @@ class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
             images = self.text_model.project_images(images)
         return self.text_model.fuse(text_states, attention_mask, images, image_index, **kwargs)
 
-    def image_features(self, states: Tensor) -> Tensor:
-        """L2-normalised float32 features (B, D) of image states (B, 1 + P, width)."""
-        pooling = self.config.image_pooling
-        return features_of(pooled(states, lambda: states[:, 1:].mean(1), pooling), self.visual_projection)
+    def pool_image(self, states: Tensor) -> Tensor:
+        """The states that the projection of images reads (B, width or 2 * width), of image states (B, 1 + P, width)."""
+        return pooled(states, lambda: states[:, 1:].mean(1), self.config.image_pooling)
 
-    def text_features(self, states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """L2-normalised float32 features (N, D) of text states (N, L, width) with their mask (N, L)."""
-        pooling = self.config.text_pooling
+    def pool_text(self, states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The states that the projection of texts reads (N, width, or 2 * width), of text states (N, L, width)."""
 
         def mean() -> Tensor:
             if attention_mask is None:
@@ -166,7 +164,15 @@ class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
             weights = attention_mask[..., None].to(states.dtype)
             return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
 
-        return features_of(pooled(states, mean, pooling), self.text_projection)
+        return pooled(states, mean, self.config.text_pooling)
+
+    def image_features(self, states: Tensor) -> Tensor:
+        """L2-normalised float32 features (B, D) of image states (B, 1 + P, width)."""
+        return features_of(self.pool_image(states), self.visual_projection)
+
+    def text_features(self, states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """L2-normalised float32 features (N, D) of text states (N, L, width) with their mask (N, L)."""
+        return features_of(self.pool_text(states, attention_mask), self.text_projection)
 
     def patch_features(self, states: Tensor) -> Tensor:
         """L2-normalised float32 features (B, P, D) of the patches of image states (B, 1 + P, width)."""
@@ -259,7 +265,8 @@ class TCLTaughtModel(StartsFromEncoders, TCLPreTrainedModel):
             self.teacher = MomentumTeacher(self.tcl.locked_parts("tcl."), tcl=self.tcl, **taught_heads)
             self.teacher.tcl.temperature = None  # the teacher's similarities are divided by the student's
             tied = self._tied_weights_keys or {}
-            owner = "" if config.lock_text is not False else "teacher."  # of the word embeddings
+            # Locked word embeddings belong to the student alone.
+            owner = "" if config.lock_text is not False else "teacher."
             self._tied_weights_keys = tied | {f"teacher.{a}": f"{owner}{b}" for a, b in tied.items()}
         self.alpha = float(config.alpha)
         self._teacher_has_moved = False

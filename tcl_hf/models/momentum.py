@@ -1,7 +1,8 @@
 """The two memories of contrastive pre-training: a slowly moving teacher, and queues of its features."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +68,21 @@ class MomentumTeacher(nn.Module):
         """Make every parameter equal to that of the same name in `student`."""
         torch._foreach_copy_(*self.parameters_and_targets(student))
 
+    @contextmanager
+    def lending_weights_to(self, student: nn.Module) -> Iterator[None]:
+        """Give `student` the teacher's weights, in place, for the duration of a `with` block.
+
+        Parts that have no copy in the teacher keep their weights. Within the block, the student's own weights take
+        memory once more. Under FSDP2 every process has to enter and leave it.
+        """
+        parameters, targets = self.parameters_and_targets(student)
+        own = [target.detach().clone() for target in targets]
+        _overwrite(targets, parameters)
+        try:
+            yield
+        finally:
+            _overwrite(targets, own)
+
     @torch.no_grad()
     def resize_to(self, student: nn.Module) -> None:
         """Take the sizes of a student whose parameters have more or fewer rows. Rows that the teacher has are kept, and
@@ -112,6 +128,13 @@ class MomentumTeacher(nn.Module):
         differences = torch._foreach_sub(parameters, targets)
         distance, norm = (whole(nn.utils.get_total_norm(tensors)) for tensors in (differences, targets))
         return distance / norm
+
+
+@torch.no_grad()
+def _overwrite(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Copy values into tensors, one by one, because torch cannot copy lists of sharded tensors."""
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

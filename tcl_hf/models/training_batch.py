@@ -54,7 +54,9 @@ class TrainingBatch:
     """
 
     input_ids: Tensor  # (N, L)
-    pixel_values: Tensor  # (N, 3, height, width), or states (N, 1 + P, width) of a locked encoder: view a, the student's
+    pixel_values: (
+        Tensor  # (N, 3, height, width), or states (N, 1 + P, width) of a locked encoder: view a, the student's
+    )
     attention_mask: Tensor  # (N, L), of ones if None is given
     pixel_values_augmented: Any  # likewise: view b, the teacher's; view a if None is given
     image_ids: Any  # (N,), `NO_IMAGE_ID` if None is given

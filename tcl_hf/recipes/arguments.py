@@ -65,6 +65,10 @@ class TrainingDataArguments(DataArguments):
     color_jitter: bool = option(True, "Change colours, and sometimes turn grey and blur (ALBEF does not).")
     flip: bool = option(True, "Mirror half of the views, chosen at random.")
     num_operations: int = option(2, "Number of further random image operations for a view.")
+    kept_views: int = option(
+        0, "Views of each image whose states of the locked vision layers are kept on disk; 0 to read pixels."
+    )
+    kept_states_dir: str = option("runs/kept_states", "Folder of kept states, which runs may share.")
 
 
 @dataclass
@@ -155,6 +159,13 @@ class ModelArguments(CheckpointArguments):
     vocab_size: int = option(30522, "Largest vocabulary of a tokenizer that is trained here.")
     fusion_layer: int | None = option(None, "Layers of --text_model that encode the text; all of them if None.")
     num_fusion_layers: int = option(6, "Number of fusion layers on top of these.")
+    projection_start: str = field(
+        default="random",
+        metadata={
+            "help": "random: new projections; cca: in closed form, from correlations of the encoders' states.",
+            "choices": ["random", "cca"],
+        },
+    )
     image_mean: list[float] | None = option(None, "Mean of the images by channel; that of the vision encoder if None.")
     image_std: list[float] | None = option(None, "Standard deviation by channel; that of the vision encoder if None.")
 

@@ -14,6 +14,7 @@ from .command_line import command
 from .parsing import PRETRAIN, parse_recipe
 from .report import Run, write_pretraining_report
 from .results import evaluation_protocol
+from .starting import start_projections, with_kept_states
 from .train import command_line, train_task
 
 
@@ -25,10 +26,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs: Any
     pairs, records = load_pretraining_data(data_args)
     model, processor = build_model(model_args, captions_of(pairs))
+    if data_args.kept_views:
+        pairs, records = with_kept_states(data_args, args, model, processor, pairs, records)
+    if model_args.projection_start == "cca" and not args.resume:
+        start_projections(data_args, args, model, processor, pairs)
     metrics = train_task(data_args, args, model, processor, pairs, records)
     if not PartialState().is_main_process:
         return
     if records:
+        if args.average_weights:  # The pictures are those of the model that was saved.
+            model = type(model).from_pretrained(args.output_dir).to(model.device)
         amount = "a stream of samples" if data_args.streaming else f"{len(pairs)} samples"
         bases = [name for name in (model_args.model, model_args.vision_model, model_args.text_model) if name]
         protocol = evaluation_protocol(data_args, model.config, len(records))

@@ -244,6 +244,8 @@ def _class_folders(folder: Path, split: str) -> Dataset | None:
     Raises:
         DataError: if there are only other splits.
     """
+    if any(folder.glob("metadata.*")) or any(folder.glob("*/metadata.*")):
+        return None  # the labels are in these files
     for name in SPLIT_NAMES.get(split, (split,)):
         if classes := _images_by_folder(folder / name):
             return _table_of_files(folder / name, classes)
@@ -257,9 +259,7 @@ def _class_folders(folder: Path, split: str) -> Dataset | None:
 
 
 def _images_by_folder(folder: Path) -> dict[str, list[Path]]:
-    """The images in each folder of a folder, for those that have any; nothing if a file of metadata has the labels."""
-    if any(folder.glob("metadata.*")):
-        return {}
+    """The images in each folder of a folder, for those that have any."""
     Image.init()
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     names = sorted(one.name for one in folder.glob("[!.]*") if one.is_dir())

@@ -19,6 +19,7 @@ from ..models.processing_tcl import TCLProcessor
 from ..sharing.cards import METHOD, Card, name_of_model
 from ..training.log import METRICS, read_metrics
 from .arguments import DataArguments
+from .phases import Phase
 from .tasks import TASKS
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Run:
         command: the command line that started the run.
         output_dir: the run's folder, which gives the model its name.
         protocol: how its metrics were measured.
+        phase: its last phase; None in a run without phases.
     """
 
     data_args: DataArguments
@@ -50,6 +52,7 @@ class Run:
     command: str
     output_dir: Path
     protocol: EvaluationProtocol
+    phase: Phase | None = None
 
     def write_card(
         self, results: str, metrics: dict[str, float], pictures: list[tuple[str, str]], example: dict[str, Any] | None
@@ -60,15 +63,16 @@ class Run:
         names = [name_of_model(model) for model in self.base_models]
         start = f"It started from {', '.join(names)}." if names else "It was trained from scratch."
         data = f"{self.amount} of {', '.join(datasets)}"
+        phase = self.phase or Phase((self.data_args,))
         Card(
             name=self.output_dir.resolve().name,
             model_class=TASKS[task].model_class,
             task=task,
             result_type=TASKS[task].result_type,
-            datasets=datasets,
+            datasets=phase.dataset_names,
             summary=f"A model of {METHOD}, {training} by `tcl_hf` on {data}. {start}",
             results=results,
-            training=f"`{self.command}`; the losses and metrics of the run are in `{METRICS}`.",
+            training=f"`{self.command}`; the losses and metrics of the run are in `{METRICS}`.{phase.history}",
             metrics=metrics,
             protocol=self.protocol,
             base_models=self.base_models,

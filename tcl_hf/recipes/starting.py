@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.kept_states import SamplesWithStates, keep_states
+from ..models.configuration_tcl import TCLConfig
 from ..models.processing_tcl import TCLProcessor
 from ..training.alignment import align_projections
 from ..training.arguments import TCLTrainingArguments
@@ -23,6 +24,26 @@ def in_precision_of(args: TCLTrainingArguments) -> AbstractContextManager:
     if args.mixed_precision is None:
         return nullcontext()
     return torch.autocast(PartialState().device.type, PRECISIONS[args.mixed_precision])
+
+
+def check_kept_views(data_args: TrainingDataArguments, config: TCLConfig) -> None:
+    """Refuse `kept_views` that cannot be kept of a model with this config.
+
+    Raises:
+        RecipeError: if their number is negative, no vision layer is locked, or the samples are a stream.
+    """
+    kept_views = data_args.kept_views
+    if kept_views < 0:
+        raise RecipeError(f"kept_views={kept_views} is negative: name a number of views, or 0 to read pixels.")
+    if kept_views and config.lock_vision is False:
+        raise RecipeError(
+            f"kept_views={kept_views} keeps the states of locked layers, and lock_vision is false: set lock_vision in "
+            "the config, or kept_views to 0."
+        )
+    if kept_views and getattr(data_args, "streaming", False):
+        raise RecipeError(
+            "kept_views needs samples that can be read again, and a stream cannot: leave out one of both."
+        )
 
 
 def with_kept_states(
@@ -42,12 +63,8 @@ def with_kept_states(
         RecipeError: if no vision layer is locked, or the samples are a stream.
         DataError: if states cannot be made or written, see `keep_states`.
     """
-    config, state = model.config, PartialState()
-    if config.lock_vision is False:
-        raise RecipeError(
-            f"kept_views={data_args.kept_views} keeps the states of locked layers, and lock_vision is false: set "
-            "lock_vision in the config, or kept_views to 0."
-        )
+    state = PartialState()
+    check_kept_views(data_args, model.config)
     if not hasattr(samples, "select_columns") or not hasattr(samples, "__len__"):
         raise RecipeError(
             "kept_views needs samples that can be read again, and a stream cannot: leave out one of both."

@@ -14,6 +14,7 @@ from ..sharing.hub import BackgroundPush
 from ..training.arguments import TCLTrainingArguments
 from ..training.loop import TrainingRun
 from .arguments import TrainingDataArguments
+from .phases import Phase
 from .tasks import TASKS
 
 
@@ -25,6 +26,7 @@ def train_task(
     samples: Any,
     records: Sequence[dict] | None,
     answers: list[str] | None = None,
+    phase: Phase | None = None,
 ) -> dict[str, float]:
     """Train a model for a task, and save it with its processor, metrics and checkpoints.
 
@@ -32,16 +34,20 @@ def train_task(
         samples: the data to train on, map-style or a stream.
         records: the data to evaluate on; None for no evaluation.
         answers: the answers to choose from, for a task that chooses answers.
+        phase: the phase of the run that is trained; None in a run without phases.
 
     Returns:
         The last line of `metrics.jsonl`.
 
     Raises:
+        RecipeError: if a phase after this one could not be trained.
         NonFiniteError, Preempted, CheckpointWriteError, TrainingError, DataError: as in `TrainingRun.train`.
     """
-    task = TASKS[data_args.task]
-    history = model.config.trained_on or []
-    model.config.trained_on = [*history, {"task": data_args.task, "data": data_args.dataset_names}]
+    task, phase = TASKS[data_args.task], phase or Phase((data_args, None, args))
+    phase.check_following(model)
+    history, step = model.config.trained_on or [], {"task": data_args.task, "data": data_args.dataset_names}
+    if phase.number == 1 or step not in history:
+        model.config.trained_on = [*history, step]
     collator = task.batches.collator(data_args, model.config, processor)
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
@@ -51,7 +57,8 @@ def train_task(
     pushes = args.push_to_hub and PartialState().is_main_process
     push = BackgroundPush(str(args.hub_model_id)) if pushes else None
     evaluation = evaluate if records else None
-    return TrainingRun(model, samples, collator, processor, args, evaluation, push_checkpoint=push).train()
+    run = TrainingRun(model, samples, collator, processor, args, evaluation, push, phase.stop_signal, not phase.is_last)
+    return run.train()
 
 
 def command_line(name: str, argv: Sequence[str] | None) -> str:

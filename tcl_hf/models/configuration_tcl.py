@@ -124,6 +124,8 @@ class TCLConfig(PreTrainedConfig):
         gather_negatives: whether LMI and ITM take negatives from the samples of all processes, with gradients; if not,
             from their own process, as in the paper's code. (CMA and IMC always use the keys of all processes.)
         use_momentum_teacher: `False` leaves teacher and queues out of the heads, for inference at half the memory.
+        rerank_weight: weight of matching in the combined score, by which candidates of retrieval are ranked (see
+            `evaluation/retrieval.py`); None if it was not chosen.
         trained_on: the data that the weights were trained on, `{"task": ..., "data": [...]}` for each training, from
             which evaluation derives its protocol.
 
@@ -151,6 +153,7 @@ class TCLConfig(PreTrainedConfig):
     mlm_weight: float | int = 1.0
     gather_negatives: bool = False
     use_momentum_teacher: bool = True
+    rerank_weight: float | int | None = None
     trained_on: list | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -191,6 +194,10 @@ class TCLConfig(PreTrainedConfig):
         for name in ("cma_weight", "imc_weight", "lmi_weight", "itm_weight", "mlm_weight", "queue_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative: choose 0, which leaves it out, or more.")
+        if self.rerank_weight is not None and self.rerank_weight < 0:
+            raise ValueError(
+                f"rerank_weight={self.rerank_weight} is negative: choose 0, which ranks by similarity alone, or more."
+            )
         if self.projection_dim < 1 or self.local_grid < 1:
             raise ValueError(
                 f"projection_dim={self.projection_dim} and local_grid={self.local_grid} must be 1 or more."

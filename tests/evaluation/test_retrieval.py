@@ -5,7 +5,6 @@ import torch
 from helpers import small_patches, tiny, tiny_processor, tiny_records
 
 from tcl_hf import TCLForImageTextRetrieval
-from tcl_hf.evaluation.baselines import ridge_baseline
 from tcl_hf.evaluation.metrics import retrieval_metrics, retrieval_ranks
 from tcl_hf.evaluation.retrieval import (
     MAX_PADDING,
@@ -182,12 +181,6 @@ def test_evaluation_leaves_the_mode_as_it_was(encoded):
     evaluate_retrieval(model, tiny_processor(), tiny_records(3), k=None)
     assert model.training
     model.eval()
-
-
-def test_ridge_baseline_finds_pictures_that_repeat():
-    records = tiny_records(12)
-    metrics = ridge_baseline(records, records, strength=0.1)
-    assert metrics["recall@1"] > 80
 
 
 def test_states_in_half_precision_change_little_and_stay_on_the_cpu():

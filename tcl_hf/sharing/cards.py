@@ -118,7 +118,7 @@ def name_of_model(model: str) -> str:
 
 
 def eval_results(result_type: str, metrics: dict[str, float], protocol: EvaluationProtocol) -> list[EvalResult]:
-    """Return metrics as metadata of a card, without counts and without metrics of single labels.
+    """Return metrics as metadata of a card, without counts, weights and metrics of single labels.
 
     There are none if the protocol names no split.
 
@@ -126,7 +126,7 @@ def eval_results(result_type: str, metrics: dict[str, float], protocol: Evaluati
         result_type: the Hub's name for the task of the results.
     """
     fields = protocol.to_dict()
-    left_out = ("step", "epoch", "records", "phrases")
+    left_out = ("step", "epoch", "records", "phrases", "rerank_weight")
     return [
         EvalResult(
             task_type=result_type,

@@ -27,7 +27,7 @@ def test_it_trains_on_the_embedded_data_and_leaves_a_model_that_opens(program, n
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     done = pretrain(program, tmp_path, "--max_steps", "2", "--dataloader_num_workers", "0", "--eval_images", "20")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "| linear baseline (ridge) |" in done.stdout
+    assert "| ridge on coarse pixels |" in done.stdout and "frozen features" not in done.stdout
     assert "runs/openmoji" in done.stdout
     folder = tmp_path / "runs" / "openmoji"
     assert {"README.md", "metrics.jsonl", "training.png", "retrieved.png"} <= {p.name for p in folder.iterdir()}

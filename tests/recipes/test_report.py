@@ -105,7 +105,7 @@ def test_the_card_explains_the_scores(report):
 
 def test_a_model_that_does_not_match_has_a_report_by_similarity(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "loss_cma": 3.0}')
     protocol = EvaluationProtocol("retrieval", "openmoji", "validation", 3, "pretrained_on_openmoji", 32, k=4)
     run = Run(PretrainingDataArguments(), "100 pairs", [], "pretrain.py", tmp_path, protocol)
     model = TCLForImageTextRetrieval(small_patches(itm_weight=0, mlm_weight=0, text_config={"fusion_layer": 4}))

@@ -67,6 +67,10 @@ def tiny_config(**fields) -> TCLConfig:
     return TCLConfig(vision_config=vision, text_config=text, **{"projection_dim": 16, "queue_size": 20, **fields})
 
 
+# All parts of a vision encoder that only an encoder to start from has.
+EVERY_VISION_PART = {"pre_layer_norm": True, "patch_bias": False, "num_register_tokens": 3, "use_swiglu_ffn": True}
+
+
 def small_patches(**fields) -> TCLConfig:
     """A tiny config with few patches, for tests that run many steps."""
     return tiny_config(vision_config={"patch_size": 8} | fields.pop("vision_config", {}), **fields)

@@ -136,17 +136,15 @@ def encode_samples(
     text_embeds: list[Tensor] = []
     bar = tqdm(total=len(image_rows) + len(text_rows), desc="Encoding", disable=not progress, leave=False)
     for rows in in_batches(image_rows, batch_size):
-        images = [open_image(records[row]["image"]).convert("RGB") for row in rows]
-        pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
-        states = model.tcl.encode_image(pixel_values)
-        image_embeds += model.tcl.image_features(states[:, 0]).unbind()
+        states = model.tcl.encode_image(_images_or_states(processor, [records[row] for row in rows]).to(device))
+        image_embeds += model.tcl.image_features(states).unbind()
         image_states += kept(states).unbind()
         bar.update(len(rows))
     tokens = processor(text=texts, return_tensors="pt", max_length=max_tokens)
     for rows in in_batches(text_rows, batch_size):
         mask = tokens["attention_mask"][rows].to(device)
         states = model.tcl.encode_text(tokens["input_ids"][rows].to(device), mask)
-        text_embeds += model.tcl.text_features(states[:, 0]).unbind()
+        text_embeds += model.tcl.text_features(states, mask).unbind()
         text_states += kept(states).unbind()
         bar.update(len(rows))
     bar.close()
@@ -160,6 +158,15 @@ def encode_samples(
         image_of_text=image_of_text.to(device),
         texts=texts,
     )
+
+
+def _images_or_states(processor: TCLProcessor, records: list[dict]) -> Tensor:
+    """The pixels of the records' images (B, 3, H, W), or the states that are kept of all of them (B, 1 + P, width)."""
+    if all("states" in record for record in records):
+        # In float32, because autocast on CPUs cannot stack half precision.
+        return torch.stack([record["states"].plain().float() for record in records])
+    images = [open_image(record["image"]).convert("RGB") for record in records]
+    return processor(images=images, return_tensors="pt")["pixel_values"]
 
 
 def can_match(config: TCLConfig) -> bool:

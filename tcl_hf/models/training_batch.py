@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .configuration_tcl import TCLVisionConfig
 from .losses import NO_IMAGE_ID
 
 
@@ -53,9 +54,11 @@ class TrainingBatch:
     """
 
     input_ids: Tensor  # (N, L)
-    pixel_values: Tensor  # (N, 3, height, width): view a, the student's
+    pixel_values: (
+        Tensor  # (N, 3, height, width), or states (N, 1 + P, width) of a locked encoder: view a, the student's
+    )
     attention_mask: Tensor  # (N, L), of ones if None is given
-    pixel_values_augmented: Any  # (N, 3, height, width): view b, the teacher's; view a if None is given
+    pixel_values_augmented: Any  # likewise: view b, the teacher's; view a if None is given
     image_ids: Any  # (N,), `NO_IMAGE_ID` if None is given
     masked: MaskedTokens | None
     interpolate_pos_encoding: bool
@@ -73,6 +76,12 @@ class TrainingBatch:
             self.pixel_values_augmented = self.pixel_values
         if self.image_ids is None:
             self.image_ids = torch.full_like(self.input_ids[:, 0], NO_IMAGE_ID, dtype=torch.long)
+
+    def patch_grid(self, config: TCLVisionConfig) -> tuple[int, int]:
+        """Patches along the height and the width of the teacher's images; states are those of the model's own size."""
+        if self.pixel_values_augmented.ndim == 3:
+            return config.grid_of_states(config.image_size, config.image_size)
+        return config.grid_of_states(*self.pixel_values_augmented.shape[-2:])
 
 
 @dataclass
@@ -93,13 +102,13 @@ def encode_view(
     image_states = tcl.encode_image(
         pixel_values, interpolate_pos_encoding=batch.interpolate_pos_encoding, patch_dropout=patch_dropout
     )
-    view = View(image_states, tcl.image_features(image_states[:, 0]))
+    view = View(image_states, tcl.image_features(image_states))
     input_ids = [batch.input_ids] * texts + ([batch.masked.input_ids] if masked_texts else [])
     if input_ids:  # in one pass
         mask = batch.attention_mask.repeat(len(input_ids), 1)
         states = tcl.encode_text(torch.cat(input_ids), mask).chunk(len(input_ids))
         if texts:
-            view.text_states, view.text = states[0], tcl.text_features(states[0][:, 0])
+            view.text_states, view.text = states[0], tcl.text_features(states[0], batch.attention_mask)
         if masked_texts:
             view.masked_states = states[-1]
     return view

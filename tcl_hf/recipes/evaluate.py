@@ -8,7 +8,6 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from transformers import set_seed
 
@@ -19,9 +18,8 @@ from .command_line import command
 from .parsing import EVALUATE, parse_recipe
 from .report import PREDICTIONS, prediction_sheet, task_table
 from .results import evaluation_protocol, write_results
+from .starting import in_precision_of
 from .tasks import TASKS
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @command
@@ -40,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     answers = candidate_answers(data_args, None, checkpoint_args.model)
     if args.shuffle_images:
         records = shuffle_images(records)
-    precision = training_args.mixed_precision
-    with torch.autocast(accelerator.device.type, PRECISIONS.get(precision), enabled=precision is not None):
+    with in_precision_of(training_args):
         evaluation = task.evaluate(model.to(accelerator.device), processor, records, data_args, answers)
     if accelerator.is_main_process:
         protocol = evaluation_protocol(data_args, model.config, len(records), args.shuffle_images)

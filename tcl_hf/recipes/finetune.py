@@ -13,6 +13,7 @@ from .command_line import command
 from .parsing import FINETUNE, parse_recipe
 from .report import Run, write_finetuning_report
 from .results import evaluation_protocol
+from .starting import with_kept_states
 from .tasks import TASKS
 from .train import command_line, train_task
 
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if answers and PartialState().is_main_process:  # before training, so that a run that is stopped has them too
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / ANSWERS).write_text(json.dumps(answers, ensure_ascii=False) + "\n")
+    if data_args.kept_views:
+        samples, records = with_kept_states(data_args, args, model, processor, samples, records)
     visited = SharedImages(samples) if data_args.share_images else samples
     metrics = train_task(data_args, args, model, processor, visited, records, answers)
     if PartialState().is_main_process:

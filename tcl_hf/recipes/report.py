@@ -38,7 +38,7 @@ class Run:
     Args:
         data_args: its task and its data.
         amount: how much data it was trained on, such as "100 pairs".
-        base_models: Hub names or folders of the models that it started from.
+        base_models: the models that it started from: names on the Hub, folders, or `package:NAME`.
         command: the command line that started the run.
         output_dir: the run's folder, which gives the model its name.
         protocol: how its metrics were measured.

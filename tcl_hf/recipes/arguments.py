@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..evaluation.zero_shot import TEMPLATES, check_templates
 from ..inference.grounding import HEAT_KINDS
 from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_TOKENS
 from .hints import CONFIG_FIELDS, did_you_mean
@@ -116,11 +117,20 @@ class TaskArguments(DataArguments):
     heat_layer: int | None = option(
         None, "Layer whose attention the heat map reads: a fusion layer for matching, a vision layer for similarity."
     )
+    label_column: str | None = option(None, "Column of the labels of images, if its name is unusual.")
+    class_names: list[str] = option(
+        [], "Names of the classes in the order of their numbers, or a JSON file: a list, or an object {label: name}."
+    )
+    templates: list[str] = option(list(TEMPLATES), "Texts about a class, with {} in place of its name.")
 
     def __post_init__(self):
         super().__post_init__()
         if self.heat not in HEAT_KINDS:
             raise RecipeError(f"heat: there is no map of '{self.heat}': choose one of {', '.join(HEAT_KINDS)}.")
+        try:
+            check_templates(self.templates)
+        except ValueError as error:
+            raise RecipeError(f"templates: {error}") from error
 
     @property
     def dataset_names(self) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import set_seed
 
+from ..data.annotations.classification import class_names_of
 from ..sharing.cards import add_results
 from .arguments import RecipeError
 from .build import add_words, candidate_answers, load_evaluation_data, open_model
@@ -35,13 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = load_evaluation_data(data_args)
     if data_args.add_words:
         add_words(model, processor, records)  # a fine-tuned model has them already
-    answers = candidate_answers(data_args, None, checkpoint_args.model)
+    classes = class_names_of(records)
+    answers = classes or candidate_answers(data_args, None, checkpoint_args.model)
     if args.shuffle_images:
         records = shuffle_images(records)
     with in_precision_of(training_args):
         evaluation = task.evaluate(model.to(accelerator.device), processor, records, data_args, answers)
     if accelerator.is_main_process:
-        protocol = evaluation_protocol(data_args, model.config, len(records), args.shuffle_images)
+        protocol = evaluation_protocol(data_args, model.config, len(records), args.shuffle_images, len(classes))
         folder = Path(args.results or checkpoint_args.model)
         write_results(folder, evaluation, protocol)
         if not args.shuffle_images:

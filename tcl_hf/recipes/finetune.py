@@ -8,6 +8,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.sampling import SharedImages
+from .arguments import RecipeError
 from .build import ANSWERS, add_words, candidate_answers, load_evaluation_data, load_split, open_model
 from .command_line import command
 from .parsing import FINETUNE, parse_recipe
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fine-tune a checkpoint as the recipe and the command line say, and leave model, metrics and card."""
     data_args, checkpoint_args, args = parse_recipe(FINETUNE, argv)
     task, output_dir = TASKS[data_args.task], Path(args.output_dir)
+    if task.batches is None:
+        raise RecipeError(f"The task {data_args.task} is evaluated without training: run evaluate.py for it.")
     set_seed(args.seed)
     model, processor = open_model(checkpoint_args, task.model_class)
     samples = load_split(data_args, data_args.data, data_args.split)

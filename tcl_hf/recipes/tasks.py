@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from ..data.annotations.classification import load_classification
 from ..data.annotations.entailment import load_entailment
 from ..data.annotations.phrases import load_phrases
 from ..data.annotations.questions import load_questions
@@ -22,9 +23,10 @@ from ..evaluation.grounding import evaluate_grounding
 from ..evaluation.metrics import vqa_results
 from ..evaluation.retrieval import evaluate_retrieval, tune_rerank_weight
 from ..evaluation.shares import Evaluation
+from ..evaluation.zero_shot import evaluate_zero_shot
 from ..models.configuration_tcl import TCLConfig
 from ..models.encoders import TCLPreTrainedModel
-from ..models.modeling_tcl import TCLForImageTextRetrieval, TCLForPreTraining
+from ..models.modeling_tcl import TCLForImageTextRetrieval, TCLForPreTraining, TCLModel
 from ..models.modeling_tcl_tasks import (
     TCLForQuestionAnswering,
     TCLForTextAssignment,
@@ -104,10 +106,10 @@ class Task:
         model_class: the head.
         load: reads the samples of a split, by default images with captions: `load(sources, split, **options)`.
         load_options: the arguments that it takes as options.
-        batches: the batches for training, which make their collator.
+        batches: the batches for training, which make their collator; None if the task is evaluated only.
         result_type: the Hub's name for the task of a result.
-        evaluate: returns the `Evaluation` of a model, given model, processor, records, arguments and the answers to
-            choose from; None if there is nothing to measure.
+        evaluate: returns the `Evaluation` of a model, given model, processor, records, arguments and the answers or
+            classes to choose from; None if there is nothing to measure.
         evaluation_options: the arguments that only some evaluations read.
         embedded: functions that load a split of data that comes with the package, by the name of the data.
         result_files: files beside `evaluation.json` that a server takes, and what makes their content of predictions.
@@ -119,7 +121,7 @@ class Task:
     model_class: type[TCLPreTrainedModel]
     load: Callable[..., Any] = load_pairs
     load_options: tuple[str, ...] = _OF_PAIRS
-    batches: PairBatches | TextBatches
+    batches: PairBatches | TextBatches | None
     result_type: str
     evaluate: Callable[[Any, TCLProcessor, Sequence[dict], Any, list[str]], Evaluation] | None = None
     evaluation_options: tuple[str, ...] = ()
@@ -133,7 +135,8 @@ class Task:
         """The arguments that this task reads, of those that not every task reads."""
         for_validation = (f"validation_{name}" for name in self.load_options)
         of_evaluation = (*_OF_EVALUATION, *self.evaluation_options) if self.evaluate else ()
-        return {*self.load_options, *for_validation, *self.batches.options, *of_evaluation}
+        of_training = self.batches.options if self.batches else ()
+        return {*self.load_options, *for_validation, *of_training, *of_evaluation}
 
 
 # Evaluations
@@ -173,6 +176,10 @@ def _evaluate_statements(model, processor, records, args, answers) -> Evaluation
 
 def _evaluate_grounding(model, processor, records, args, answers) -> Evaluation:
     return evaluate_grounding(model, processor, records, args.heat_layer, heat=args.heat, **_limits(args))
+
+
+def _evaluate_classification(model, processor, records, args, answers) -> Evaluation:
+    return evaluate_zero_shot(model, processor, records, answers, args.templates, **_limits(args))
 
 
 def _answers_for_server(predictions: list[dict]) -> list[dict[str, Any]]:
@@ -231,6 +238,15 @@ TASKS = {
         embedded={"scenes": load_scene_reasoning},
     ),
     "text_assignment": Task(model_class=TCLForTextAssignment, batches=PairBatches(), result_type="text-assignment"),
+    "classification": Task(
+        model_class=TCLModel,
+        load=load_classification,
+        load_options=("image_column", "label_column", "class_names"),
+        batches=None,
+        result_type="zero-shot-image-classification",
+        evaluate=_evaluate_classification,
+        evaluation_options=("templates",),
+    ),
     "grounding": Task(
         model_class=TCLForImageTextRetrieval,
         load=load_phrases,

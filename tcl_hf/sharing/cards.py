@@ -134,7 +134,10 @@ def eval_results(result_type: str, metrics: dict[str, float], protocol: Evaluati
         result_type: the Hub's name for the task of the results.
     """
     fields = protocol.to_dict()
+    if protocol.templates is not None:
+        fields["templates"] = len(protocol.templates)  # because there may be many; `evaluation.json` lists them
     left_out = ("step", "epoch", "records", "phrases", "rerank_weight")
+    conditions = ("protocol", "k", "resolution", "heat", "classes", "templates")
     return [
         EvalResult(
             task_type=result_type,
@@ -144,7 +147,7 @@ def eval_results(result_type: str, metrics: dict[str, float], protocol: Evaluati
             metric_type=name,
             metric_name=name,
             metric_value=round(value, 2),
-            metric_args={key: fields[key] for key in ("protocol", "k", "resolution", "heat") if key in fields},
+            metric_args={key: fields[key] for key in conditions if key in fields},
         )
         for name, value in metrics.items()
         if protocol.split and name not in left_out and "/" not in name

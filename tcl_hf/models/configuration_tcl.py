@@ -165,6 +165,8 @@ class TCLConfig(PreTrainedConfig):
         gather_negatives: whether LMI and ITM take negatives from the samples of all processes, with gradients; if not,
             from their own process, as in the paper's code. (CMA and IMC always use the keys of all processes.)
         use_momentum_teacher: `False` leaves teacher and queues out of the heads, for inference at half the memory.
+        rerank_weight: weight of matching in the combined score, by which candidates of retrieval are ranked (see
+            `evaluation/retrieval.py`); None if it was not chosen.
         trained_on: the data that the weights were trained on, `{"task": ..., "data": [...]}` for each training, from
             which evaluation derives its protocol.
 
@@ -197,6 +199,7 @@ class TCLConfig(PreTrainedConfig):
     mlm_weight: float | int = 1.0
     gather_negatives: bool = False
     use_momentum_teacher: bool = True
+    rerank_weight: float | int | None = None
     trained_on: list | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -253,6 +256,10 @@ class TCLConfig(PreTrainedConfig):
         for name in ("projection_dim", "local_grid", "itm_negatives"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if self.rerank_weight is not None and self.rerank_weight < 0:
+            raise ValueError(
+                f"rerank_weight={self.rerank_weight} is negative: choose 0, which ranks by similarity alone, or more."
+            )
         if not MIN_TEMPERATURE <= self.temperature_init_value <= MAX_TEMPERATURE:
             raise ValueError(
                 f"temperature_init_value={self.temperature_init_value} lies outside [{MIN_TEMPERATURE}, "

@@ -855,6 +855,7 @@ def test_teacher_and_tied_head_follow_resized_token_embeddings(new_size, tmp_pat
         ({"momentum": 1.5}, "momentum=1.5"),
         ({"alpha": -0.1}, "alpha=-0.1"),
         ({"itm_weight": -1}, "itm_weight=-1"),
+        ({"rerank_weight": -0.5}, "rerank_weight=-0.5"),
         ({"patch_dropout": 1.0}, "patch_dropout=1.0 leaves no patch"),
         ({"patch_dropout": -0.5}, "patch_dropout=-0.5 leaves no patch or is not a share"),
         ({"temperature_init_value": 3.0}, "temperature_init_value=3.0"),

@@ -148,6 +148,7 @@ class TCLConfig(PreTrainedConfig):
         momentum: share of the teacher that each update keeps (paper: 0.995).
         queue_size: features of each modality kept as negatives (paper: 65,536); 0 for none.
         alpha: share of the teacher's soft targets (paper: 0.4).
+        itm_negatives: hard negative images of each text, and texts of each image, in matching (paper: 1).
         mlm_probability: share of the tokens masked (paper: 0.15).
         patch_dropout: share of the patches that the student does not read in a step of pre-training, drawn for each
             image (FLIP, arXiv 2212.00794: 0.5 and 0.75; paper: 0). The teacher, evaluation and fine-tuning read all
@@ -164,6 +165,8 @@ class TCLConfig(PreTrainedConfig):
         gather_negatives: whether LMI and ITM take negatives from the samples of all processes, with gradients; if not,
             from their own process, as in the paper's code. (CMA and IMC always use the keys of all processes.)
         use_momentum_teacher: `False` leaves teacher and queues out of the heads, for inference at half the memory.
+        rerank_weight: weight of matching in the combined score, by which candidates of retrieval are ranked (see
+            `evaluation/retrieval.py`); None if it was not chosen.
         trained_on: the data that the weights were trained on, `{"task": ..., "data": [...]}` for each training, from
             which evaluation derives its protocol.
 
@@ -181,6 +184,7 @@ class TCLConfig(PreTrainedConfig):
     momentum: float | int = 0.995
     queue_size: int = 65536
     alpha: float | int = 0.4
+    itm_negatives: int = 1
     mlm_probability: float | int = 0.15
     patch_dropout: float | int = 0.0
     image_pooling: str = "cls"
@@ -195,6 +199,7 @@ class TCLConfig(PreTrainedConfig):
     mlm_weight: float | int = 1.0
     gather_negatives: bool = False
     use_momentum_teacher: bool = True
+    rerank_weight: float | int | None = None
     trained_on: list | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -248,9 +253,12 @@ class TCLConfig(PreTrainedConfig):
         for name in ("cma_weight", "imc_weight", "lmi_weight", "itm_weight", "mlm_weight", "queue_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative: choose 0, which leaves it out, or more.")
-        if self.projection_dim < 1 or self.local_grid < 1:
+        for name in ("projection_dim", "local_grid", "itm_negatives"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if self.rerank_weight is not None and self.rerank_weight < 0:
             raise ValueError(
-                f"projection_dim={self.projection_dim} and local_grid={self.local_grid} must be 1 or more."
+                f"rerank_weight={self.rerank_weight} is negative: choose 0, which ranks by similarity alone, or more."
             )
         if not MIN_TEMPERATURE <= self.temperature_init_value <= MAX_TEMPERATURE:
             raise ValueError(

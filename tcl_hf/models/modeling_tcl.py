@@ -581,11 +581,12 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             rows.text_states, rows.attention_mask, image_states, rows.image_index, token_index=rows.token_index
         ).last_hidden_state
         if negatives is not None:
-            logits = self.itm_head(fused[: 3 * num_pairs, 0])  # (3 N, 2)
+            number = len(negatives.image) // num_pairs
+            logits = self.itm_head(fused[: (1 + 2 * number) * num_pairs, 0])  # ((1 + 2 K) N, 2)
             labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
             labels[:num_pairs] = MATCHES
-            exists = torch.cat([torch.ones_like(negatives.has_image), negatives.has_image, negatives.has_text])
-            output.loss_itm = itm_loss(logits, labels, exists)
+            exists = torch.cat([negatives.has_image.new_ones(num_pairs), negatives.has_image, negatives.has_text])
+            output.loss_itm = itm_loss(logits, labels, exists, number)
             output.itm_accuracy = accuracy(logits, labels.masked_fill(~exists, -100))
         if batch.masked is not None:
             teacher_logits = None
@@ -609,7 +610,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
 
     @torch.no_grad()
     def _hard_negatives(self, batch: TrainingBatch, student: View, teacher: View) -> HardNegatives:
-        """Draw a hard negative image for each text and a hard negative text for each image."""
+        """Draw hard negative images for each text and hard negative texts for each image."""
         ids = batch.image_ids
         keys: tuple[Tensor, ...] = (teacher.image, teacher.text, ids)
         if self.config.gather_negatives:
@@ -618,8 +619,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         excluded = torch.eye(len(student.text), len(text_keys), dtype=torch.bool, device=student.text.device)
         excluded = excluded | (ids[:, None] == key_ids) & (key_ids != NO_IMAGE_ID)
         temperature = self.tcl.temperature
-        image, has_image = sample_hard_negatives(similarity(student.text, image_keys, temperature), excluded)
-        text, has_text = sample_hard_negatives(similarity(student.image, text_keys, temperature), excluded)
+        more = {} if self.config.itm_negatives == 1 else {"number": min(self.config.itm_negatives, excluded.shape[1])}
+        image, has_image = sample_hard_negatives(similarity(student.text, image_keys, temperature), excluded, **more)
+        text, has_text = sample_hard_negatives(similarity(student.image, text_keys, temperature), excluded, **more)
         return HardNegatives(image, has_image, text, has_text)
 
 

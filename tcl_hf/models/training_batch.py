@@ -116,20 +116,23 @@ def encode_view(
 
 @dataclass
 class HardNegatives:
-    """For each text an image and for each image a text that do not belong to it, as rows of all states."""
+    """For each text K images and for each image K texts that do not belong to it, as rows of all states.
 
-    image: Tensor  # (N,)
-    has_image: Tensor  # (N,) False where every image belongs to the text: `image` is then meaningless
-    text: Tensor  # (N,)
-    has_text: Tensor  # (N,)
+    The first ones of all texts (or images) come first, then the second ones, and so on.
+    """
+
+    image: Tensor  # (K * N,)
+    has_image: Tensor  # (K * N,) False where too few images do not belong to the text: `image` is then meaningless
+    text: Tensor  # (K * N,)
+    has_text: Tensor  # (K * N,)
 
 
 @dataclass
 class FusionRows:
     """Pairs of a text and an image that the fusion encoder reads in one pass.
 
-    For matching, these are the N true pairs, the N texts with hard negative images, and the N hard negative texts with
-    their images; for masked language modelling, the N masked texts with their images.
+    For matching, these are the N true pairs, the N texts with K hard negative images each, and the N images with K hard
+    negative texts each; for masked language modelling, the N masked texts with their images.
     """
 
     text_states: Tensor  # (R, L, width), R rows
@@ -161,10 +164,14 @@ def fusion_rows(
     )
     texts, masks, images = [], [], []
     if negatives is not None:
-        texts += [text_states[:num_pairs], text_states[:num_pairs], text_states[negatives.text]]
-        masks += [batch_mask, batch_mask, attention_mask[negatives.text]]
-        images += [own, negatives.image, own]
-    token_indices: list[Any] = [] if token_index is None else [torch.zeros_like(token_index)] * len(texts)
+        number = len(negatives.image) // num_pairs
+        own_texts = text_states[:num_pairs]
+        texts += [own_texts.repeat(1 + number, 1, 1), text_states[negatives.text]]
+        masks += [batch_mask.repeat(1 + number, 1), attention_mask[negatives.text]]
+        images += [own, negatives.image, own.repeat(number)]
+    token_indices: list[Any] = []
+    if token_index is not None:
+        token_indices = [token_index.new_zeros(len(rows), token_index.shape[1]) for rows in texts]
     if batch.masked is not None:
         padding = attention_mask.shape[1] - length
         texts.append(F.pad(masked_states, (0, 0, 0, padding)))

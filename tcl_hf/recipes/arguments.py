@@ -41,12 +41,21 @@ class DataArguments:
     caption_column: str | None = option(None, "Column of the captions, if its name is unusual.")
     eval_images: int = option(1000, "Evaluate on at most this many samples; 0 for all.")
     eval_k: int = option(32, "Candidates that are re-ranked by matching, or answers that are scored in full.")
+    rerank_weight: float | None = option(
+        None, "Weight of matching in the combined score that ranks candidates; that of the model if None."
+    )
     eval_captions: int | None = option(None, "Number of captions of each image to retrieve; all if None.")
     eval_max_tokens: int | None = option(
         None, f"Longest text in evaluation, [CLS] included; {MAX_TOKENS} if None, {MAX_QUESTION_TOKENS} for questions."
     )
     per_device_eval_batch_size: int = option(64, "Samples in a forward pass of the evaluation, in each process.")
     half_precision_states: bool = option(False, "Keep states in float16 on the CPU while re-ranking: less memory.")
+
+    def __post_init__(self):
+        if self.rerank_weight is not None and self.rerank_weight < 0:
+            raise RecipeError(
+                f"rerank_weight={self.rerank_weight} is negative: choose 0, which ranks by similarity alone, or more."
+            )
 
     @property
     def dataset_names(self) -> list[str]:
@@ -77,7 +86,21 @@ class PretrainingDataArguments(TrainingDataArguments):
 
     streaming: bool = option(False, "Read the data while training.")
     data_weights: list[float] = option([], "Proportions in which streams are mixed; one source after another if empty.")
+    tuning_images: int = option(
+        0, "Cut off at least this many training samples, in whole groups, to choose rerank_weight on; 0 for none."
+    )
+    baselines: bool = option(True, "Measure baselines for the report: linear maps of pixels and of frozen features.")
+    baseline_samples: int = option(30000, "Fit the baselines on frozen features to at most this many samples.")
+    free_texts: list[str] = option([], "Texts for which the report shows the pictures that the model finds.")
     eval_captions: int | None = field(default=1, init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tuning_images and self.streaming:
+            raise RecipeError(
+                f"tuning_images={self.tuning_images} cannot be cut off a stream: set streaming to false, or "
+                "tuning_images to 0 and give rerank_weight."
+            )
 
 
 @dataclass
@@ -101,6 +124,7 @@ class TaskArguments(DataArguments):
     templates: list[str] = option(list(TEMPLATES), "Texts about a class, with {} in place of its name.")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.heat not in HEAT_KINDS:
             raise RecipeError(f"heat: there is no map of '{self.heat}': choose one of {', '.join(HEAT_KINDS)}.")
         try:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..data.annotations.questions import read_answer_list
 from ..data.embedded.encoders import encoder_folder
+from ..data.held_out import cut_off
 from ..data.images import why_unusable
 from ..data.pairs import DataError
 from ..data.streams import MixedStreams
@@ -75,6 +76,14 @@ def load_evaluation_data(args: DataArguments) -> Dataset:
     records = load_split(args, sources, args.validation_split, **options)
     if args.eval_images:
         records = records.select(range(min(args.eval_images, len(records))))
+    records = usable_records(records)
+    if not len(records):
+        raise DataError(f"No record of the split '{args.validation_split}' of {', '.join(sources)} can be evaluated.")
+    return records
+
+
+def usable_records(records: Dataset) -> Dataset:
+    """The records without those that cannot be used, about which warnings are logged."""
     reasons = [why_unusable(record) for record in records]
     bad = [row for row, reason in enumerate(reasons) if reason is not None]
     for row in bad[:MAX_NAMED]:
@@ -83,8 +92,6 @@ def load_evaluation_data(args: DataArguments) -> Dataset:
         logger.warning("Not evaluated: %d more records.", len(bad) - MAX_NAMED)
     if bad:
         records = records.select([row for row, reason in enumerate(reasons) if reason is None])
-    if not len(records):
-        raise DataError(f"No record of the split '{args.validation_split}' of {', '.join(sources)} can be evaluated.")
     return records
 
 
@@ -114,6 +121,21 @@ def load_pretraining_data(args: PretrainingDataArguments) -> tuple[Pairs, Datase
             raise
         logger.warning("Nothing is evaluated: %s", error)
         return pairs, None
+
+
+def cut_off_tuning_data(args: PretrainingDataArguments, pairs: Dataset) -> tuple[Dataset, Dataset | None]:
+    """Split the training data into pairs to train on and records to choose settings on; None without `tuning_images`.
+
+    Raises:
+        DataError: if nothing would be left to train on, or no record that was cut off can be used.
+    """
+    if not args.tuning_images:
+        return pairs, None
+    pairs, tuning = cut_off(pairs, args.tuning_images)
+    tuning = usable_records(tuning)
+    if not len(tuning):
+        raise DataError(f"tuning_images={args.tuning_images}: none of the samples can be used; choose a larger number.")
+    return pairs, tuning
 
 
 def candidate_answers(args: TaskArguments, records: Dataset | None, folder: str | None = None) -> list[str]:

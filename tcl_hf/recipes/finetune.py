@@ -45,7 +45,7 @@ def _train(phase: Phase, started_by: str) -> None:
     if data_args.kept_views:
         samples, records = with_kept_states(data_args, args, model, processor, samples, records)
     visited = SharedImages(samples) if data_args.share_images else samples
-    metrics = train_task(data_args, args, model, processor, visited, records, answers, phase)
+    metrics = train_task(data_args, args, model, processor, visited, records, answers, phase=phase)
     if phase.is_last and PartialState().is_main_process:
         protocol = evaluation_protocol(data_args, model.config, len(records or ()))
         amount = f"{len(samples)} samples"

@@ -93,10 +93,14 @@ class Phase:
         return run if self.is_last else run / f"phase-{self.number}"
 
     @property
+    def start(self) -> Any:
+        """What the run started from, as arguments."""
+        return (self.run or [self])[0].model_args
+
+    @property
     def base_models(self) -> list[str]:
         """What the run started from: names on the Hub, folders, or `package:NAME`."""
-        start = (self.run or [self])[0].model_args
-        return [name for one in ("model", "vision_model", "text_model") if (name := getattr(start, one, None))]
+        return [name for one in ("model", "vision_model", "text_model") if (name := getattr(self.start, one, None))]
 
     @property
     def dataset_names(self) -> list[str]:

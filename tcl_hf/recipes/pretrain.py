@@ -8,8 +8,8 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.pairs import captions_of
-from ..evaluation.baselines import ridge_baseline
-from .build import build_model, load_pretraining_data
+from .baselines import measure_baselines
+from .build import build_model, cut_off_tuning_data, load_pretraining_data
 from .command_line import command
 from .parsing import PRETRAIN
 from .phases import Phase, run_phases
@@ -31,12 +31,16 @@ def _train(phase: Phase, started_by: str) -> None:
     set_seed(args.seed)
     pairs: Any
     pairs, records = load_pretraining_data(data_args)
+    tuning = None
+    if records:  # the settings are chosen by evaluations
+        pairs, tuning = cut_off_tuning_data(data_args, pairs)
     model, processor = build_model(model_args, captions_of(pairs))
+    plain: Any = (pairs, records)  # without kept states, which are those of locked layers only
     if data_args.kept_views:
         pairs, records = with_kept_states(data_args, args, model, processor, pairs, records)
     if model_args.projection_start == "cca" and not args.resume:
         start_projections(data_args, args, model, processor, pairs)
-    metrics = train_task(data_args, args, model, processor, pairs, records, [], phase)
+    metrics = train_task(data_args, args, model, processor, pairs, records, tuning=tuning, phase=phase)
     if not phase.is_last or not PartialState().is_main_process:
         return
     if records:
@@ -45,9 +49,10 @@ def _train(phase: Phase, started_by: str) -> None:
         amount = "a stream of samples" if data_args.streaming else f"{len(pairs)} samples"
         protocol = evaluation_protocol(data_args, model.config, len(records))
         run = Run(data_args, amount, phase.base_models, started_by, Path(args.output_dir), protocol, phase)
-        is_embedded = data_args.data == ["openmoji"] and not data_args.streaming
-        baseline = ridge_baseline(list(pairs), records) if is_embedded else None
-        print(write_pretraining_report(run, model, processor, records, metrics, baseline))
+        baselines = measure_baselines(data_args, phase.start, *plain)
+        num_tuning = len(tuning or ()) if data_args.rerank_weight is None else 0
+        texts = data_args.free_texts
+        print(write_pretraining_report(run, model, processor, records, metrics, baselines, num_tuning, texts))
     print(f"Model, processor, metrics and card are in {args.output_dir}")
 
 

@@ -21,7 +21,7 @@ from ..evaluation.answers import evaluate_answers
 from ..evaluation.classes import evaluate_classes
 from ..evaluation.grounding import evaluate_grounding
 from ..evaluation.metrics import vqa_results
-from ..evaluation.retrieval import evaluate_retrieval
+from ..evaluation.retrieval import evaluate_retrieval, tune_rerank_weight
 from ..evaluation.shares import Evaluation
 from ..evaluation.zero_shot import evaluate_zero_shot
 from ..models.configuration_tcl import TCLConfig
@@ -43,7 +43,7 @@ _OF_EVALUATION = (
     *("validation_data", "eval_images", "eval_max_tokens", "per_device_eval_batch_size"),
     *("eval_steps", "metric_for_best_model"),
 )
-_OF_RETRIEVAL = ("eval_k", "half_precision_states")
+_OF_RETRIEVAL = ("eval_k", "half_precision_states", "rerank_weight")
 
 
 def build_augmentation(args: TrainingDataArguments, processor: TCLProcessor) -> TCLAugmentation:
@@ -148,9 +148,22 @@ def _limits(args: DataArguments, max_tokens: int = MAX_TOKENS) -> dict[str, Any]
     return {"batch_size": args.per_device_eval_batch_size, "max_tokens": max_tokens, "progress": True}
 
 
+def _retrieval_options(args: DataArguments) -> dict[str, Any]:
+    """The options of retrieval: candidates, captions of an image, precision of states, and the limits."""
+    states_dtype = torch.float16 if args.half_precision_states else None
+    return _limits(args) | {"k": args.eval_k, "captions_per_image": args.eval_captions, "states_dtype": states_dtype}
+
+
 def _evaluate_retrieval(model, processor, records, args, answers) -> Evaluation:
-    options = _limits(args) | {"states_dtype": torch.float16 if args.half_precision_states else None}
-    return Evaluation(evaluate_retrieval(model, processor, records, args.eval_k, args.eval_captions, **options))
+    options = _retrieval_options(args) | {"rerank_weight": args.rerank_weight}
+    return Evaluation(evaluate_retrieval(model, processor, records, **options))
+
+
+def choose_rerank_weight_on(
+    model: TCLForImageTextRetrieval, processor: TCLProcessor, records: Sequence[dict], args: DataArguments
+) -> float:
+    """The weight of the combined score that is best on records which results are not reported on."""
+    return tune_rerank_weight(model, processor, records, **_retrieval_options(args))
 
 
 def _evaluate_answers(model, processor, records, args, answers) -> Evaluation:

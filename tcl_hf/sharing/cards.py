@@ -126,7 +126,7 @@ def name_of_model(model: str) -> str:
 
 
 def eval_results(result_type: str, metrics: dict[str, float], protocol: EvaluationProtocol) -> list[EvalResult]:
-    """Return metrics as metadata of a card, without counts and without metrics of single labels.
+    """Return metrics as metadata of a card, without counts, weights and metrics of single labels.
 
     There are none if the protocol names no split.
 
@@ -136,7 +136,7 @@ def eval_results(result_type: str, metrics: dict[str, float], protocol: Evaluati
     fields = protocol.to_dict()
     if protocol.templates is not None:
         fields["templates"] = len(protocol.templates)  # because there may be many; `evaluation.json` lists them
-    left_out = ("step", "epoch", "records", "phrases")
+    left_out = ("step", "epoch", "records", "phrases", "rerank_weight")
     conditions = ("protocol", "k", "resolution", "heat", "classes", "templates")
     return [
         EvalResult(

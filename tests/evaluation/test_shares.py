@@ -21,7 +21,7 @@ from tcl_hf.evaluation.retrieval import evaluate_retrieval
 from tcl_hf.evaluation.zero_shot import evaluate_zero_shot
 dist.init_process_group("gloo")
 model, processor = tiny(TCLForImageTextRetrieval)
-found = [evaluate_retrieval(model, processor, tiny_records(7), k=3, batch_size=2)]
+found = [evaluate_retrieval(model, processor, tiny_records(7), k=3, batch_size=2, rerank_weight=0.5)]
 found.append(evaluate_grounding(model, processor, phrases(3), batch_size=2).metrics)
 model, processor = tiny(TCLForVisualEntailment)
 rows = statements(("entailment", "neutral", "contradiction"), 7)

@@ -11,6 +11,7 @@ from helpers import (
     ReadBack,
     assert_teacher_equals_student,
     small_patches,
+    stir,
     stirred,
     tiny_config,
     training_batch,
@@ -854,6 +855,7 @@ def test_teacher_and_tied_head_follow_resized_token_embeddings(new_size, tmp_pat
         ({"momentum": 1.5}, "momentum=1.5"),
         ({"alpha": -0.1}, "alpha=-0.1"),
         ({"itm_weight": -1}, "itm_weight=-1"),
+        ({"rerank_weight": -0.5}, "rerank_weight=-0.5"),
         ({"patch_dropout": 1.0}, "patch_dropout=1.0 leaves no patch"),
         ({"patch_dropout": -0.5}, "patch_dropout=-0.5 leaves no patch or is not a share"),
         ({"temperature_init_value": 3.0}, "temperature_init_value=3.0"),
@@ -917,3 +919,27 @@ def test_inputs_that_do_not_fit_are_refused_with_a_sentence():
         model.tcl.encode_text(torch.zeros(1, 41, dtype=torch.long))
     with pytest.raises(ValueError, match="both input_ids and pixel_values"):
         TCLForMaskedLM(small_patches())(batch["input_ids"])
+
+
+def test_matching_learns_from_several_negatives_of_each_text_and_image(monkeypatch):
+    """The loss of two negatives each is the weighted mean over pairs that `match` scores one by one."""
+    model = stir(TCLForPreTraining(small_patches(itm_negatives=2, mlm_weight=0.0))).train()
+    batch = {name: value for name, value in training_batch().items() if not name.startswith("mlm")}
+    drawn = iter([torch.tensor([1, 2, 3, 0, 2, 3, 0, 1]), torch.tensor([3, 0, 1, 2, 1, 3, 0, 2])])  # images, texts
+    exist = torch.ones(8, dtype=torch.bool)
+    monkeypatch.setattr(
+        "tcl_hf.models.modeling_tcl.sample_hard_negatives", lambda logits, excluded, number: (next(drawn), exist)
+    )
+    loss = model(**batch, alpha=0.0).loss_itm
+    states = model.tcl.encode_image(batch["pixel_values"])
+    texts = model.tcl.encode_text(batch["input_ids"], batch["attention_mask"])
+    pairs = [(row, row, 1, 1.0) for row in range(4)]  # text, image, label, weight
+    images, negatives = [1, 2, 3, 0, 2, 3, 0, 1], [3, 0, 1, 2, 1, 3, 0, 2]
+    pairs += [(n % 4, image, 0, 0.5) for n, image in enumerate(images)]
+    pairs += [(text, n % 4, 0, 0.5) for n, text in enumerate(negatives)]
+    total = 0.0
+    for text, image, label, weight in pairs:
+        length = int(batch["attention_mask"][text].sum())
+        logits = model.match(texts[text : text + 1, :length], None, states[image : image + 1])
+        total -= weight * logits.log_softmax(-1)[0, label].item()
+    assert loss.item() == pytest.approx(total / 12, abs=1e-5)

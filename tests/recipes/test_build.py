@@ -18,6 +18,7 @@ from tcl_hf.recipes.build import (
     add_words,
     build_model,
     candidate_answers,
+    cut_off_tuning_data,
     load_evaluation_data,
     load_pretraining_data,
 )
@@ -161,6 +162,19 @@ def test_a_split_that_does_not_exist_is_one_sentence():
     args = TaskArguments(task="visual_entailment", data=["scenes"], validation_split="test")
     with pytest.raises(DataError, match="no split 'test'"):
         load_evaluation_data(args)
+
+
+def test_tuning_data_are_cut_off_without_those_that_cannot_be_used(tmp_path):
+    rows = [{"image": f"{n % 2}.png", "caption": "a dog", "image_id": str(n)} for n in range(20)]
+    file = write_pairs(tmp_path, rows)
+    pairs, _ = load_pretraining_data(PretrainingDataArguments(data=[file]))
+    assert cut_off_tuning_data(PretrainingDataArguments(data=[file]), pairs) == (pairs, None)
+    rest, tuning = cut_off_tuning_data(PretrainingDataArguments(data=[file], tuning_images=10), pairs)
+    assert len(rest) == 10 and not set(rest["image_id"]) & set(tuning["image_id"])
+    assert 0 < len(tuning) < 10 and {int(one) % 2 for one in tuning["image_id"]} == {0}  # odd images are broken
+    bad = pairs.filter(lambda row: int(row["image_id"]) % 2 == 1)
+    with pytest.raises(DataError, match="tuning_images=3: none of the samples can be used"):
+        cut_off_tuning_data(PretrainingDataArguments(data=[file], tuning_images=3), bad)
 
 
 # Answers and words

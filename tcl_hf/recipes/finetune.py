@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.sampling import SharedImages
+from ..training.agreement import processes
 from .arguments import RecipeError
 from .build import ANSWERS, add_words, candidate_answers, load_evaluation_data, load_split, open_model
 from .command_line import command
@@ -39,14 +39,14 @@ def _train(phase: Phase, started_by: str) -> None:
     if data_args.add_words:
         add_words(model, processor, samples)
     answers = candidate_answers(data_args, samples)
-    if answers and PartialState().is_main_process:  # before training, so that a run that is stopped has them too
+    if answers and processes().is_main_process:  # before training, so that a run that is stopped has them too
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / ANSWERS).write_text(json.dumps(answers, ensure_ascii=False) + "\n")
     if data_args.kept_views:
         samples, records = with_kept_states(data_args, args, model, processor, samples, records)
     visited = SharedImages(samples) if data_args.share_images else samples
     metrics = train_task(data_args, args, model, processor, visited, records, answers, phase=phase)
-    if phase.is_last and PartialState().is_main_process:
+    if phase.is_last and processes().is_main_process:
         protocol = evaluation_protocol(data_args, model.config, len(records or ()))
         amount = f"{len(samples)} samples"
         run = Run(data_args, amount, phase.base_models, started_by, output_dir, protocol, phase)

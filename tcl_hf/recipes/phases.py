@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedModel
 
 from ..models.configuration_tcl import TCLConfig
-from ..training.agreement import Agreement
+from ..training.agreement import Agreement, processes
 from ..training.arguments import TCLTrainingArguments, TrainingError
 from ..training.checkpoints import newest_checkpoint
 from ..training.interruption import PREEMPTED, Preempted, StopSignal
@@ -240,7 +239,7 @@ def run_phases(command: Command, argv: Sequence[str] | None, train: Callable[[Ph
     if not phases[0].place:
         train(phases[0])
         return
-    state = PartialState()
+    state = processes()
     number_done = _number_finished(phases)
     for phase in phases[number_done:]:
         goes_on = newest_checkpoint(phase.folder) is not None

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.pairs import captions_of
+from ..training.agreement import processes
 from .baselines import measure_baselines
 from .build import build_model, cut_off_tuning_data, load_pretraining_data
 from .command_line import command
@@ -41,7 +41,7 @@ def _train(phase: Phase, started_by: str) -> None:
     if model_args.projection_start == "cca" and not args.resume:
         start_projections(data_args, args, model, processor, pairs)
     metrics = train_task(data_args, args, model, processor, pairs, records, tuning=tuning, phase=phase)
-    if not phase.is_last or not PartialState().is_main_process:
+    if not phase.is_last or not processes().is_main_process:
         return
     if records:
         if args.average_weights:  # The pictures are those of the model that was saved.

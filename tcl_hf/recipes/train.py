@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ..models.processing_tcl import TCLProcessor
 from ..sharing.hub import BackgroundPush
+from ..training.agreement import processes
 from ..training.arguments import TCLTrainingArguments
 from ..training.loop import TrainingRun
 from .arguments import TrainingDataArguments
@@ -63,14 +63,14 @@ def train_task(
             model.config.rerank_weight = choose_rerank_weight_on(model, processor, tuning, data_args)
         return task.evaluate(model, processor, records, data_args, answers or []).metrics
 
-    pushes = args.push_to_hub and PartialState().is_main_process
+    pushes = args.push_to_hub and processes().is_main_process
     push = BackgroundPush(str(args.hub_model_id)) if pushes else None
     evaluation = evaluate if records else None
     run = TrainingRun(model, samples, collator, processor, args, evaluation, push, phase.stop_signal, not phase.is_last)
     metrics = run.train()
     # The last model is saved before its evaluation. The best one is saved after its own, with the weight chosen there.
     is_outdated = chooses_weight and "rerank_weight" in metrics and not args.metric_for_best_model
-    if is_outdated and PartialState().is_main_process:
+    if is_outdated and processes().is_main_process:
         write_rerank_weight(Path(args.output_dir), metrics["rerank_weight"])
     return metrics
 

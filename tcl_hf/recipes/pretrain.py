@@ -9,6 +9,7 @@ from transformers import set_seed
 
 from ..data.pairs import captions_of
 from ..evaluation.baselines import ridge_baseline
+from ..training.adapters import describe_lora
 from .build import build_model, load_pretraining_data
 from .command_line import command
 from .parsing import PRETRAIN, parse_recipe
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         amount = "a stream of samples" if data_args.streaming else f"{len(pairs)} samples"
         bases = [name for name in (model_args.model, model_args.vision_model, model_args.text_model) if name]
         protocol = evaluation_protocol(data_args, model.config, len(records))
-        run = Run(data_args, amount, bases, command_line("pretrain", argv), Path(args.output_dir), protocol)
+        lora = {"lora": describe_lora(model), "lora_save": args.lora_save}
+        run = Run(data_args, amount, bases, command_line("pretrain", argv), Path(args.output_dir), protocol, **lora)
         is_embedded = data_args.data == ["openmoji"] and not data_args.streaming
         baseline = ridge_baseline(list(pairs), records) if is_embedded else None
         print(write_pretraining_report(run, model, processor, records, metrics, baseline))

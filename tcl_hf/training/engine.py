@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from ..models.distributed import whole
 from ..models.encoders import TCLTextLayer, TCLVisionLayer
+from .adapters import add_lora, save_adapted
 from .agreement import Agreement
 from .allocation import keep_freed_memory
-from .arguments import TCLTrainingArguments
+from .arguments import TCLTrainingArguments, TrainingError
 from .optimization import parameter_groups
 
 SHARDED_LAYERS = (TCLVisionLayer, TCLTextLayer)
@@ -68,6 +69,12 @@ class Engine:
     def prepare(self, model: PreTrainedModel) -> None:
         """Make the optimizer of a model, and fit both to the launcher; `model` stays usable under its own name."""
         args = self.args
+        if args.lora is not None:
+            if self.is_sharded:
+                raise TrainingError(
+                    "lora does not work with FSDP2 and DeepSpeed: launch with --multi_gpu (DDP), or leave it out."
+                )
+            add_lora(model, args)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         optimizer = torch.optim.AdamW(
@@ -132,7 +139,10 @@ class Engine:
         model = self.accelerator.unwrap_model(self.model)
         state = whole_state_dict(model) if self.is_sharded else None  # Every process has to ask for it.
         if self.accelerator.is_main_process:
-            model.save_pretrained(folder, state_dict=state)
+            if self.args.lora is None:
+                model.save_pretrained(folder, state_dict=state)
+            else:
+                save_adapted(model, folder, self.args.lora_save)
             processor.save_pretrained(folder)
 
 

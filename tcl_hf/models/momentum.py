@@ -106,9 +106,10 @@ def _merged_weights(layer: Any) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = dict(base.named_parameters())
     is_plain_lora = hasattr(layer, "lora_variant") and not layer.lora_variant and not any(layer.lora_bias.values())
     if is_plain_lora and isinstance(base, nn.Linear):
-        for adapter in layer.active_adapters:
-            if adapter in layer.lora_A and adapter not in layer.merged_adapters:
-                weights["weight"] = weights["weight"] + layer.get_delta_weight(adapter).to(base.weight.dtype)
+        for name in layer.active_adapters:
+            if name in layer.lora_A and name not in layer.merged_adapters:
+                a, b = (factors[name].weight.to(base.weight.dtype) for factors in (layer.lora_A, layer.lora_B))
+                weights["weight"] = torch.addmm(weights["weight"], b, a, alpha=layer.scaling[name])
         return weights
     merged = copy.deepcopy(layer)  # a copy, because adapters are merged in place
     merged.merge()

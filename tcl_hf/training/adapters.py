@@ -30,7 +30,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "model_config.json"  # not config.json, by which transformers would take the folder for a whole model
 
-# All linear layers of the encoders' layers: adapters of attention alone learn less for the same number of weights.
+# All linear layers of the encoders' layers. In published comparisons, adapters of attention alone learn less with the
+# same number of weights.
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 # The parts that get adapters. All others, heads and projections, are small and trained in full.
 _ENCODERS = ("tcl.vision_model.", "tcl.text_model.", "text_decoder.text_model.")

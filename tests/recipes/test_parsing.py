@@ -133,6 +133,17 @@ def test_config_on_the_command_line_changes_only_what_it_names(tmp_path):
     }
 
 
+def test_lora_is_an_object_of_the_recipe_of_which_the_command_line_changes_fields(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lora: {r: 16, lora_alpha: 32, target_modules: [q_proj, v_proj]}\nlora_save: adapter")
+    *_, args = parse_recipe(PRETRAIN, ["--recipe", str(recipe), "--lora", '{"r": 4}'])
+    assert args.lora_fields == {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
+    assert args.lora_save == "adapter"
+    for argv, fields in (([], None), (["--lora", "{}"], {}), (["--lora", '{"r": 2}'], {"r": 2})):
+        *_, args = parse_recipe(FINETUNE, argv)
+        assert args.lora_fields == fields
+
+
 def test_a_task_on_the_command_line_alone_takes_nothing_from_the_default_recipe():
     data, model, *_ = parse_recipe(EVALUATE, ["--task", "retrieval", "--data", "coco_test.json"])
     assert (data.task, data.data, data.add_words, model.image_size) == ("retrieval", ["coco_test.json"], False, None)
@@ -161,6 +172,8 @@ def test_a_task_on_the_command_line_alone_takes_nothing_from_the_default_recipe(
         ("", ["--config", "{"], "--config is not JSON"),
         ("", ["--config"], "Argument --config: expected one argument"),
         ("", ["--config", "[]"], "--config is not an object"),
+        ("lora: 16", [], "--lora is not an object, but 16: give fields of LoRA by name"),
+        ("r: 16", [], r"no argument 'r' \(it is a field of LoRA: set it in lora\)"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, argv, message):

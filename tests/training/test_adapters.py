@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from helpers import config_of as tiny_config_of
-from helpers import losses, small_patches, statements, tiny_processor, tiny_run, training_batch
+from helpers import in_two_processes, losses, small_patches, statements, tiny_processor, tiny_run, training_batch
 from safetensors.torch import load_file
 
 from tcl_hf import (
@@ -34,7 +34,9 @@ INPUTS = ("input_ids", "attention_mask", "pixel_values")
 LINEAR = {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}
 CONTRAST = {"tcl.temperature", *(f"tcl.{s}_projection.{p}" for s in ("visual", "text") for p in ("weight", "bias"))}
 ITM = {"itm_head.weight", "itm_head.bias"}
-WORDS = {f"lm_head.{part}.{p}" for part in ("dense", "layer_norm") for p in ("weight", "bias")} | {"lm_head.decoder.bias"}
+WORDS = {f"lm_head.{part}.{p}" for part in ("dense", "layer_norm") for p in ("weight", "bias")} | {
+    "lm_head.decoder.bias"
+}
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +114,8 @@ def test_layers_of_the_encoders_get_adapters_and_heads_are_trained_in_full(base,
     assert others == in_full
     copies = 2 if model_class in (TCLForVisualReasoning, TCLForTextAssignment) else 1
     assert {name.rpartition(".")[2] for name in adapted} == LINEAR
-    # Two vision layers of six linear layers, two text layers of six, and two fusion layers of ten; the further copies of
-    # a fusion layer share the projections to keys and values of images.
+    # Two vision layers of six linear layers, two text layers of six, and two fusion layers of ten. The second copy of a
+    # fusion layer shares the projections to keys and values of images.
     assert len(adapted) == 2 * 6 + 2 * 6 + 2 * (10 + 8 * (copies - 1))
     assert not any(name.startswith("teacher.") for name in adapted)
 
@@ -160,7 +162,11 @@ def test_weights_that_the_start_lacks_are_trained_in_full():
     assert {name.split(".")[3] for name in adapted if name.startswith("tcl.text_model")} == {"0", "1"}
     assert not any(name.startswith("tcl.vision_model") for name in adapted)
     new = {name for name, _ in model.named_parameters() if name.startswith("tcl.vision_model")}
-    new |= {name for name, _ in model.named_parameters() if name.startswith(("tcl.text_model.layers.2.", "tcl.text_model.layers.3."))}
+    new |= {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(("tcl.text_model.layers.2.", "tcl.text_model.layers.3."))
+    }
     assert new < others
     assert not any(name.startswith("tcl.text_model.embeddings") for name in others)
 
@@ -192,7 +198,7 @@ def test_merged_weights_are_those_that_peft_merges(base, fields):
     for name, layer in adapted:
         layer.merge()
         for part, expected in layer.get_base_layer().named_parameters():
-            assert torch.equal(found[f"{name}.{part}"], expected), name
+            torch.testing.assert_close(found[f"{name}.{part}"], expected, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_the_teacher_is_the_average_of_the_merged_weights(base):
@@ -311,6 +317,20 @@ def test_accumulated_gradients_and_no_teacher_work(base, tmp_path):
     assert trained(with_lora(model))[0]
 
 
+def adapted_rank(rank, folder, checkpoint):
+    model = run(folder, checkpoint, max_steps=2, per_device_train_batch_size=3)
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or name.startswith("teacher.")}
+    torch.save(state, f"{folder}/rank{rank}.pt")
+
+
+def test_two_processes_train_the_same_adapters(base, tmp_path):
+    """Each draws its own starting values, and takes those of the first."""
+    in_two_processes(adapted_rank, str(tmp_path), str(base))
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert any(".lora_A." in name for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 # Saving and opening
 
 
@@ -341,7 +361,7 @@ def test_adapters_are_small_and_have_the_files_of_peft(base, adapters):
     own = {name for name in tensors if ".teacher." not in name}
     names = {name.replace(".default.", ".") for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert own == {f"base_model.model.{name}" for name in names}
-    # The matching head is not the teacher's; the temperature and the bias of words are no whole modules.
+    # The temperature and the bias of words are not whole modules.
     whole = {name.rpartition(".")[0] for name in CONTRAST | WORDS} - {"tcl", "lm_head.decoder"} | {"itm_head"}
     config = json.loads((folder / "adapter_config.json").read_text())
     assert set(config["modules_to_save"]) == whole

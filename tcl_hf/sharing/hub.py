@@ -93,13 +93,13 @@ def export(
     folder, target = Path(folder), Path(target)
     base = _base_on_hub(folder, base_model, with_code)
     try:
-        processor = TCLProcessor.from_pretrained(folder)
         if base is not None:
             config = config_of(str(folder))
             model_class = class_of(config)
         else:
             model = open_saved(folder, **({} if training_state else {"use_momentum_teacher": False}))
             model_class, config = type(model), model.config
+        processor = TCLProcessor.from_pretrained(folder)
     except (CheckpointError, OSError, ValueError) as error:
         raise HubError(f"{folder} cannot be shared: {error}") from error
     if base is not None:

@@ -55,6 +55,7 @@ def hub(server, monkeypatch, tmp_path):
     """A server, and a client that connects to it only, with its owner's token and a cache in a folder of the test."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)  # PEFT's client
     template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

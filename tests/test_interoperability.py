@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import png, small_patches, tiny_processor, tiny_records, training_batch
+from helpers import EVERY_VISION_PART, png, small_patches, tiny_processor, tiny_records, training_batch
 from torch.nn import functional as F
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
@@ -24,7 +24,7 @@ from tcl_hf import (
 )
 from tcl_hf.data.images import open_image
 from tcl_hf.evaluation.retrieval import encode_samples, matching_scores
-from tcl_hf.inference.export import export_onnx, export_programs
+from tcl_hf.inference.export import ImageFeatures, export_onnx, export_programs
 from tcl_hf.training.trainer_callback import TCLMomentumCallback
 
 PAGE = Path(__file__).parents[1] / "docs" / "interoperability.md"
@@ -393,6 +393,26 @@ def test_onnx_files_equal_the_model_at_every_size(run_snippet):
         expected = parts_by_hand(model, pixel_values, input_ids, attention_mask, image_index)
         for part, wanted in zip((image, text, logits), expected, strict=True):
             torch.testing.assert_close([torch.from_numpy(x) for x in part], wanted, rtol=0, atol=1e-4)
+
+
+def test_an_onnx_file_holds_every_part_of_a_vision_encoder(tmp_path):
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    import onnxruntime
+
+    fields = EVERY_VISION_PART | {"hidden_act": "quick_gelu"}
+    model = TCLForImageTextRetrieval(small_patches(vision_config=fields)).eval()
+    images, file = ({0: torch.export.Dim("images")},), tmp_path / "image_features.onnx"
+    part = ImageFeatures(model).eval()
+    torch.onnx.export(part, (torch.zeros(2, 3, 32, 32),), file, dynamic_shapes=images, verbose=False)
+    session = onnxruntime.InferenceSession(file)
+    for num_images in (1, 3):
+        pixel_values = torch.randn(num_images, 3, 32, 32)
+        with torch.no_grad():
+            expected = model.tcl.get_image_features(pixel_values).pooler_output, model.tcl.encode_image(pixel_values)
+        found = session.run(None, {"pixel_values": pixel_values.numpy()})
+        for computed, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(computed), wanted, rtol=0, atol=1e-4)
 
 
 def test_a_model_that_cannot_be_exported_is_refused(tmp_path):

@@ -120,8 +120,17 @@ class _Collator:
         captions = usable_captions(record, clean=self.processor.clean_text)
         return captions[int(torch.randint(len(captions), ()))]  # `Visit.caption` relies on this being drawn first.
 
-    def _views(self, image_source: object, number: int = 1) -> list[Tensor]:
-        """Augmented views of an image, (3, H, W) each; without an augmentation, its pixels as at test time."""
+    def _views(self, record: dict, number: int = 1) -> list[Tensor]:
+        """Augmented views of a record's image, (3, H, W) each; without an augmentation, its pixels as at test time.
+
+        Where states are kept of the image (see `kept_states`), they stand for the views (1 + P, width).
+        """
+        if "states" in record:
+            return record["states"].draw(number) if self.augmentation is not None else [record["states"].plain()]
+        return self._views_of(record.get("image"), number)
+
+    def _views_of(self, image_source: object, number: int = 1) -> list[Tensor]:
+        """Views of an image, from its pixels."""
         with open_image(image_source) as image:
             if self.augmentation is not None:
                 return self.augmentation(image, number)
@@ -168,7 +177,7 @@ class TCLPreTrainingCollator(_Collator):
     def _sample(self, record: dict) -> tuple[list[Tensor], str, Tensor, Tensor, int]:
         """Views, caption, random numbers and random ids for masking, and image id of one record."""
         caption = self._caption(record)
-        views = self._views(record.get("image"), 1 + self.two_views)
+        views = self._views(record, 1 + self.two_views)
         uniform = torch.rand(self.max_tokens, 2)
         random_ids = torch.randint(len(self.processor.tokenizer), (self.max_tokens,))
         return views, caption, uniform, random_ids, image_number(record.get("image_id"))
@@ -269,8 +278,8 @@ class TCLTaskCollator(_Collator):
         if not texts:
             raise ValueError("no text")
         if "images" not in records[0]:
-            return self._views(records[0].get("image"))[0], texts
-        return torch.stack([self._views(image)[0] for image in records[0]["images"]]), texts
+            return self._views(records[0])[0], texts
+        return torch.stack([self._views_of(image)[0] for image in records[0]["images"]]), texts
 
     def _labelled_text(self, record: dict) -> _LabelledText:
         """The text of one record, with its class and its answers."""

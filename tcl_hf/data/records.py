@@ -12,6 +12,7 @@ from .captions import caption_texts
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img", "pixel_values")
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "sentence", "json")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
 ID_COLUMNS = ("image_id", "__key__", "id", "key", "cocoid", "imgid", "filename")
 FEATURES = datasets.Features(
     {
@@ -32,7 +33,7 @@ def find_column(columns: list[str], name: str | None, usual_names: tuple[str, ..
     Args:
         columns: names of the columns that the source has.
         name: the column that the user asked for; None looks for the usual names.
-        kind: "image" or "caption", for the message.
+        kind: "image", "caption" or "label", for the message.
         source: where the columns come from, for the message.
 
     Raises:

@@ -183,6 +183,26 @@ def accuracy(predictions: Tensor, labels: Tensor) -> float:
     return 100 * (predictions == labels).double().mean().item()
 
 
+def top_k_accuracy(ranked: Tensor, labels: Tensor) -> float:
+    """Percent of samples whose label (N,) is among the classes that are ranked best for it (N, k).
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if ranked.ndim != 2:
+        raise ValueError(f"The ranked classes are {tuple(ranked.shape)}: they must be (N, k).")
+    _check_labels(ranked[:, 0], labels)
+    return 100 * (ranked == labels[:, None]).any(1).double().mean().item()
+
+
+def mean_per_class_accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """Percent of right predictions (N,) within each class of the labels (N,), averaged over the classes that occur."""
+    _check_labels(predictions, labels)
+    _, number, sizes = labels.unique(return_inverse=True, return_counts=True)
+    right = torch.zeros(len(sizes), dtype=torch.double).index_add_(0, number, (predictions == labels).double())
+    return 100 * (right / sizes).mean().item()
+
+
 def per_label_scores(predictions: Tensor, labels: Tensor, names: list[str]) -> dict[str, float]:
     """Precision, recall and F1 in percent, and support, of each label: `precision/neutral` and so on.
 

@@ -17,6 +17,8 @@ class EvaluationProtocol:
         resolution: pixels of a side of the images.
         k: candidates that were re-ranked or scored in full; None for tasks without candidates.
         heat: for grounding, the score whose heat map was used.
+        classes: for classification, the number of classes to choose from.
+        templates: for classification, the texts with `{}` in place of the name of a class.
         images_shuffled: whether each record had the image of another one.
     """
 
@@ -28,6 +30,8 @@ class EvaluationProtocol:
     resolution: int
     k: int | None = None
     heat: str | None = None
+    classes: int | None = None
+    templates: list[str] | None = None
     images_shuffled: bool = False
 
     def __str__(self) -> str:
@@ -35,6 +39,12 @@ class EvaluationProtocol:
         conditions = [f"the protocol {self.protocol}", f"the resolution {self.resolution}"]
         conditions += [f"k = {self.k}"] if self.k is not None else []
         conditions += [f"the heat map of {self.heat}"] if self.heat is not None else []
+        conditions += [f"{self.classes} classes"] if self.classes is not None else []
+        conditions += (
+            [f"{len(self.templates)} templates" if len(self.templates) > 1 else "1 template"]
+            if self.templates is not None
+            else []
+        )
         conditions += ["the images shuffled"] if self.images_shuffled else []
         return (
             f"These are results for the task {self.task}, on {self.records} samples of the split {self.split} of "

@@ -1,4 +1,13 @@
-"""Retrieval: recall by the similarity of features, and after the k most similar are re-ranked by matching."""
+"""Retrieval: recall by the similarity of features, and after the k most similar are ranked anew.
+
+They are re-ranked by the matching logit alone, as in the paper, or by a combined score:
+
+    similarity / temperature + rerank_weight * (logit of "matches" - logit of "does not match")
+
+The first term is the logit of a pair in the contrastive losses, and the second the log-odds of the matching head. Both
+are log-ratios of probabilities, and so they add. The log-odds are used and not the one logit, because the matching loss
+leaves the sum of both logits undetermined: adding a number to both changes no probability, but would change the order.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +18,8 @@ from tqdm.auto import tqdm
 
 from ..data.images import open_image
 from ..models.attention import KeyValue
+from ..models.configuration_tcl import TCLConfig
+from ..models.distributed import whole
 from ..models.encoders import eval_mode
 from ..models.losses import similarity as scaled_similarity
 from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval
@@ -17,6 +28,8 @@ from .metrics import retrieval_metrics
 from .shares import gather_results, in_batches, process_share
 
 NOT_SCORED = -100.0  # the score of pairs outside the top k, as in the paper's code
+NO_RECORD = -1  # the image of a text that belongs to no record
+RERANK_WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # the weights that are tried; 0 ranks by similarity alone
 MAX_PADDING = 1 / 8  # largest share of padding in a group; a smaller one makes groups too small for fast products
 
 
@@ -62,7 +75,7 @@ class EncodedSamples:
         text_states: states of all texts, padded (T, L, width), likewise.
         attention_mask: 1 for tokens, 0 for padding (T, L).
         image_embeds, text_embeds: L2-normalised features (I, D) and (T, D).
-        image_of_text: the image to which each text belongs (T,).
+        image_of_text: the image to which each text belongs (T,), `NO_RECORD` where it belongs to none.
         texts: the texts themselves.
     """
 
@@ -90,6 +103,7 @@ def encode_samples(
     states_dtype: torch.dtype | None = None,
     progress: bool = False,
     max_tokens: int = MAX_TOKENS,
+    texts: list[str] | None = None,
 ) -> EncodedSamples:
     """Encode the images and captions of records, with the model in the mode that it is in.
 
@@ -102,15 +116,19 @@ def encode_samples(
             set needs depends on their size, not on the model's. None leaves them as they are.
         progress: show a progress bar.
         max_tokens: longest text, [CLS] included.
+        texts: texts to encode in place of the captions; they belong to no record.
     """
     device = model.device
 
     def kept(states: Tensor) -> Tensor:
         return states if states_dtype is None else states.to("cpu", states_dtype)
 
-    captions = [record["captions"][:captions_per_image] for record in records]
-    texts = [text for of_image in captions for text in of_image]
-    image_of_text = torch.tensor([row for row, of_image in enumerate(captions) for _ in of_image])
+    if texts is None:
+        captions = [record["captions"][:captions_per_image] for record in records]
+        texts = [text for of_image in captions for text in of_image]
+        image_of_text = torch.tensor([row for row, of_image in enumerate(captions) for _ in of_image])
+    else:
+        image_of_text = torch.full((len(texts),), NO_RECORD)
     image_rows, text_rows = process_share(len(records)), process_share(len(texts))
     image_states: list[Tensor] = []
     image_embeds: list[Tensor] = []
@@ -118,17 +136,15 @@ def encode_samples(
     text_embeds: list[Tensor] = []
     bar = tqdm(total=len(image_rows) + len(text_rows), desc="Encoding", disable=not progress, leave=False)
     for rows in in_batches(image_rows, batch_size):
-        images = [open_image(records[row]["image"]).convert("RGB") for row in rows]
-        pixel_values = processor(images=images, return_tensors="pt")["pixel_values"].to(device)
-        states = model.tcl.encode_image(pixel_values)
-        image_embeds += model.tcl.image_features(states[:, 0]).unbind()
+        states = model.tcl.encode_image(_images_or_states(processor, [records[row] for row in rows]).to(device))
+        image_embeds += model.tcl.image_features(states).unbind()
         image_states += kept(states).unbind()
         bar.update(len(rows))
     tokens = processor(text=texts, return_tensors="pt", max_length=max_tokens)
     for rows in in_batches(text_rows, batch_size):
         mask = tokens["attention_mask"][rows].to(device)
         states = model.tcl.encode_text(tokens["input_ids"][rows].to(device), mask)
-        text_embeds += model.tcl.text_features(states[:, 0]).unbind()
+        text_embeds += model.tcl.text_features(states, mask).unbind()
         text_states += kept(states).unbind()
         bar.update(len(rows))
     bar.close()
@@ -144,25 +160,41 @@ def encode_samples(
     )
 
 
+def _images_or_states(processor: TCLProcessor, records: list[dict]) -> Tensor:
+    """The pixels of the records' images (B, 3, H, W), or the states that are kept of all of them (B, 1 + P, width)."""
+    if all("states" in record for record in records):
+        # In float32, because autocast on CPUs cannot stack half precision.
+        return torch.stack([record["states"].plain().float() for record in records])
+    images = [open_image(record["image"]).convert("RGB") for record in records]
+    return processor(images=images, return_tensors="pt")["pixel_values"]
+
+
+def can_match(config: TCLConfig) -> bool:
+    """Whether a model scores pairs by matching, which is one of its objectives."""
+    return bool(config.itm_weight)
+
+
 @torch.no_grad()
-def matching_scores(
-    model: TCLForImageTextRetrieval, encoded: EncodedSamples, k: int, batch_size: int = 64, progress: bool = False
+def matching_logits(
+    model: TCLForImageTextRetrieval,
+    encoded: EncodedSamples,
+    chosen: list[Tensor],
+    batch_size: int = 64,
+    progress: bool = False,
 ) -> Tensor:
-    """Matching logits of the candidate pairs of both directions, `NOT_SCORED` elsewhere (I, T).
+    """Both matching logits (I, T, 2) of the chosen pairs, `NOT_SCORED` elsewhere.
 
     An image's keys and values are projected once for all its candidates, each pair is scored once, and candidates of
     similar length are fused together, so that little padding is computed.
 
     Args:
-        k: candidates by similarity of each image and of each text.
+        chosen: for each image the texts to score with it, see `candidates`.
         batch_size: the most texts that are fused with an image at once.
         progress: show a progress bar, with the time left.
     """
-    similarity = encoded.similarity()  # (I, T)
-    scores = torch.full_like(similarity, NOT_SCORED)
-    chosen = candidates(similarity, k)
+    device, dtype = encoded.image_embeds.device, model.tcl.dtype
+    found = torch.full((len(chosen), len(encoded.texts), 2), NOT_SCORED, device=device)
     lengths = encoded.attention_mask.sum(-1)
-    device, dtype = similarity.device, model.tcl.dtype
     total = sum(len(chosen[row]) for row in encoded.image_rows)
     bar = tqdm(total=total, desc="Matching", unit="pair", disable=not progress, leave=False)
     for row, states in zip(encoded.image_rows, encoded.image_states, strict=True):
@@ -172,16 +204,136 @@ def matching_scores(
             length = int(lengths[group[-1]])
             text_states = encoded.text_states[group.to(encoded.text_states.device), :length].to(device, dtype)
             logits = model.match(text_states, encoded.attention_mask[group, :length], image)
-            scores[row, group] = logits[:, MATCHES].float()
+            found[row, group] = logits.float()
             bar.update(len(group))
     bar.close()
-    return torch.stack(gather_results([scores[row] for row in encoded.image_rows], len(scores)))
+    return torch.stack(gather_results([found[row] for row in encoded.image_rows], len(found)))
 
 
-def _only_top(scores: Tensor, similarity: Tensor, k: int, dim: int) -> Tensor:
-    """The scores (I, T) of the k most similar pairs along a dimension, `NOT_SCORED` elsewhere."""
+def matching_scores(
+    model: TCLForImageTextRetrieval, encoded: EncodedSamples, k: int, batch_size: int = 64, progress: bool = False
+) -> Tensor:
+    """The logit of "matches" for the candidate pairs of both directions, `NOT_SCORED` elsewhere (I, T).
+
+    The paper's code ranks by this logit alone.
+
+    Args:
+        k: candidates by similarity of each image and of each text.
+        batch_size, progress: as in `matching_logits`.
+    """
+    chosen = candidates(encoded.similarity(), k)
+    return matching_logits(model, encoded, chosen, batch_size, progress)[..., MATCHES]
+
+
+def combined_scores(similarity: Tensor, logits: Tensor, temperature: Tensor | float, rerank_weight: float) -> Tensor:
+    """The combined score (I, T): `similarity / temperature + rerank_weight * log-odds of matching`.
+
+    Args:
+        similarity: cosine similarities (I, T).
+        logits: both matching logits of each pair (I, T, 2).
+        temperature: the one that divides similarities in the contrastive losses.
+        rerank_weight: weight of the log-odds; 0 gives the order by similarity.
+    """
+    log_odds = logits[..., MATCHES] - logits[..., 1 - MATCHES]
+    return similarity / temperature + rerank_weight * log_odds
+
+
+def _only_top(scores: Tensor, similarity: Tensor, k: int, dim: int, other: float = NOT_SCORED) -> Tensor:
+    """The scores (I, T) of the k most similar pairs along a dimension, and `other` elsewhere."""
     top = similarity.topk(min(k, similarity.shape[dim]), dim=dim).indices
-    return torch.full_like(scores, NOT_SCORED).scatter(dim, top, scores.gather(dim, top))
+    return torch.full_like(scores, other).scatter(dim, top, scores.gather(dim, top))
+
+
+def reranked_metrics(
+    scores: Tensor, similarity: Tensor, image_of_text: Tensor, k: int, other: float = NOT_SCORED
+) -> dict[str, float]:
+    """Recalls in percent when scores order the k most similar candidates of each image and of each text.
+
+    Pairs that only the other direction chose are not among this direction's k candidates. Mean ranks are left out,
+    because all pairs outside the k candidates rank equally.
+
+    Args:
+        scores: the new scores (I, T), which are read for candidates only.
+        similarity: cosine similarities (I, T), which choose the candidates.
+        image_of_text: the image to which each text belongs (T,).
+        k: candidates of each image and of each text.
+        other: the score of all other pairs, below those of the candidates.
+    """
+    by_image, by_text = (_only_top(scores, similarity, k, dim, other) for dim in (1, 0))
+    metrics = retrieval_metrics(by_image, by_text, image_of_text)
+    return {name: value for name, value in metrics.items() if "rank" not in name}
+
+
+def combined_metrics(
+    similarity: Tensor,
+    logits: Tensor,
+    temperature: Tensor | float,
+    image_of_text: Tensor,
+    k: int,
+    rerank_weight: float,
+) -> dict[str, float]:
+    """Recalls in percent when the combined score orders the k most similar candidates.
+
+    Arguments as in `combined_scores` and `reranked_metrics`.
+    """
+    scores = combined_scores(similarity, logits, temperature, rerank_weight)
+    return reranked_metrics(scores, similarity, image_of_text, k, other=-torch.inf)
+
+
+def choose_rerank_weight(
+    similarity: Tensor,
+    logits: Tensor,
+    temperature: Tensor | float,
+    image_of_text: Tensor,
+    k: int,
+    weights: Sequence[float] = RERANK_WEIGHTS,
+) -> float:
+    """The weight with the highest recall@1, the mean of both directions, on these data.
+
+    The mean of all recalls decides between equal ones, and then the smaller weight. Results have to be reported on
+    other data, on which the weight was not chosen.
+
+    Args:
+        weights: the weights to try.
+
+    The other arguments are those of `combined_metrics`.
+    """
+
+    def merit(weight: float) -> tuple[float, float, float]:
+        metrics = combined_metrics(similarity, logits, temperature, image_of_text, k, weight)
+        return metrics["recall@1"], metrics["recall_mean"], -weight
+
+    return max(weights, key=merit)
+
+
+@torch.no_grad()
+def tune_rerank_weight(
+    model: TCLForImageTextRetrieval,
+    processor: TCLProcessor,
+    records: Sequence[dict],
+    k: int = 32,
+    captions_per_image: int | None = None,
+    batch_size: int = 64,
+    states_dtype: torch.dtype | None = None,
+    progress: bool = False,
+    max_tokens: int = MAX_TOKENS,
+) -> float:
+    """Choose the weight of the combined score on records that results are not reported on.
+
+    Arguments as in `evaluate_retrieval`.
+    """
+    with eval_mode(model):
+        encoded = encode_samples(
+            model, processor, records, captions_per_image, batch_size, states_dtype, progress, max_tokens
+        )
+        similarity = encoded.similarity()
+        logits = matching_logits(model, encoded, candidates(similarity, k), progress=progress)
+    return choose_rerank_weight(similarity, logits, temperature_of(model), encoded.image_of_text, k)
+
+
+def temperature_of(model: TCLForImageTextRetrieval) -> Tensor:
+    """The temperature of a model, a scalar, which FSDP2 may have sharded."""
+    return whole(model.tcl.temperature.detach()).squeeze()
 
 
 @torch.no_grad()
@@ -195,31 +347,75 @@ def evaluate_retrieval(
     states_dtype: torch.dtype | None = None,
     progress: bool = False,
     max_tokens: int = MAX_TOKENS,
+    rerank_weight: float | None = None,
 ) -> dict[str, float]:
-    """Recall in percent by similarity, and by matching among the k most similar (`reranked_...`).
+    """Recall in percent by similarity, by matching among the k most similar (`reranked_...`), and by both together.
 
-    Mean ranks are by similarity only, because re-ranking orders the k candidates and leaves all others equal.
+    The recalls by the combined score (`combined_...`) and its `rerank_weight` are there if the weight is set. A model
+    that cannot match is ranked by similarity alone. Mean ranks are by similarity only, because re-ranking orders the k
+    candidates and leaves all others equal.
 
     Args:
         model: a head with matching. Its mode is restored.
         records: images with captions; no image occurs twice.
         k: candidates to re-rank; None for similarity alone.
         captions_per_image, batch_size, states_dtype, progress, max_tokens: as in `encode_samples`.
+        rerank_weight: weight of matching in the combined score; that of the model's config if None.
     """
+    rerank_weight = model.config.rerank_weight if rerank_weight is None else rerank_weight
     with eval_mode(model):
         encoded = encode_samples(
             model, processor, records, captions_per_image, batch_size, states_dtype, progress, max_tokens
         )
-        similarity = encoded.similarity()
-        metrics = retrieval_metrics(similarity, similarity, encoded.image_of_text)
-        if k is not None:
-            scores = matching_scores(model, encoded, k, progress=progress)
-            # Pairs that only the other direction chose are not among this direction's k candidates.
-            image_scores = _only_top(scores, similarity, k, dim=1)
-            text_scores = _only_top(scores, similarity, k, dim=0)
-            reranked = retrieval_metrics(image_scores, text_scores, encoded.image_of_text)
-            metrics |= {f"reranked_{name}": value for name, value in reranked.items() if "rank" not in name}
+        similarity, image_of_text = encoded.similarity(), encoded.image_of_text
+        metrics = retrieval_metrics(similarity, similarity, image_of_text)
+        if k is None or not can_match(model.config):
+            return metrics
+        logits = matching_logits(model, encoded, candidates(similarity, k), progress=progress)
+    reranked = reranked_metrics(logits[..., MATCHES], similarity, image_of_text, k)
+    metrics |= {f"reranked_{name}": value for name, value in reranked.items()}
+    if rerank_weight is not None:
+        combined = combined_metrics(similarity, logits, temperature_of(model), image_of_text, k, rerank_weight)
+        metrics |= {f"combined_{name}": value for name, value in combined.items()}
+        metrics["rerank_weight"] = rerank_weight
     return metrics
+
+
+@torch.no_grad()
+def search_images(
+    model: TCLForImageTextRetrieval,
+    processor: TCLProcessor,
+    records: Sequence[dict],
+    texts: list[str],
+    number: int,
+    k: int = 32,
+    batch_size: int = 64,
+) -> Tensor:
+    """The best images for each text, best first, as rows of the records (T, min(number, I)).
+
+    They are ranked by the combined score among the k most similar if the model's config has its weight and the model
+    learns matching, and else by similarity.
+
+    Args:
+        model: a head with matching. Its mode is restored.
+        records: the images to search.
+        texts: the texts to search for; they need not be captions of the records.
+        number: images to return for each text.
+        k: candidates by similarity of each text; at least `number`.
+        batch_size: images or texts in a forward.
+    """
+    number = min(number, len(records))
+    weight = model.config.rerank_weight if model.config.itm_weight else None
+    with eval_mode(model):
+        encoded = encode_samples(model, processor, records, batch_size=batch_size, texts=texts)
+        scores = similarity = encoded.similarity()  # (I, T)
+        if weight is not None:
+            top = similarity.topk(min(max(k, number), len(records)), dim=0).indices
+            is_candidate = torch.zeros_like(similarity, dtype=torch.bool).scatter(0, top, True)
+            logits = matching_logits(model, encoded, [row.nonzero().flatten() for row in is_candidate], batch_size)
+            scores = combined_scores(similarity, logits, temperature_of(model), weight)
+            scores = scores.masked_fill(~is_candidate, -torch.inf)
+    return scores.topk(number, dim=0).indices.T
 
 
 def chance_recall(num_images: int, k: int = 1) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..models.modeling_tcl import TCLForImageTextRetrieval, features_of
+from ..models.modeling_tcl import TCLForImageTextRetrieval
 
 
 class ImageFeatures(nn.Module):
@@ -24,12 +24,12 @@ class ImageFeatures(nn.Module):
 
     def __init__(self, model: TCLForImageTextRetrieval):
         super().__init__()
-        self.vision_model, self.projection = model.tcl.vision_model, model.tcl.visual_projection
+        self.tcl = model.tcl
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """L2-normalised features (B, D) and states (B, 1 + P, width) of images (B, 3, height, width)."""
-        states = self.vision_model(pixel_values).last_hidden_state
-        return features_of(states[:, 0], self.projection), states
+        states = self.tcl.encode_image(pixel_values)
+        return self.tcl.image_features(states), states
 
 
 class TextFeatures(nn.Module):
@@ -39,12 +39,12 @@ class TextFeatures(nn.Module):
 
     def __init__(self, model: TCLForImageTextRetrieval):
         super().__init__()
-        self.text_model, self.projection = model.tcl.text_model, model.tcl.text_projection
+        self.tcl = model.tcl
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """L2-normalised features (N, D) and states (N, L, width) of token ids (N, L) with their mask (N, L)."""
-        states = self.text_model(input_ids, attention_mask).last_hidden_state
-        return features_of(states[:, 0], self.projection), states
+        states = self.tcl.encode_text(input_ids, attention_mask)
+        return self.tcl.text_features(states, attention_mask), states
 
 
 class MatchingLogits(nn.Module):

@@ -82,7 +82,7 @@ def matching_heat_map(
         score = model.itm_head(fused.pooler_output)[:, MATCHES]
         heat = _heat(score, fused.cross_attentions[layer - fusion_layers[0]])  # (N, L, 1 + P)
     heat = heat * attention_mask[..., None]
-    return heat[..., 1:].unflatten(-1, model.tcl.config.vision_config.grid(*pixel_values.shape[-2:]))
+    return heat[..., 1:].unflatten(-1, model.tcl.config.vision_config.grid_of_states(*pixel_values.shape[-2:]))
 
 
 def similarity_heat_map(
@@ -115,13 +115,15 @@ def similarity_heat_map(
     _check_pairs(input_ids, pixel_values)
 
     with _graph_from(layers[layer], model):
-        text = tcl.text_features(tcl.encode_text(input_ids, attention_mask)[:, 0])  # (N, D)
+        text = tcl.text_features(tcl.encode_text(input_ids, attention_mask), attention_mask)  # (N, D)
         vision = tcl.vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_attentions=True
         )
-        score = (tcl.image_features(vision.pooler_output) * text).sum(-1) / tcl.temperature
-        heat = _heat(score, vision.attentions[layer])  # (N, 1 + P, 1 + P)
-    return heat[:, 0, 1:].unflatten(-1, tcl.config.vision_config.grid(*pixel_values.shape[-2:]))
+        score = (tcl.image_features(vision.last_hidden_state) * text).sum(-1) / tcl.temperature
+        heat = _heat(score, vision.attentions[layer])  # (N, 1 + R + P, 1 + R + P), with R register tokens
+    vision_config = tcl.config.vision_config
+    of_patches = heat[:, 0, 1 + vision_config.num_register_tokens :]
+    return of_patches.unflatten(-1, vision_config.grid(*pixel_values.shape[-2:]))
 
 
 @contextmanager

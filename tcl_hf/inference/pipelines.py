@@ -158,10 +158,10 @@ class ImageTextMatchingPipeline(_ImageTextPipeline):
         images = tcl.encode_image(inputs["pixel_values"])
         texts = tcl.encode_text(input_ids, attention_mask)
         logits = self.model.match(texts, attention_mask, images)  # (B * N, 2)
-        text_features = tcl.text_features(texts[:, 0]).view(*size, -1)
+        text_features = tcl.text_features(texts, attention_mask).view(*size, -1)
         return {
             "score": logits.float().softmax(-1)[:, MATCHES].view(size),
-            "similarity": torch.einsum("bd,bnd->bn", tcl.image_features(images[:, 0]), text_features),
+            "similarity": torch.einsum("bd,bnd->bn", tcl.image_features(images), text_features),
             "text": inputs["text"],
         }
 

@@ -98,12 +98,14 @@ class TCLAttention(nn.Module):
         implementation = self.config._attn_implementation
         if output_attentions:
             implementation = _implementation_with_weights(implementation)
-        elif implementation == "sdpa" and self.training and self.dropout and hidden_states.device.type == "cpu":
-            # On CPUs PyTorch has no fused kernel with dropout, and its plain one scales keys as well as queries.
-            implementation = "eager"
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         # Shapes and not `len`, which would fix the number for torch.export.
         query = self.q_proj(hidden_states).view(key.shape[0], -1, key.shape[1], self.head_dim)
+        if implementation == "sdpa" and query.device.type == "cpu":
+            # On CPUs PyTorch has no fused kernel with dropout, and its plain one scales keys as well as queries. Its
+            # fused kernel in bfloat16 is slower than the textbook's products (up to 13 times, for short texts).
+            has_dropout = self.training and self.dropout
+            implementation = "eager" if has_dropout or query.dtype != torch.float32 else implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
             query.transpose(1, 2),  # (B, H, N / B * L, D / H)

@@ -4,14 +4,28 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # the paper's code keeps tau in this range
+POOLINGS = ("cls", "mean", "cls_mean")
 
 
 @strict
 class TCLVisionConfig(PreTrainedConfig):
     """Sizes of the vision encoder; the defaults are ViT-B/16 at 256 pixels, as in the paper.
 
+    The first four arguments are for encoders to start from, which have such parts; the paper's has none of them.
+
+    Args:
+        pre_layer_norm: normalise the states before the first layer, as CLIP does.
+        patch_bias: whether the convolution that embeds the patches has a bias; CLIP's has none.
+        num_register_tokens: tokens between the class token and the patches, which the layers read and write. They have
+            no position, and the model does not return their last states (arXiv 2309.16588: 4).
+        use_swiglu_ffn: the feed-forward layers multiply their hidden states by a gate, the activation of a second
+            projection of the same size, as in DINOv2-giant.
+        output_grid: the encoder returns the means of its patch states over `output_grid` x `output_grid` regions (None:
+            the states of all patches). Fusion then reads fewer states, where many small patches serve a fine encoder.
+        lock: the lowest layers that are locked, see [`TCLConfig`], which sets it from `lock_vision`.
+
     Raises:
-        ValueError: if the image does not divide into patches or the width into heads.
+        ValueError: if the image does not divide into patches or the width into heads, or a number is negative.
     """
 
     model_type = "tcl_vision_model"
@@ -28,6 +42,12 @@ class TCLVisionConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-6
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
+    pre_layer_norm: bool = False
+    patch_bias: bool = True
+    num_register_tokens: int = 0
+    use_swiglu_ffn: bool = False
+    output_grid: int | None = None
+    lock: bool | int = False
 
     def __post_init__(self, **kwargs):
         if self.patch_size < 1 or self.image_size < self.patch_size or self.image_size % self.patch_size:
@@ -35,12 +55,22 @@ class TCLVisionConfig(PreTrainedConfig):
                 f"vision_config.image_size={self.image_size} does not divide into patches of "
                 f"{self.patch_size} pixels: choose a multiple of vision_config.patch_size."
             )
+        if self.num_register_tokens < 0:
+            raise ValueError(
+                f"vision_config.num_register_tokens={self.num_register_tokens} is negative: choose 0 for none, or more."
+            )
+        if self.output_grid is not None and self.output_grid < 1:
+            raise ValueError(f"vision_config.output_grid={self.output_grid} must be 1 or more, or None for all.")
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches along the height and the width of images of a size in pixels."""
         return height // self.patch_size, width // self.patch_size
+
+    def grid_of_states(self, height: int, width: int) -> tuple[int, int]:
+        """The patch states that the encoder returns, along the height and the width of images of a size in pixels."""
+        return self.grid(height, width) if self.output_grid is None else (self.output_grid, self.output_grid)
 
 
 @strict
@@ -55,6 +85,7 @@ class TCLTextConfig(PreTrainedConfig):
             several images per text, each copy reads a different image (2 for NLVR2).
         causal: a token attends only to itself and to those before it, as in the decoder of answers.
         bos_token_id, eos_token_id: [CLS] and [SEP], with which answers begin and end.
+        lock: the lowest layers that are locked, see [`TCLConfig`], which sets it from `lock_text`.
 
     Raises:
         ValueError: if `fusion_layer` lies outside the stack or the width does not divide into heads.
@@ -83,6 +114,7 @@ class TCLTextConfig(PreTrainedConfig):
     images_per_text: int = 1
     causal: bool = False
     tie_word_embeddings: bool = True
+    lock: bool | int = False
 
     def __post_init__(self, **kwargs):
         if self.images_per_text < 1:
@@ -116,14 +148,25 @@ class TCLConfig(PreTrainedConfig):
         momentum: share of the teacher that each update keeps (paper: 0.995).
         queue_size: features of each modality kept as negatives (paper: 65,536); 0 for none.
         alpha: share of the teacher's soft targets (paper: 0.4).
+        itm_negatives: hard negative images of each text, and texts of each image, in matching (paper: 1).
         mlm_probability: share of the tokens masked (paper: 0.15).
         patch_dropout: share of the patches that the student does not read in a step of pre-training, drawn for each
             image (FLIP, arXiv 2212.00794: 0.5 and 0.75; paper: 0). The teacher, evaluation and fine-tuning read all
             patches.
+        image_pooling, text_pooling: the states of a sample that the projection to features reads: "cls", that of the
+            class token or [CLS] (paper); "mean", the mean over the patches, or over the tokens with [CLS]; "cls_mean",
+            both, one behind the other. Encoders that were trained without contrast keep much in their patches, and
+            sentence encoders keep it in the mean over the tokens.
+        lock_vision, lock_text: layers of the encoders that are locked: True for all of them, or the number of the
+            lowest ones, with the embeddings (LiT, arXiv 2111.07991; paper: False). A locked layer has no gradient, and
+            the teacher has no copy of it, but uses that of the student. With a locked vision encoder, its states can be
+            given in place of pixels, see [`TCLVisionModel`].
         local_grid: patch features are averaged to `local_grid` x `local_grid` regions for LMI (paper: 4).
         gather_negatives: whether LMI and ITM take negatives from the samples of all processes, with gradients; if not,
             from their own process, as in the paper's code. (CMA and IMC always use the keys of all processes.)
         use_momentum_teacher: `False` leaves teacher and queues out of the heads, for inference at half the memory.
+        rerank_weight: weight of matching in the combined score, by which candidates of retrieval are ranked (see
+            `evaluation/retrieval.py`); None if it was not chosen.
         trained_on: the data that the weights were trained on, `{"task": ..., "data": [...]}` for each training, from
             which evaluation derives its protocol.
 
@@ -141,8 +184,13 @@ class TCLConfig(PreTrainedConfig):
     momentum: float | int = 0.995
     queue_size: int = 65536
     alpha: float | int = 0.4
+    itm_negatives: int = 1
     mlm_probability: float | int = 0.15
     patch_dropout: float | int = 0.0
+    image_pooling: str = "cls"
+    text_pooling: str = "cls"
+    lock_vision: bool | int = False
+    lock_text: bool | int = False
     local_grid: int = 4
     cma_weight: float | int = 1 / 3
     imc_weight: float | int = 1 / 3
@@ -151,6 +199,7 @@ class TCLConfig(PreTrainedConfig):
     mlm_weight: float | int = 1.0
     gather_negatives: bool = False
     use_momentum_teacher: bool = True
+    rerank_weight: float | int | None = None
     trained_on: list | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -175,11 +224,19 @@ class TCLConfig(PreTrainedConfig):
         if image_size is not None:
             vision_config = dict(config_dict["vision_config"]) | {"image_size": image_size}
             config_dict = config_dict | {"vision_config": vision_config}
+        # transformers would set them on the finished config, unchecked and without their effect on the encoders'.
+        names = cls.__annotations__.keys() & kwargs.keys() - cls.sub_configs_defaults.keys()
+        config_dict = config_dict | {name: kwargs.pop(name) for name in names}
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.text_config.encoder_hidden_size = self.vision_config.hidden_size
+        for name in ("image_pooling", "text_pooling"):
+            if getattr(self, name) not in POOLINGS:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(POOLINGS)}.")
+        self.vision_config.lock = _checked_lock("lock_vision", self.lock_vision, self.vision_config.num_hidden_layers)
+        self.text_config.lock = _checked_lock("lock_text", self.lock_text, self.text_config.fusion_layer)
         for name in ("momentum", "alpha", "mlm_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not a share: choose a number from 0 to 1.")
@@ -188,18 +245,36 @@ class TCLConfig(PreTrainedConfig):
                 f"patch_dropout={self.patch_dropout} leaves no patch or is not a share: choose 0, which keeps all "
                 "patches, or a number between 0 and 1."
             )
+        if self.patch_dropout and self.vision_config.output_grid is not None:
+            raise ValueError(
+                f"patch_dropout={self.patch_dropout} leaves no grid of patches for vision_config.output_grid="
+                f"{self.vision_config.output_grid}: choose one of them."
+            )
         for name in ("cma_weight", "imc_weight", "lmi_weight", "itm_weight", "mlm_weight", "queue_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative: choose 0, which leaves it out, or more.")
-        if self.projection_dim < 1 or self.local_grid < 1:
+        for name in ("projection_dim", "local_grid", "itm_negatives"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if self.rerank_weight is not None and self.rerank_weight < 0:
             raise ValueError(
-                f"projection_dim={self.projection_dim} and local_grid={self.local_grid} must be 1 or more."
+                f"rerank_weight={self.rerank_weight} is negative: choose 0, which ranks by similarity alone, or more."
             )
         if not MIN_TEMPERATURE <= self.temperature_init_value <= MAX_TEMPERATURE:
             raise ValueError(
                 f"temperature_init_value={self.temperature_init_value} lies outside [{MIN_TEMPERATURE}, "
                 f"{MAX_TEMPERATURE}], the range in which training keeps the temperature: choose a value inside."
             )
+
+
+def _checked_lock(name: str, lock: bool | int, num_layers: int) -> bool | int:
+    """A lock that the encoder can have, with False in place of 0."""
+    if not 0 <= lock <= num_layers:
+        raise ValueError(
+            f"{name}={lock} locks layers that are not there, because the encoder has {num_layers}: choose true for the "
+            f"whole encoder, or 0 to {num_layers} of its lowest layers."
+        )
+    return lock or False
 
 
 def kept_patches(num_patches: int, patch_dropout: float) -> int:

@@ -2,7 +2,7 @@
 
 A text model is one stack: its first layers encode the text alone, the others fuse it with images through
 cross-attention. Shapes: B images, N texts, P image states (class token and patches), L tokens, T selected tokens,
-D width, H heads.
+D width, H heads. In the vision encoder, P counts the patches alone, and R the register tokens.
 """
 
 import math
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -29,6 +28,8 @@ from .attention import KeyValue, TCLAttention
 from .checksums import verify_checksums, write_checksums
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
 from .fitting import fit_shapes, part_of, repeat_fusion_layers, resize_positions
+from .losses import pool_locals
+from .momentum import SharedModule
 
 
 @contextmanager
@@ -68,7 +69,13 @@ class TCLPreTrainedModel(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the weights, except for that of the temperature, which is always float32."""
-        weights = (weight for name, weight in self.named_parameters() if not name.endswith("temperature"))
+        shared: list[Any] = [part.owned_elsewhere[0] for part in self.modules() if isinstance(part, SharedModule)]
+        weights = (
+            weight
+            for owner in (self, *shared)
+            for name, weight in owner.named_parameters()
+            if not name.endswith("temperature")
+        )
         return next(weight.dtype for weight in weights if weight.is_floating_point())
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -142,7 +149,7 @@ class TCLPreTrainedModel(PreTrainedModel):
 
 
 class TCLVisionEmbeddings(nn.Module):
-    """Patches of an image, preceded by a class token, each with a learned position."""
+    """Class token and patches of an image, each with a learned position, and register tokens between them."""
 
     def __init__(self, config: TCLVisionConfig):
         super().__init__()
@@ -151,11 +158,19 @@ class TCLVisionEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + grid * grid, config.hidden_size))
         self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=config.patch_bias,
         )
+        if config.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
+        if config.pre_layer_norm:
+            self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """Embed images (B, 3, height, width): (B, 1 + P, D)."""
+        """Embed images (B, 3, height, width): (B, 1 + R + P, D)."""
         size, patch = self.config.image_size, self.config.patch_size
         height, width = pixel_values.shape[-2:]
         if interpolate_pos_encoding:
@@ -174,21 +189,34 @@ class TCLVisionEmbeddings(nn.Module):
         positions: Tensor = self.position_embeddings
         if interpolate_pos_encoding:
             positions = resize_positions(positions, self.config.grid(height, width))
-        return torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + positions
+        states = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + positions
+        if self.config.num_register_tokens:
+            registers = self.register_tokens.expand(states.shape[0], -1, -1)
+            states = torch.cat([states[:, :1], registers, states[:, 1:]], dim=1)
+        return self.layer_norm(states) if self.config.pre_layer_norm else states
 
 
-def drop_patches(states: Tensor, share: float) -> Tensor:
-    """Drop a random share of each image's patches: states (B, 1 + P, D) become (B, 1 + K, D).
+def drop_patches(states: Tensor, share: float, num_register_tokens: int = 0) -> Tensor:
+    """Drop a random share of each image's patches: states (B, 1 + R + P, D) become (B, 1 + R + K, D).
 
-    Every image keeps its class token and the same number of patches, at least one. All patches are equally likely to be
-    kept, and they stay in order. They are drawn on the device.
+    Every image keeps its class token, its register tokens, and the same number of patches, at least one. All patches
+    are equally likely to be kept, and they stay in order. They are drawn on the device.
     """
-    num_images, num_patches = states.shape[0], states.shape[1] - 1
+    first_patch = 1 + num_register_tokens
+    num_images, num_patches = states.shape[0], states.shape[1] - first_patch
     num_kept = kept_patches(num_patches, share)
     # Always in float32: half precision has so few values between 0 and 1 that patches would be drawn equal.
     drawn = torch.rand(num_images, num_patches, device=states.device, dtype=torch.float32).topk(num_kept).indices
-    kept = F.pad(drawn.sort().values + 1, (1, 0))  # (B, 1 + K), the class token's 0 first
+    others = torch.arange(first_patch, device=states.device).expand(num_images, -1)
+    kept = torch.cat([others, drawn.sort().values + first_patch], dim=1)  # (B, 1 + R + K)
     return states.gather(1, kept[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def drop_register_tokens(states: Tensor, num_register_tokens: int) -> Tensor:
+    """Leave out the register tokens: states (B, 1 + R + P, D) become (B, 1 + P, D)."""
+    if not num_register_tokens:
+        return states
+    return torch.cat([states[:, :1], states[:, 1 + num_register_tokens :]], dim=1)
 
 
 class TCLVisionLayer(GradientCheckpointingLayer):
@@ -199,15 +227,22 @@ class TCLVisionLayer(GradientCheckpointingLayer):
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = TCLAttention(config, config.attention_dropout)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.has_gate = config.use_swiglu_ffn
+        # With a gate, the first half of the rows projects to it.
+        self.fc1 = nn.Linear(config.hidden_size, (1 + self.has_gate) * config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
         attended, weights = self.self_attn(self.layer_norm1(hidden_states), output_attentions=output_attentions)
         hidden_states = hidden_states + attended
-        fed = self.fc2(self.activation(self.fc1(self.layer_norm2(hidden_states))))
-        return hidden_states + fed, weights
+        fed = self.fc1(self.layer_norm2(hidden_states))
+        if self.has_gate:
+            gate, fed = fed.chunk(2, dim=-1)
+            fed = self.activation(gate) * fed
+        else:
+            fed = self.activation(fed)
+        return hidden_states + self.fc2(fed), weights
 
 
 class TCLVisionModel(TCLPreTrainedModel):
@@ -234,12 +269,43 @@ class TCLVisionModel(TCLPreTrainedModel):
         elif isinstance(module, TCLVisionEmbeddings):
             init.trunc_normal_(module.cls_token, std=std)
             init.trunc_normal_(module.position_embeddings, std=std)
+            if self.config.num_register_tokens:
+                init.trunc_normal_(module.register_tokens, std=std)
         else:
             super()._init_weights(module)
 
     def fit_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return the entries of a checkpoint, of a vision encoder or a whole model, as this model needs them."""
         return super().fit_state_dict(part_of(state_dict, self.base_model_prefix))
+
+    @property
+    def num_locked_layers(self) -> int:
+        """The number of layers that are locked, counted from the lowest."""
+        lock = self.config.lock
+        return len(self.layers) if lock is True else int(lock)
+
+    def locked_parts(self) -> dict[str, nn.Module]:
+        """The modules that are locked, by name."""
+        return _locked_parts(self, self.config.lock, self.num_locked_layers, last="layer_norm")
+
+    @property
+    def locked_shape(self) -> tuple[int, int]:
+        """The shape of one image's states after the locked part of the encoder, see `encode_locked`."""
+        size = self.config.image_size
+        if self.config.lock is True:
+            return 1 + math.prod(self.config.grid_of_states(size, size)), self.config.hidden_size
+        return 1 + self.config.num_register_tokens + math.prod(self.config.grid(size, size)), self.config.hidden_size
+
+    def encode_locked(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """States (B, 1 + R + P, D) of images (B, 3, height, width) after the locked part of the encoder.
+
+        `forward` takes them in place of the images. If the whole encoder is locked, they are its last hidden states
+        (B, 1 + P, D).
+        """
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        for layer in self.layers[: self.num_locked_layers]:
+            hidden_states, _ = layer(hidden_states)
+        return self._last_states(hidden_states, pixel_values) if self.config.lock is True else hidden_states
 
     @can_return_tuple
     def forward(
@@ -254,10 +320,11 @@ class TCLVisionModel(TCLPreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: images (B, 3, height, width), as the image processor makes them.
+            pixel_values: images (B, 3, height, width), as the image processor makes them. If the lowest layers are
+                locked, their states may be given instead (B, 1 + R + P, D), see `encode_locked`.
             interpolate_pos_encoding: resize the positions to images of another size.
-            output_attentions: return the attention weights of every layer (B, H, 1 + P, 1 + P).
-            output_hidden_states: return the states before the first and after every layer.
+            output_attentions: return the attention weights of every layer (B, H, 1 + R + P, 1 + R + P).
+            output_hidden_states: return the states before the first and after every layer (B, 1 + R + P, D).
             patch_dropout: share of each image's patches to drop at random, below 1; P counts the patches that are left.
 
         Returns:
@@ -267,20 +334,55 @@ class TCLVisionModel(TCLPreTrainedModel):
             ValueError: if the images' size does not fit the model.
         """
         output_attentions, output_hidden_states = _output_flags(self.config, output_attentions, output_hidden_states)
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
-        if patch_dropout:
-            hidden_states = drop_patches(hidden_states, patch_dropout)
-        collected = _Collected(hidden_states, output_attentions, output_hidden_states)
-        for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, output_attentions)
+        num_register_tokens = self.config.num_register_tokens
+        num_locked, num_layers = self.num_locked_layers, len(self.layers)
+        are_states = pixel_values.ndim == 3
+        hidden_states = self._locked_states(pixel_values) if are_states else None
+        if hidden_states is None:
+            hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        collected = None
+        for number in range(num_locked if are_states else 0, num_layers):
+            if patch_dropout and number == num_locked:
+                hidden_states = drop_patches(hidden_states, patch_dropout, num_register_tokens)
+            if collected is None:
+                collected = _Collected(hidden_states, output_attentions, output_hidden_states)
+            hidden_states, weights = self.layers[number](hidden_states, output_attentions)
             collected.add(hidden_states, weights)
-        hidden_states = self.layer_norm(hidden_states)
+        if not (are_states and self.config.lock is True):
+            hidden_states = self._last_states(hidden_states, pixel_values)
+        if patch_dropout and num_locked == num_layers:
+            hidden_states = drop_patches(hidden_states, patch_dropout)
+        collected = collected or _Collected(hidden_states, output_attentions, output_hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
             hidden_states=collected.hidden_states,
             attentions=collected.attentions,
         )
+
+    def _last_states(self, hidden_states: Tensor, pixel_values: Tensor) -> Tensor:
+        """The states that the encoder returns, of those after its last layer; `pixel_values` are its input."""
+        states = self.layer_norm(drop_register_tokens(hidden_states, self.config.num_register_tokens))
+        if self.config.output_grid is None:
+            return states
+        size = pixel_values.shape[-2:] if pixel_values.ndim == 4 else (self.config.image_size, self.config.image_size)
+        regions = pool_locals(states[:, 1:], self.config.grid(*size), self.config.output_grid)
+        return torch.cat([states[:, :1], regions], dim=1)
+
+    def _locked_states(self, states: Tensor) -> Tensor:
+        """States of the locked part, which were given in place of images: as `encode_locked` returns them."""
+        if self.config.lock is False:
+            raise ValueError(
+                f"pixel_values {tuple(states.shape)} are states and not images, but no layer of the vision encoder is "
+                "locked: pass images (B, 3, height, width), or load the model with lock_vision."
+            )
+        num_states, width = self.locked_shape
+        if states.shape[1:] != (num_states, width):
+            raise ValueError(
+                f"pixel_values {tuple(states.shape)} are not states of this vision encoder, which are (B, "
+                f"{num_states}, {width}): keep the states anew for this model and image size."
+            )
+        return states.to(self.dtype)
 
 
 class TCLTextEmbeddings(nn.Module):
@@ -412,6 +514,11 @@ class TCLTextModel(TCLTextPreTrainedModel):
             TCLTextLayer(config, number) for number in range(config.fusion_layer + config.num_fusion_layers)
         )
         self.post_init()
+
+    def locked_parts(self) -> dict[str, nn.Module]:
+        """The modules that are locked, by name."""
+        lock = self.config.lock
+        return _locked_parts(self, lock, self.config.fusion_layer if lock is True else int(lock))
 
     @property
     def fusion_layers(self) -> nn.ModuleList:
@@ -595,6 +702,16 @@ class PredictsWords:
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the layer from states to words."""
         self.lm_head.decoder = new_embeddings
+
+
+def _locked_parts(encoder: Any, lock: bool | int, num_layers: int, last: str | None = None) -> dict[str, nn.Module]:
+    """The embeddings and the lowest layers of an encoder, and its module `last` if the whole encoder is locked."""
+    if lock is False:
+        return {}
+    parts = {"embeddings": encoder.embeddings} | {f"layers.{n}": encoder.layers[n] for n in range(num_layers)}
+    if lock is True and last is not None:
+        parts[last] = getattr(encoder, last)
+    return parts
 
 
 class _Collected:

@@ -52,8 +52,11 @@ def fit_shapes(
     return fitted
 
 
-def resize_positions(positions: Tensor, grid: int | tuple[int, int]) -> Tensor:
+def resize_positions(positions: Tensor, grid: int | tuple[int, int], antialias: bool = False) -> Tensor:
     """Resize learned positions (1, 1 + P, D) of a square grid to another grid, bicubically; the class token's stays.
+
+    Args:
+        antialias: average over all old positions that a new one covers, as DINOv2 with registers does.
 
     Raises:
         ValueError: if the patches are not a square grid.
@@ -65,7 +68,7 @@ def resize_positions(positions: Tensor, grid: int | tuple[int, int]) -> Tensor:
     if grid == (old_grid, old_grid):
         return positions
     planes = positions[:, 1:].mT.unflatten(-1, (old_grid, old_grid))  # (1, D, old, old)
-    planes = F.interpolate(planes.float(), size=grid, mode="bicubic", align_corners=False)
+    planes = F.interpolate(planes.float(), size=grid, mode="bicubic", align_corners=False, antialias=antialias)
     return torch.cat([positions[:, :1], planes.flatten(-2).mT.to(positions.dtype)], dim=1)
 
 

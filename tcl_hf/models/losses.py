@@ -147,33 +147,45 @@ def _log_sum_over_others(queries: Tensor, local_features: Tensor, mask: Tensor) 
     return torch.cat(sums), torch.cat(means)
 
 
-def sample_hard_negatives(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one column for each row of logits (N, M) from its softmax with the excluded columns set to 0.
+def sample_hard_negatives(logits: Tensor, excluded: Tensor, number: int = 1) -> tuple[Tensor, Tensor]:
+    """Draw columns for each row of logits (N, M) from its softmax with the excluded columns set to 0.
 
     A softmax draw is the argmax of logits minus the log of exponential noise (the Gumbel-max trick): the
-    distribution of `torch.multinomial` without reading anything back, and without underflow.
+    distribution of `torch.multinomial` without reading anything back, and without underflow. Several draws, without
+    replacement, are the columns with the largest values (Gumbel-top-k, arXiv 1903.06059).
 
     Args:
         logits: similarities divided by the temperature (N, M).
         excluded: columns that a row must not draw (N, M), at least its own.
+        number: columns that are drawn for each row (K), at most M.
 
     Returns:
-        The drawn columns (N,), and whether the row had any column to draw (N,). The index of a row that had none is
-        meaningless, and its pair must be left out.
+        The drawn columns (K * N,), the first ones of all rows and then the second ones, and whether a row had so many
+        columns to draw (K * N,). An index without one is meaningless, and its pair must be left out.
     """
     noise = torch.empty_like(logits).exponential_().log()
-    index = (logits - noise).masked_fill(excluded, -torch.inf).argmax(-1)
-    return index, ~excluded.all(-1)
+    keys = (logits - noise).masked_fill(excluded, -torch.inf)
+    if number == 1:
+        return keys.argmax(-1), ~excluded.all(-1)
+    index = keys.topk(number, dim=-1).indices  # (N, K)
+    exists = (~excluded).sum(-1, keepdim=True) > torch.arange(number, device=index.device)
+    return index.mT.flatten(), exists.mT.flatten()
 
 
-def itm_loss(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+def itm_loss(logits: Tensor, labels: Tensor, mask: Tensor, num_negatives: int = 1) -> Tensor:
     """Image-text matching: mean two-way cross-entropy of logits (M, 2) over the pairs that exist.
 
     Args:
         labels: 1 where the pair matches, 0 where it does not (M,).
         mask: `False` for pairs without an admissible negative (M,).
+        num_negatives: negatives of each text and of each image. They share the weight of one, so that matching pairs
+            keep a third of the loss.
     """
-    return _masked_mean(F.cross_entropy(logits.float(), labels, reduction="none"), mask)
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    if num_negatives == 1:
+        return _masked_mean(losses, mask)
+    weights = torch.where(labels == 1, 1.0, 1 / num_negatives).where(mask, 0)
+    return (losses.where(mask, 0) * weights).sum() / weights.sum().clamp(min=1)
 
 
 def distilled_cross_entropy(

@@ -9,6 +9,7 @@ the other tasks are in `modeling_tcl_tasks`, the outputs in `outputs`, and the t
 Shapes: B images, N texts, P patches, L tokens, T selected tokens, M masked tokens, D feature dimensions, V words.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,8 +54,37 @@ MATCHES = 1  # index of "matches" among the two matching logits
 
 
 def features_of(states: Tensor, projection: nn.Module) -> Tensor:
-    """Project states (..., width) to L2-normalised float32 features (..., D)."""
+    """Project pooled states (..., width) to L2-normalised float32 features (..., D)."""
     return F.normalize(projection(states).float(), dim=-1)
+
+
+def pooled(states: Tensor, mean: Callable[[], Tensor], pooling: str) -> Tensor:
+    """Pool states (N, 1 + L, width), the first of which stands for the whole sample.
+
+    Args:
+        mean: computes the mean of the states of the sample's parts (N, width).
+        pooling: "cls" for the first state, "mean" for the mean, "cls_mean" for both (N, 2 * width).
+    """
+    if pooling == "cls":
+        return states[:, 0]
+    return mean() if pooling == "mean" else torch.cat([states[:, 0], mean()], dim=-1)
+
+
+def local_features_of(states: Tensor, projection: nn.Linear, pooling: str) -> Tensor:
+    """Project the states of parts (N, L, width) to L2-normalised float32 features (N, L, D).
+
+    Where a sample's features are made of two pooled states, a part takes the place of the mean, and nothing that of the
+    class token, which is the same for all parts.
+    """
+    if pooling == "cls_mean":
+        weight = projection.weight[:, states.shape[-1] :]
+        return F.normalize(F.linear(states, weight, projection.bias).float(), dim=-1)
+    return features_of(states, projection)
+
+
+def _projection(width: int, pooling: str, projection_dim: int) -> nn.Linear:
+    """The layer from pooled states to features."""
+    return nn.Linear(width * (2 if pooling == "cls_mean" else 1), projection_dim)
 
 
 class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
@@ -66,8 +96,9 @@ class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
         super().__init__(config)
         self.vision_model = TCLVisionModel._from_config(config.vision_config)
         self.text_model = TCLTextModel._from_config(config.text_config)
-        self.visual_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim)
+        vision_width, text_width = config.vision_config.hidden_size, config.text_config.hidden_size
+        self.visual_projection = _projection(vision_width, config.image_pooling, config.projection_dim)
+        self.text_projection = _projection(text_width, config.text_pooling, config.projection_dim)
         self.temperature = nn.Parameter(torch.tensor(float(config.temperature_init_value)))
         self.post_init()
 
@@ -84,8 +115,16 @@ class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
         """Replace the word embeddings."""
         self.text_model.set_input_embeddings(value)
 
+    def locked_parts(self, prefix: str = "") -> list[str]:
+        """The names of the modules that are locked, behind a prefix."""
+        towers = {"vision_model": self.vision_model, "text_model": self.text_model}
+        return [f"{prefix}{tower}.{part}" for tower, model in towers.items() for part in model.locked_parts()]
+
     def encode_image(self, pixel_values: Tensor, **kwargs) -> Tensor:
-        """States of the class token and the patches (B, 1 + P, width) of images (B, 3, height, width)."""
+        """States of the class token and the patches (B, 1 + P, width) of images (B, 3, height, width).
+
+        In place of images, `pixel_values` may be the states of the locked part of the encoder (B, 1 + P, width).
+        """
         return self.vision_model(pixel_values, **kwargs).last_hidden_state
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -112,19 +151,42 @@ class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
             images = self.text_model.project_images(images)
         return self.text_model.fuse(text_states, attention_mask, images, image_index, **kwargs)
 
-    def image_features(self, states: Tensor) -> Tensor:
-        """Project image states (..., width) to L2-normalised float32 features (..., D)."""
-        return features_of(states, self.visual_projection)
+    def pool_image(self, states: Tensor) -> Tensor:
+        """The states that the projection of images reads (B, width or 2 * width), of image states (B, 1 + P, width)."""
+        return pooled(states, lambda: states[:, 1:].mean(1), self.config.image_pooling)
 
-    def text_features(self, states: Tensor) -> Tensor:
-        """Project text states (..., width) to L2-normalised float32 features (..., D)."""
-        return features_of(states, self.text_projection)
+    def pool_text(self, states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The states that the projection of texts reads (N, width, or 2 * width), of text states (N, L, width)."""
+
+        def mean() -> Tensor:
+            if attention_mask is None:
+                return states.mean(1)
+            weights = attention_mask[..., None].to(states.dtype)
+            return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+        return pooled(states, mean, self.config.text_pooling)
+
+    def image_features(self, states: Tensor) -> Tensor:
+        """L2-normalised float32 features (B, D) of image states (B, 1 + P, width)."""
+        return features_of(self.pool_image(states), self.visual_projection)
+
+    def text_features(self, states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """L2-normalised float32 features (N, D) of text states (N, L, width) with their mask (N, L)."""
+        return features_of(self.pool_text(states, attention_mask), self.text_projection)
+
+    def patch_features(self, states: Tensor) -> Tensor:
+        """L2-normalised float32 features (B, P, D) of the patches of image states (B, 1 + P, width)."""
+        return local_features_of(states[:, 1:], self.visual_projection, self.config.image_pooling)
+
+    def token_features(self, states: Tensor) -> Tensor:
+        """L2-normalised float32 features (N, L - 1, D) of the tokens after [CLS] of text states (N, L, width)."""
+        return local_features_of(states[:, 1:], self.text_projection, self.config.text_pooling)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Encode images (B, 3, height, width); `pooler_output` holds their L2-normalised features (B, D)."""
         output = self.vision_model(pixel_values, **kwargs)
-        output.pooler_output = self.image_features(output.pooler_output)
+        output.pooler_output = self.image_features(output.last_hidden_state)
         return output
 
     @can_return_tuple
@@ -133,7 +195,7 @@ class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Encode token ids (N, L); `pooler_output` holds their L2-normalised features (N, D)."""
         output = self.text_model(input_ids, attention_mask, **kwargs)
-        output.pooler_output = self.text_features(output.pooler_output)
+        output.pooler_output = self.text_features(output.last_hidden_state, attention_mask)
         return output
 
     @can_return_tuple
@@ -169,11 +231,11 @@ class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
                 pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **output_options
             )
             # Features are set first, because transformers' feature pipelines take the first field.
-            output.image_embeds = self.image_features(vision.pooler_output)
+            output.image_embeds = self.image_features(vision.last_hidden_state)
             output.vision_model_output = vision
         if input_ids is not None:
             text = self.text_model(input_ids, attention_mask, **output_options)
-            output.text_embeds = self.text_features(text.pooler_output)
+            output.text_embeds = self.text_features(text.last_hidden_state, attention_mask)
             output.text_model_output = text
         if pixel_values is not None and input_ids is not None:
             output.logits_per_image = similarity(output.image_embeds, output.text_embeds, self.temperature)
@@ -200,10 +262,12 @@ class TCLTaughtModel(StartsFromEncoders, TCLPreTrainedModel):
             self.add_module(name, head)
         self.teacher = None
         if config.use_momentum_teacher and self.has_teacher:
-            self.teacher = MomentumTeacher(tcl=self.tcl, **taught_heads)
+            self.teacher = MomentumTeacher(self.tcl.locked_parts("tcl."), tcl=self.tcl, **taught_heads)
             self.teacher.tcl.temperature = None  # the teacher's similarities are divided by the student's
             tied = self._tied_weights_keys or {}
-            self._tied_weights_keys = tied | {f"teacher.{a}": f"teacher.{b}" for a, b in tied.items()}
+            # Locked word embeddings belong to the student alone.
+            owner = "" if config.lock_text is not False else "teacher."
+            self._tied_weights_keys = tied | {f"teacher.{a}": f"{owner}{b}" for a, b in tied.items()}
         self.alpha = float(config.alpha)
         self._teacher_has_moved = False
         self._training_forwards = 0
@@ -218,8 +282,8 @@ class TCLTaughtModel(StartsFromEncoders, TCLPreTrainedModel):
         """Tie the weights, freeze the parts that no loss uses, and copy from the student what a checkpoint lacks of the
         teacher."""
         super().tie_weights(missing_keys, recompute_mapping)
-        for part in self.idle_parts():  # a trained parameter that never gets a gradient would stop a distributed run
-            part.requires_grad_(False)
+        for part in [*self.idle_parts(), *map(self.get_submodule, self.tcl.locked_parts("tcl."))]:
+            part.requires_grad_(False)  # A trained parameter that never gets a gradient would stop a distributed run.
         if missing_keys is not None:
             self.new_weights = frozenset(key for key in missing_keys if not key.startswith(("teacher.", "queue.")))
         if self.teacher is None:
@@ -484,10 +548,10 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         """Add the losses of whole samples with their parts (LMI)."""
         config, temperature = self.config, self.tcl.temperature
         with torch.no_grad():
-            grid = config.vision_config.grid(*batch.pixel_values_augmented.shape[-2:])
-            patches = self.teacher.tcl.image_features(teacher.image_states[:, 1:])  # (N, P, D)
+            grid = batch.patch_grid(config.vision_config)
+            patches = self.teacher.tcl.patch_features(teacher.image_states)  # (N, P, D)
             regions = pool_locals(patches, grid, config.local_grid)
-            tokens = self.teacher.tcl.text_features(teacher.text_states[:, 1:])  # (N, L - 1, D)
+            tokens = self.teacher.tcl.token_features(teacher.text_states)  # (N, L - 1, D)
             token_mask = batch.attention_mask[:, 1:]
             if config.gather_negatives:
                 regions, tokens = gather_own_first(regions), gather_padded(tokens)
@@ -519,11 +583,12 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             rows.text_states, rows.attention_mask, image_states, rows.image_index, token_index=rows.token_index
         ).last_hidden_state
         if negatives is not None:
-            logits = self.itm_head(fused[: 3 * num_pairs, 0])  # (3 N, 2)
+            number = len(negatives.image) // num_pairs
+            logits = self.itm_head(fused[: (1 + 2 * number) * num_pairs, 0])  # ((1 + 2 K) N, 2)
             labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
             labels[:num_pairs] = MATCHES
-            exists = torch.cat([torch.ones_like(negatives.has_image), negatives.has_image, negatives.has_text])
-            output.loss_itm = itm_loss(logits, labels, exists)
+            exists = torch.cat([negatives.has_image.new_ones(num_pairs), negatives.has_image, negatives.has_text])
+            output.loss_itm = itm_loss(logits, labels, exists, number)
             output.itm_accuracy = accuracy(logits, labels.masked_fill(~exists, -100))
         if batch.masked is not None:
             teacher_logits = None
@@ -547,7 +612,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
 
     @torch.no_grad()
     def _hard_negatives(self, batch: TrainingBatch, student: View, teacher: View) -> HardNegatives:
-        """Draw a hard negative image for each text and a hard negative text for each image."""
+        """Draw hard negative images for each text and hard negative texts for each image."""
         ids = batch.image_ids
         keys: tuple[Tensor, ...] = (teacher.image, teacher.text, ids)
         if self.config.gather_negatives:
@@ -556,8 +621,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         excluded = torch.eye(len(student.text), len(text_keys), dtype=torch.bool, device=student.text.device)
         excluded = excluded | (ids[:, None] == key_ids) & (key_ids != NO_IMAGE_ID)
         temperature = self.tcl.temperature
-        image, has_image = sample_hard_negatives(similarity(student.text, image_keys, temperature), excluded)
-        text, has_text = sample_hard_negatives(similarity(student.image, text_keys, temperature), excluded)
+        more = {} if self.config.itm_negatives == 1 else {"number": min(self.config.itm_negatives, excluded.shape[1])}
+        image, has_image = sample_hard_negatives(similarity(student.text, image_keys, temperature), excluded, **more)
+        text, has_text = sample_hard_negatives(similarity(student.image, text_keys, temperature), excluded, **more)
         return HardNegatives(image, has_image, text, has_text)
 
 

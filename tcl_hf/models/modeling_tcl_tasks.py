@@ -114,7 +114,7 @@ class _FusedClassifier(TCLTaughtModel):
         """
         expected = self.images_per_text
         slots = (expected,) if expected > 1 else ()
-        if pixel_values is not None and (pixel_values.ndim < 4 or pixel_values.shape[1:-3] != slots):
+        if pixel_values is not None and (pixel_values.ndim < 3 or _slots(pixel_values, expected) != slots):
             shape = "(B, 3, height, width)" if expected == 1 else f"(B, {expected}, 3, height, width)"
             raise ValueError(f"{type(self).__name__} reads pixel_values {shape}, but got {tuple(pixel_values.shape)}.")
         inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
@@ -133,6 +133,12 @@ class _FusedClassifier(TCLTaughtModel):
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )
+
+
+def _slots(pixel_values: Tensor, images_per_text: int) -> tuple[int, ...]:
+    """The dimensions between that of the batch and those of an image, or of the states that are kept of it."""
+    are_states = pixel_values.ndim == (3 if images_per_text == 1 else 4)
+    return tuple(pixel_values.shape[1 : -2 if are_states else -3])
 
 
 def _fused(
@@ -155,7 +161,9 @@ def _fused(
             f"There are {len(input_ids)} texts about {len(pixel_values)} images: pass image_index, the image of each "
             "text."
         )
-    states = tcl.encode_image(pixel_values.flatten(0, -4), interpolate_pos_encoding=interpolate_pos_encoding)
+    slots = tcl.config.text_config.images_per_text
+    of_each = pixel_values.shape[1 + len(_slots(pixel_values, slots)) :]  # the shape of an image, or of its states
+    states = tcl.encode_image(pixel_values.reshape(-1, *of_each), interpolate_pos_encoding=interpolate_pos_encoding)
     images = states.unflatten(0, (len(pixel_values), -1)).unbind(1)  # per slot (B, 1 + P, width)
     return tcl.text_model(
         input_ids, attention_mask, encoder_hidden_states=images, image_index=image_index, **output_options
@@ -239,7 +247,7 @@ class TCLForTextAssignment(TCLTaughtModel):
                     "second_image_index."
                 )
             with torch.no_grad():
-                drawn = draw_two_images(self.tcl.image_features(states[:, 0]))
+                drawn = draw_two_images(self.tcl.image_features(states))
             first_image_index, second_image_index, labels = drawn
         images = (states[first_image_index], states[second_image_index])
         fused = self.tcl.text_model(input_ids, attention_mask, encoder_hidden_states=images)
@@ -368,6 +376,7 @@ class TCLForQuestionAnswering(TCLTaughtModel):
                 "fusion_layer": 0,
                 "images_per_text": 1,
                 "causal": True,
+                "lock": False,
                 "encoder_hidden_size": text.hidden_size,
             }
         )

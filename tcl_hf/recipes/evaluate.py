@@ -8,10 +8,10 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from transformers import set_seed
 
+from ..data.annotations.classification import class_names_of
 from ..sharing.cards import add_results
 from .arguments import RecipeError
 from .build import add_words, candidate_answers, load_evaluation_data, open_model
@@ -19,9 +19,8 @@ from .command_line import command
 from .parsing import EVALUATE, parse_recipe
 from .report import PREDICTIONS, prediction_sheet, task_table
 from .results import evaluation_protocol, write_results
+from .starting import in_precision_of
 from .tasks import TASKS
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @command
@@ -37,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = load_evaluation_data(data_args)
     if data_args.add_words:
         add_words(model, processor, records)  # a fine-tuned model has them already
-    answers = candidate_answers(data_args, None, checkpoint_args.model)
+    classes = class_names_of(records)
+    answers = classes or candidate_answers(data_args, None, checkpoint_args.model)
     if args.shuffle_images:
         records = shuffle_images(records)
-    precision = training_args.mixed_precision
-    with torch.autocast(accelerator.device.type, PRECISIONS.get(precision), enabled=precision is not None):
+    with in_precision_of(training_args):
         evaluation = task.evaluate(model.to(accelerator.device), processor, records, data_args, answers)
     if accelerator.is_main_process:
-        protocol = evaluation_protocol(data_args, model.config, len(records), args.shuffle_images)
+        protocol = evaluation_protocol(data_args, model.config, len(records), args.shuffle_images, len(classes))
         folder = Path(args.results or checkpoint_args.model)
         write_results(folder, evaluation, protocol)
         if not args.shuffle_images:

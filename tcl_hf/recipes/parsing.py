@@ -154,10 +154,11 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _as_argv(recipe: dict[str, Any]) -> list[str]:
-    """The arguments of a recipe as options, so that both are checked alike."""
+    """The arguments of a recipe as options, so that both are checked alike; mappings become JSON."""
     argv = []
     for name, value in recipe.items():
-        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [value]
+        argv += [f"--{name}", *(json.dumps(x) if isinstance(x, dict) else str(x) for x in values)]
     return argv
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from ..data.images import open_image
 from ..evaluation.protocol import EvaluationProtocol
-from ..evaluation.retrieval import chance_recall, encode_samples, matching_scores
+from ..evaluation.retrieval import chance_recall, search_images
 from ..models.modeling_tcl import TCLForImageTextRetrieval
 from ..models.processing_tcl import TCLProcessor
 from ..sharing.cards import METHOD, Card, name_of_model
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES = "training.png"
-SHEET = "retrieved.png"
+SHEET, FREE_SHEET = "retrieved.png", "free_texts.png"
 PREDICTIONS = "predictions.png"
 SHEET_SIDE, FRAME = 160, 2  # side of a picture on the sheet of predictions and width of its frame, in pixels
 
@@ -38,7 +38,7 @@ class Run:
     Args:
         data_args: its task and its data.
         amount: how much data it was trained on, such as "100 pairs".
-        base_models: Hub names or folders of the models that it started from.
+        base_models: the models that it started from: names on the Hub, folders, or `package:NAME`.
         command: the command line that started the run.
         output_dir: the run's folder, which gives the model its name.
         protocol: how its metrics were measured.
@@ -83,28 +83,37 @@ class Run:
         ).write(self.output_dir)
 
 
-def results_table(metrics: dict[str, float], num_images: int, k: int, baseline: dict[str, float] | None = None) -> str:
-    """A Markdown table of recall in percent, beside chance and, if given, the linear baseline.
+def results_table(
+    metrics: dict[str, float], num_images: int, k: int, baselines: dict[str, dict[str, float]] | None = None
+) -> str:
+    """A Markdown table of recall in percent: chance, the baselines, and the model by each of its scores.
 
     Args:
-        metrics: those of `evaluate_retrieval`.
+        metrics: those of `evaluate_retrieval`; the table has the scores that they have.
         num_images: number of images that were retrieved from.
         k: number of candidates that were re-ranked.
-        baseline: metrics of `ridge_baseline`.
+        baselines: metrics of each baseline, by its name, as `measure_baselines` returns them.
     """
-    columns = [f"{way}_recall@{at}" for way in ("i2t", "t2i") for at in (1, 5, 10)] + ["recall@1"]
-    reranked = {name.removeprefix("reranked_"): v for name, v in metrics.items() if name.startswith("reranked_")}
+    columns = [f"{way}recall@{at}" for way in ("i2t_", "t2i_", "") for at in (1, 5, 10)]
     chance = {name: chance_recall(num_images, int(name.split("@")[1])) for name in columns}
-    rows = {"by similarity": metrics, f"re-ranked by matching (k = {k})": reranked, "chance": chance}
-    rows["linear baseline (ridge)"] = baseline or {}
+    rows = {"chance": chance, **(baselines or {}), "this model, by similarity": metrics}
+    rows[f"this model, re-ranked by matching (k = {k})"] = _scored_by("reranked", metrics)
+    weight = f"{metrics.get('rerank_weight', 0):g}"
+    rows[f"this model, combined (k = {k}, weight {weight})"] = _scored_by("combined", metrics)
     lines = [
-        f"| recall in % of {num_images} | image to text @1 | @5 | @10 | text to image @1 | @5 | @10 | mean @1 |",
+        f"| recall in % of {num_images} | image to text @1 | @5 | @10 | text to image @1 | @5 | @10 "
+        "| mean of both @1 | @5 | @10 |",
         "|---|" + "---|" * len(columns),
     ]
     for name, values in rows.items():
         if values:
             lines.append(" | ".join([f"| {name}", *(f"{values[column]:.2f}" for column in columns)]) + " |")
     return "\n".join(lines)
+
+
+def _scored_by(score: str, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics by a score, "reranked" or "combined", under the names of those by similarity."""
+    return {name.removeprefix(f"{score}_"): v for name, v in metrics.items() if name.startswith(f"{score}_")}
 
 
 def plot_training(lines: list[dict[str, float]], path: Path) -> None:
@@ -114,8 +123,8 @@ def plot_training(lines: list[dict[str, float]], path: Path) -> None:
         _plot_values(losses, lines, f"loss_{name}", label=name.upper())
     losses.set(xlabel="step", ylabel="loss", title="Losses")
     losses.legend()
-    for name, label in (("recall@1", "similarity"), ("reranked_recall@1", "re-ranked")):
-        _plot_values(recall, lines, name, label=label, marker="o")
+    for prefix, label in (("", "similarity"), ("reranked_", "re-ranked"), ("combined_", "combined")):
+        _plot_values(recall, lines, f"{prefix}recall@1", label=label, marker="o")
     recall.set(xlabel="step", ylabel="recall@1 in %", title="Held-out recall, mean of both directions")
     recall.set_ylim(bottom=0)
     if recall.lines:
@@ -123,34 +132,62 @@ def plot_training(lines: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def picture_sheet(
-    model: TCLForImageTextRetrieval, processor: TCLProcessor, records: Sequence[dict], path: Path, k: int
-) -> None:
-    """Draw the images retrieved for some captions, one in each row, best first, the right one framed, as a PNG.
+def write_picture_sheets(
+    model: TCLForImageTextRetrieval,
+    processor: TCLProcessor,
+    records: Sequence[dict],
+    folder: Path,
+    k: int,
+    free_texts: Sequence[str] = (),
+) -> list[tuple[str, str]]:
+    """Write sheets of the pictures that a model finds for texts; return each file with its caption.
 
-    The captions are spread evenly over the records: none is chosen for its result.
+    One sheet is for captions of the records, with the right picture framed. They are spread evenly over the records:
+    none is chosen for its result. The other is for the free texts, if there are any. Both search all the records, by
+    the score that `search_images` ranks by.
 
     Args:
-        k: number of candidates by similarity that are re-ranked by matching.
+        k: number of candidates by similarity that are ranked anew.
+        free_texts: texts that belong to no record.
     """
-    model.eval()
-    pairs = encode_samples(model, processor, records, captions_per_image=1)
-    similarity = pairs.similarity()  # (I, T)
-    scores = matching_scores(model, pairs, k)
-    num_texts, num_images = min(8, len(records)), min(6, len(records))
-    figure, axes = _subplots((1.3 * num_images + 2, 1.3 * num_texts), num_texts, num_images)
-    for row in range(num_texts):
-        text = row * len(records) // num_texts
-        among = similarity[:, text].topk(min(k, len(records))).indices
-        best = among[scores[among, text].argsort(descending=True)][:num_images]
-        axes[row, 0].set_ylabel(textwrap.fill(pairs.texts[text], 18), rotation=0, ha="right", va="center", fontsize=9)
-        for column, image in enumerate(best.tolist()):
-            axis = axes[row, column]
+    num_names = min(8, len(records))
+    right = [row * len(records) // num_names for row in range(num_names)]
+    texts = [*(records[row]["captions"][0] for row in right), *free_texts]
+    found = search_images(model, processor, records, texts, number=6, k=k).tolist()
+    score = "the combined score" if model.config.itm_weight and model.config.rerank_weight is not None else "similarity"
+    picture_sheet(records, texts[:num_names], found[:num_names], folder / SHEET, right)
+    sheets = [
+        (
+            SHEET,
+            f"Pictures retrieved by {score}, the right one framed. The captions are spread evenly over the split.",
+        )
+    ]
+    if free_texts:
+        picture_sheet(records, texts[num_names:], found[num_names:], folder / FREE_SHEET)
+        caption = f"Pictures that {score} finds among all {len(records)} for texts that belong to none of them."
+        sheets.append((FREE_SHEET, caption))
+    return sheets
+
+
+def picture_sheet(
+    records: Sequence[dict], texts: list[str], found: list[list[int]], path: Path, right: list[int] | None = None
+) -> None:
+    """Draw the pictures found for each text in a row, best first, as a PNG.
+
+    Args:
+        found: for each text the rows of the records, best first; as many for each.
+        right: the row that each text belongs to, whose picture is framed; None if it belongs to none.
+    """
+    num_images = len(found[0])
+    figure, axes = _subplots((1.3 * num_images + 2, 1.3 * len(texts)), len(texts), num_images)
+    for row, text in enumerate(texts):
+        axes[row, 0].set_ylabel(textwrap.fill(text, 18), rotation=0, ha="right", va="center", fontsize=9)
+        for axis, image in zip(axes[row], found[row], strict=True):
             axis.imshow(open_image(records[image]["image"]).convert("RGB"))
             axis.set(xticks=[], yticks=[])
-            right = image == pairs.image_of_text[text]
+            is_right = right is not None and image == right[row]
             for spine in axis.spines.values():
-                spine.set(color="tab:green" if right else "lightgrey", linewidth=3 if right else 1)
+                spine.set(color="tab:green" if is_right else "lightgrey", linewidth=3 if is_right else 1)
     figure.savefig(path, dpi=110)
 
 
@@ -160,34 +197,55 @@ def write_pretraining_report(
     processor: TCLProcessor,
     records: Sequence[dict],
     metrics: dict[str, float],
-    baseline: dict[str, float] | None = None,
+    baselines: dict[str, dict[str, float]] | None = None,
+    num_tuning: int = 0,
+    free_texts: Sequence[str] = (),
 ) -> str:
-    """Write curves, picture sheet and model card of pre-training into its folder; return its table of results.
+    """Write curves, picture sheets and model card of pre-training into its folder; return its table of results.
 
     Args:
         records: the held-out images, with captions.
         metrics: those of `evaluate_retrieval` on them.
-        baseline: metrics of `ridge_baseline` on them.
+        baselines: metrics of the baselines on them, by name; see `measure_baselines`.
+        num_tuning: number of samples on which the weight of the combined score was chosen; 0 if it was given.
+        free_texts: texts for which a sheet shows the pictures that the model finds.
     """
     protocol, folder = run.protocol, run.output_dir
     k = protocol.k or 0
-    table = results_table(metrics, len(records), k, baseline)
+    table = results_table(metrics, len(records), k, baselines)
     plot_training(read_metrics(folder / METRICS), folder / CURVES)
-    picture_sheet(model, processor, records, folder / SHEET, k)
-    results = f"""\
-The model was measured at the end of the run on the split `{protocol.split}`, which it was not trained on, with one
-caption per image. Similarity is the cosine of the features of both encoders. Re-ranking scores the {k} most similar
-candidates of each query by the matching head alone. The images were prepared by the PIL backend of the image processor.
-
-{table}"""
-    pictures = [
-        (CURVES, "The losses and the recall during the run."),
-        (SHEET, "Retrieved pictures, with the right one framed. The captions are spread evenly over the split."),
+    sheets = write_picture_sheets(model, processor, records, folder, k, free_texts)
+    how = [
+        f"The model was measured at the end of the run on the split `{protocol.split}`, which it was not trained on, "
+        "with one caption per image. Similarity is the cosine of the features of both encoders.",
+        *_explained_scores(metrics, k, num_tuning),
+        "The images were prepared by the PIL backend of the image processor.",
     ]
-    mean_recall = {name: v for name, v in metrics.items() if name.removeprefix("reranked_").startswith("recall@")}
+    if baselines:
+        how.append("The baselines are linear maps that were fitted to the training data of the run.")
+    text = textwrap.fill(" ".join(how), 120, break_long_words=False, break_on_hyphens=False)
+    results = f"{text}\n\n{table}"
+    pictures = [(CURVES, "The losses and the recall during the run."), *sheets]
+    names = ("recall@", "reranked_recall@", "combined_recall@")
+    mean_recall = {name: value for name, value in metrics.items() if name.startswith(names)}
     labels = [records[row]["captions"][0] for row in range(min(4, len(records)))]
     run.write_card(results, mean_recall, pictures, example=records[0] | {"captions": labels})
     return table
+
+
+def _explained_scores(metrics: dict[str, float], k: int, num_tuning: int) -> list[str]:
+    """Sentences about the scores other than similarity that the metrics have."""
+    sentences = []
+    if _scored_by("reranked", metrics):
+        sentences.append(f"Re-ranking scores the {k} most similar candidates of each query by the matching head alone.")
+    if _scored_by("combined", metrics):
+        chosen = f"was chosen on {num_tuning} samples that were cut off from the training data"
+        sentences.append(
+            "The combined score of a candidate is its similarity, divided by the temperature, plus "
+            f"{metrics['rerank_weight']:g} times the log-odds of matching; this weight "
+            f"{chosen if num_tuning else 'was given'}."
+        )
+    return sentences
 
 
 def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Path, columns: int = 6) -> None:

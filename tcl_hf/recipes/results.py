@@ -9,7 +9,11 @@ from ..models.configuration_tcl import TCLConfig
 from .arguments import DataArguments
 from .tasks import TASKS
 
-_FACTS = {"k": "eval_k", "heat": "heat"}  # what a protocol states for some tasks, and the arguments that hold it
+_FACTS = {
+    "k": "eval_k",
+    "heat": "heat",
+    "templates": "templates",
+}  # what a protocol states for some tasks, and the arguments that hold it
 
 
 def protocol_name(config: TCLConfig, task: str, dataset_name: str) -> str:
@@ -29,7 +33,7 @@ def protocol_name(config: TCLConfig, task: str, dataset_name: str) -> str:
 
 
 def evaluation_protocol(
-    args: DataArguments, config: TCLConfig, num_records: int, images_shuffled: bool = False
+    args: DataArguments, config: TCLConfig, num_records: int, images_shuffled: bool = False, num_classes: int = 0
 ) -> EvaluationProtocol:
     """The protocol of an evaluation as the arguments describe it.
 
@@ -37,6 +41,7 @@ def evaluation_protocol(
         config: the model's.
         num_records: number of records that were evaluated.
         images_shuffled: whether each record had the image of another one.
+        num_classes: number of classes that the records name; 0 for records without such names.
     """
     row, dataset = TASKS[args.task], args.dataset_names[0]
     task = args.task if row.is_downstream else "retrieval"
@@ -47,6 +52,7 @@ def evaluation_protocol(
         records=num_records,
         protocol=protocol_name(config, task, dataset),
         resolution=config.vision_config.image_size,
+        classes=num_classes or None,
         images_shuffled=images_shuffled,
         **{fact: getattr(args, option) for fact, option in _FACTS.items() if option in row.options},
     )

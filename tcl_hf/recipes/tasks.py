@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from ..data.annotations.classification import load_classification
 from ..data.annotations.entailment import load_entailment
 from ..data.annotations.phrases import load_phrases
 from ..data.annotations.questions import load_questions
@@ -20,11 +21,12 @@ from ..evaluation.answers import evaluate_answers
 from ..evaluation.classes import evaluate_classes
 from ..evaluation.grounding import evaluate_grounding
 from ..evaluation.metrics import vqa_results
-from ..evaluation.retrieval import evaluate_retrieval
+from ..evaluation.retrieval import evaluate_retrieval, tune_rerank_weight
 from ..evaluation.shares import Evaluation
+from ..evaluation.zero_shot import evaluate_zero_shot
 from ..models.configuration_tcl import TCLConfig
 from ..models.encoders import TCLPreTrainedModel
-from ..models.modeling_tcl import TCLForImageTextRetrieval, TCLForPreTraining
+from ..models.modeling_tcl import TCLForImageTextRetrieval, TCLForPreTraining, TCLModel
 from ..models.modeling_tcl_tasks import (
     TCLForQuestionAnswering,
     TCLForTextAssignment,
@@ -41,7 +43,7 @@ _OF_EVALUATION = (
     *("validation_data", "eval_images", "eval_max_tokens", "per_device_eval_batch_size"),
     *("eval_steps", "metric_for_best_model"),
 )
-_OF_RETRIEVAL = ("eval_k", "half_precision_states")
+_OF_RETRIEVAL = ("eval_k", "half_precision_states", "rerank_weight")
 
 
 def build_augmentation(args: TrainingDataArguments, processor: TCLProcessor) -> TCLAugmentation:
@@ -104,13 +106,14 @@ class Task:
         model_class: the head.
         load: reads the samples of a split, by default images with captions: `load(sources, split, **options)`.
         load_options: the arguments that it takes as options.
-        batches: the batches for training, which make their collator.
+        batches: the batches for training, which make their collator; None if the task is evaluated only.
         result_type: the Hub's name for the task of a result.
-        evaluate: returns the `Evaluation` of a model, given model, processor, records, arguments and the answers to
-            choose from; None if there is nothing to measure.
+        evaluate: returns the `Evaluation` of a model, given model, processor, records, arguments and the answers or
+            classes to choose from; None if there is nothing to measure.
         evaluation_options: the arguments that only some evaluations read.
         embedded: functions that load a split of data that comes with the package, by the name of the data.
         result_files: files beside `evaluation.json` that a server takes, and what makes their content of predictions.
+        evaluates_states: whether it can be evaluated on kept states, without the pixels of images.
         is_downstream: whether the task is fine-tuned from a checkpoint, and evaluated by `evaluate.py`; pre-training is
             measured as retrieval.
     """
@@ -118,12 +121,13 @@ class Task:
     model_class: type[TCLPreTrainedModel]
     load: Callable[..., Any] = load_pairs
     load_options: tuple[str, ...] = _OF_PAIRS
-    batches: PairBatches | TextBatches
+    batches: PairBatches | TextBatches | None
     result_type: str
     evaluate: Callable[[Any, TCLProcessor, Sequence[dict], Any, list[str]], Evaluation] | None = None
     evaluation_options: tuple[str, ...] = ()
     embedded: dict[str, Callable[[str], Dataset]] = field(default_factory=dict)
     result_files: dict[str, Callable[[list[dict]], Any]] = field(default_factory=dict)
+    evaluates_states: bool = False
     is_downstream: bool = True
 
     @property
@@ -131,7 +135,8 @@ class Task:
         """The arguments that this task reads, of those that not every task reads."""
         for_validation = (f"validation_{name}" for name in self.load_options)
         of_evaluation = (*_OF_EVALUATION, *self.evaluation_options) if self.evaluate else ()
-        return {*self.load_options, *for_validation, *self.batches.options, *of_evaluation}
+        of_training = self.batches.options if self.batches else ()
+        return {*self.load_options, *for_validation, *of_training, *of_evaluation}
 
 
 # Evaluations
@@ -143,9 +148,22 @@ def _limits(args: DataArguments, max_tokens: int = MAX_TOKENS) -> dict[str, Any]
     return {"batch_size": args.per_device_eval_batch_size, "max_tokens": max_tokens, "progress": True}
 
 
+def _retrieval_options(args: DataArguments) -> dict[str, Any]:
+    """The options of retrieval: candidates, captions of an image, precision of states, and the limits."""
+    states_dtype = torch.float16 if args.half_precision_states else None
+    return _limits(args) | {"k": args.eval_k, "captions_per_image": args.eval_captions, "states_dtype": states_dtype}
+
+
 def _evaluate_retrieval(model, processor, records, args, answers) -> Evaluation:
-    options = _limits(args) | {"states_dtype": torch.float16 if args.half_precision_states else None}
-    return Evaluation(evaluate_retrieval(model, processor, records, args.eval_k, args.eval_captions, **options))
+    options = _retrieval_options(args) | {"rerank_weight": args.rerank_weight}
+    return Evaluation(evaluate_retrieval(model, processor, records, **options))
+
+
+def choose_rerank_weight_on(
+    model: TCLForImageTextRetrieval, processor: TCLProcessor, records: Sequence[dict], args: DataArguments
+) -> float:
+    """The weight of the combined score that is best on records which results are not reported on."""
+    return tune_rerank_weight(model, processor, records, **_retrieval_options(args))
 
 
 def _evaluate_answers(model, processor, records, args, answers) -> Evaluation:
@@ -158,6 +176,10 @@ def _evaluate_statements(model, processor, records, args, answers) -> Evaluation
 
 def _evaluate_grounding(model, processor, records, args, answers) -> Evaluation:
     return evaluate_grounding(model, processor, records, args.heat_layer, heat=args.heat, **_limits(args))
+
+
+def _evaluate_classification(model, processor, records, args, answers) -> Evaluation:
+    return evaluate_zero_shot(model, processor, records, answers, args.templates, **_limits(args))
 
 
 def _answers_for_server(predictions: list[dict]) -> list[dict[str, Any]]:
@@ -174,6 +196,7 @@ TASKS = {
         evaluate=_evaluate_retrieval,
         evaluation_options=_OF_RETRIEVAL,
         is_downstream=False,
+        evaluates_states=True,
     ),
     "retrieval": Task(
         model_class=TCLForImageTextRetrieval,
@@ -181,6 +204,7 @@ TASKS = {
         result_type="image-text-retrieval",
         evaluate=_evaluate_retrieval,
         evaluation_options=(*_OF_RETRIEVAL, "eval_captions"),
+        evaluates_states=True,
     ),
     "question_answering": Task(
         model_class=TCLForQuestionAnswering,
@@ -192,6 +216,7 @@ TASKS = {
         evaluation_options=("eval_k", "answer_list"),
         embedded={"easy_vqa": load_easy_vqa},
         result_files={"vqa_results.json": _answers_for_server},
+        evaluates_states=True,
     ),
     "visual_entailment": Task(
         model_class=TCLForVisualEntailment,
@@ -201,6 +226,7 @@ TASKS = {
         result_type="visual-entailment",
         evaluate=_evaluate_statements,
         embedded={"scenes": load_scene_entailment},
+        evaluates_states=True,
     ),
     "visual_reasoning": Task(
         model_class=TCLForVisualReasoning,
@@ -212,6 +238,15 @@ TASKS = {
         embedded={"scenes": load_scene_reasoning},
     ),
     "text_assignment": Task(model_class=TCLForTextAssignment, batches=PairBatches(), result_type="text-assignment"),
+    "classification": Task(
+        model_class=TCLModel,
+        load=load_classification,
+        load_options=("image_column", "label_column", "class_names"),
+        batches=None,
+        result_type="zero-shot-image-classification",
+        evaluate=_evaluate_classification,
+        evaluation_options=("templates",),
+    ),
     "grounding": Task(
         model_class=TCLForImageTextRetrieval,
         load=load_phrases,

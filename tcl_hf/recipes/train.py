@@ -1,5 +1,6 @@
 """Pre-training and fine-tuning share this: a task is trained, and its run is described."""
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from ..sharing.hub import BackgroundPush
 from ..training.arguments import TCLTrainingArguments
 from ..training.loop import TrainingRun
 from .arguments import TrainingDataArguments
-from .tasks import TASKS
+from .tasks import TASKS, choose_rerank_weight_on
 
 
 def train_task(
@@ -25,6 +26,7 @@ def train_task(
     samples: Any,
     records: Sequence[dict] | None,
     answers: list[str] | None = None,
+    tuning: Sequence[dict] | None = None,
 ) -> dict[str, float]:
     """Train a model for a task, and save it with its processor, metrics and checkpoints.
 
@@ -32,6 +34,8 @@ def train_task(
         samples: the data to train on, map-style or a stream.
         records: the data to evaluate on; None for no evaluation.
         answers: the answers to choose from, for a task that chooses answers.
+        tuning: the data on which every evaluation first chooses the weight of the combined score, unless the arguments
+            give one; None for no choice.
 
     Returns:
         The last line of `metrics.jsonl`.
@@ -43,15 +47,32 @@ def train_task(
     history = model.config.trained_on or []
     model.config.trained_on = [*history, {"task": data_args.task, "data": data_args.dataset_names}]
     collator = task.batches.collator(data_args, model.config, processor)
+    if data_args.rerank_weight is not None:
+        model.config.rerank_weight = data_args.rerank_weight
+    chooses_weight = bool(tuning) and data_args.rerank_weight is None and bool(model.config.itm_weight)
 
     def evaluate(model: PreTrainedModel) -> dict[str, float]:
         assert task.evaluate is not None and records is not None
+        if tuning and chooses_weight:
+            model.config.rerank_weight = choose_rerank_weight_on(model, processor, tuning, data_args)
         return task.evaluate(model, processor, records, data_args, answers or []).metrics
 
     pushes = args.push_to_hub and PartialState().is_main_process
     push = BackgroundPush(str(args.hub_model_id)) if pushes else None
     evaluation = evaluate if records else None
-    return TrainingRun(model, samples, collator, processor, args, evaluation, push_checkpoint=push).train()
+    metrics = TrainingRun(model, samples, collator, processor, args, evaluation, push_checkpoint=push).train()
+    # The last model is saved before its evaluation. The best one is saved after its own, with the weight chosen there.
+    is_outdated = chooses_weight and "rerank_weight" in metrics and not args.metric_for_best_model
+    if is_outdated and PartialState().is_main_process:
+        write_rerank_weight(Path(args.output_dir), metrics["rerank_weight"])
+    return metrics
+
+
+def write_rerank_weight(folder: Path, rerank_weight: float) -> None:
+    """Write the weight of the combined score into the config of a saved model."""
+    config = folder / "config.json"
+    fields = json.loads(config.read_text()) | {"rerank_weight": rerank_weight}
+    config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def command_line(name: str, argv: Sequence[str] | None) -> str:

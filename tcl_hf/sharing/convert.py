@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..models.configuration_tcl import TCLConfig
+from ..models.configuration_tcl import TCLConfig, TCLVisionConfig
 from ..models.encoders import TCLPreTrainedModel
 from ..models.losses import NO_IMAGE_ID
 from ..models.modeling_tcl import TCLForMaskedLM, TCLModel
@@ -25,6 +25,8 @@ from .original_files import Checkpoint, CheckpointError, config_of, read_checkpo
 from .original_names import KINDS, POSITION_IDS, NameRow, kind_of, model_class_of, original_names
 
 _SETTINGS = ("momentum", "alpha", "mlm_probability")  # settings that have the same names in the original and in ours
+# Parts of the image encoder that the original does not have: they must be as they are by default.
+_VISION_PARTS = ("pre_layer_norm", "patch_bias", "num_register_tokens", "use_swiglu_ffn")
 # ALBEF's objectives, as fields of TCLConfig. Its checkpoints have the same names as TCL's, so they do not show them.
 ALBEF = {"cma_weight": 1.0, "imc_weight": 0.0, "lmi_weight": 0.0}
 
@@ -114,12 +116,19 @@ def to_original(model: TCLPreTrainedModel) -> dict[str, Tensor]:
     """Rename the tensors of one of our models to the original's names, with the copies and positions that it stores.
 
     Raises:
-        CheckpointError: if the original has no such model.
+        CheckpointError: if the original has no such model, or no such image encoder.
     """
     kinds = {model_class: name for name, kind in KINDS.items() for model_class in kind.model_classes}
     if type(model) not in kinds:
         known = ", ".join(model_class.__name__ for model_class in kinds)
         raise CheckpointError(f"The original has no {type(model).__name__}: choose a checkpoint of {known}.")
+    vision, original = model.config.vision_config, TCLVisionConfig()
+    for name in _VISION_PARTS:
+        if getattr(vision, name) != getattr(original, name):
+            raise CheckpointError(
+                f"The original's image encoder cannot hold vision_config.{name}={getattr(vision, name)}, which this "
+                "model has from the encoder that it started from: share it in our format."
+            )
     return dict(_original_tensors(model, kinds[type(model)]))
 
 

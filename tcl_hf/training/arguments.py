@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,18 @@ class TCLTrainingArguments:
     min_learning_rate: float = field(default=1e-5, metadata={"help": "Last learning rate."})
     warmup_learning_rate: float = field(default=1e-5, metadata={"help": "First learning rate."})
     warmup_steps: int = field(default=2000, metadata={"help": "Optimizer steps of warm-up."})
+    part_learning_rates: dict[str, float] | str | None = field(
+        default="{}",
+        metadata={
+            "help": "Highest learning rates of parts (vision, text, fusion, projections, heads, temperature), as JSON; "
+            "the other parts take learning_rate."
+        },
+    )
+    part_rates: dict[str, float] = field(init=False)
+    layer_decay: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the learning rate from a layer of an encoder to the layer below it; 1 for none."},
+    )
     weight_decay: float = field(default=0.02, metadata={"help": "Decay of AdamW."})
     decay_rule: str = field(
         default="matrices",
@@ -71,6 +84,12 @@ class TCLTrainingArguments:
     metric_for_best_model: str = field(
         default="", metadata={"help": "Keep the model with the highest value of this metric; that of the end if empty."}
     )
+    average_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate and save the teacher's weights, a moving average of the student's, as the model's."
+        },
+    )
     save_steps: int = field(default=0, metadata={"help": "Write a checkpoint every N steps; 0 for none."})
     save_total_limit: int = field(default=2, metadata={"help": "Number of checkpoints that are kept."})
     push_to_hub: bool = field(default=False, metadata={"help": "Push every checkpoint in the background."})
@@ -101,12 +120,46 @@ class TCLTrainingArguments:
             raise TrainingError("bf16 and fp16 are both true: choose one of them.")
         if self.push_to_hub and not self.hub_model_id:
             raise TrainingError("push_to_hub needs a repository: name it with hub_model_id, as user/name.")
+        if not 0 < self.layer_decay <= 1:
+            raise TrainingError(
+                f"layer_decay={self.layer_decay} must be above 0 and at most 1, which gives all layers the same rate."
+            )
+        self.part_rates = _part_rates(self.part_learning_rates or {})
+        if self.part_rates and self.learning_rate <= 0:
+            raise TrainingError(
+                f"learning_rate={self.learning_rate} must be above 0 with part_learning_rates, because the rates of "
+                "parts follow its schedule."
+            )
         self.lora_fields = None if self.lora is None else read_lora(self.lora)
 
     @property
     def mixed_precision(self) -> str | None:
         """The precision that was asked for, in Accelerate's words; None for that of the launcher."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else None
+
+
+def _part_rates(given: Any) -> dict[str, float]:
+    """The learning rates by part, which are given as a mapping or as JSON.
+
+    Raises:
+        TrainingError: if they are not a mapping of parts to numbers above 0.
+    """
+    try:
+        mapping = json.loads(given) if isinstance(given, str) else given
+        rates = {str(part): float(rate) for part, rate in mapping.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TrainingError(
+            f"part_learning_rates is not a mapping of parts to learning rates, but {given}: write for example "
+            '{"vision": 1e-5, "heads": 1e-4}.'
+        ) from error
+    for part, rate in rates.items():
+        if not (0 < rate < math.inf):
+            raise TrainingError(
+                f"part_learning_rates: the rate of '{part}' must be above 0, got {rate:g}: leave the part out to "
+                "train it at learning_rate, or lock an encoder with lock_vision or lock_text in the config to keep its "
+                "weights as they are."
+            )
+    return rates
 
 
 def read_lora(lora: dict[str, Any] | str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ weight, of the teacher's as of the student's, and gathers the weights of a layer
 buffers: each process holds them whole, and pushes the same rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .adapters import add_lora, save_adapted
 from .agreement import Agreement
 from .allocation import keep_freed_memory
 from .arguments import TCLTrainingArguments, TrainingError
-from .optimization import parameter_groups
+from .optimization import parameter_groups, split_by_rate
 
 SHARDED_LAYERS = (TCLVisionLayer, TCLTextLayer)
 
@@ -67,7 +68,11 @@ class Engine:
         return self.accelerator.sync_gradients
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Make the optimizer of a model, and fit both to the launcher; `model` stays usable under its own name."""
+        """Make the optimizer of a model, and fit both to the launcher; `model` stays usable under its own name.
+
+        Raises:
+            TrainingError: if the arguments ask for a part or a teacher that the model does not have.
+        """
         args = self.args
         if args.lora is not None:
             if self.is_sharded:
@@ -75,10 +80,14 @@ class Engine:
                     "lora does not work with FSDP2 and DeepSpeed: launch with --multi_gpu (DDP), or leave it out."
                 )
             add_lora(model, args)
+        if args.average_weights:
+            self._check_average(model)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        groups = parameter_groups(model, args.weight_decay, args.decay_rule)
+        groups, self.rate_factors = split_by_rate(groups, model, args)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, args.weight_decay, args.decay_rule),
+            groups,
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             fused=True,  # It reads `found_inf` on the device, see `UpdateGuard`.
@@ -98,6 +107,40 @@ class Engine:
         gather_for_methods(model)
         for buffer in model.buffers():  # The queues start equal.
             broadcast(buffer)
+
+    def _check_average(self, model: PreTrainedModel) -> None:
+        """Refuse `average_weights` where the teacher cannot take the place of the student."""
+        if getattr(model, "teacher", None) is None:
+            raise TrainingError(
+                f"average_weights needs a momentum teacher, which this {type(model).__name__} does not have: leave it "
+                "out."
+            )
+        if any(hasattr(module, "get_base_layer") for module in model.modules()):
+            raise TrainingError(
+                "average_weights does not work with adapters, because the teacher averages the weights that they "
+                "amount to and not the adapters: leave out one of the two."
+            )
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise TrainingError(
+                "average_weights was not tried under DeepSpeed, which keeps copies of the weights: leave it out, or "
+                "train with DDP or FSDP2."
+            )
+
+    def load_state(self, checkpoint: Path) -> None:
+        """Restore the state of all processes from a checkpoint.
+
+        Raises:
+            TrainingError: if the optimizer of the checkpoint has other groups of parameters.
+        """
+        try:
+            self.accelerator.load_state(str(checkpoint))
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise TrainingError(
+                f"{checkpoint} has other groups of parameters: name the same parts in part_learning_rates as before, "
+                "train the same layers with the same decay_rule, and leave layer_decay at 1 or below 1 as it was."
+            ) from error
 
     def forward(self, batch: dict[str, Tensor], alpha: float) -> Any:
         """The model's output, with its losses; `alpha` is the share of the teacher's targets."""
@@ -128,22 +171,32 @@ class Engine:
 
     def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
         """Run an evaluation on the whole model, in the run's precision; all processes return from it together."""
-        with self.accelerator.autocast():
-            metrics = evaluate(whole_model(self.accelerator.unwrap_model(self.model)))
+        with self.result() as model, self.accelerator.autocast():
+            metrics = evaluate(whole_model(model))
         self.accelerator.wait_for_everyone()
         return metrics
 
     def save_model(self, folder: Path, processor: Any) -> None:
         """Save the whole model with its processor, by the main process."""
         self.accelerator.wait_for_everyone()
+        with self.result() as model:
+            state = whole_state_dict(model) if self.is_sharded else None  # Every process has to ask for it.
+            if self.accelerator.is_main_process:
+                if self.args.lora is None:
+                    model.save_pretrained(folder, state_dict=state)
+                else:
+                    save_adapted(model, folder, self.args.lora_save)
+                processor.save_pretrained(folder)
+
+    @contextmanager
+    def result(self) -> Iterator[Any]:
+        """The model as it is evaluated and saved; with `average_weights` its student has the teacher's weights.
+
+        After the `with` block it has its own weights again, bit for bit.
+        """
         model = self.accelerator.unwrap_model(self.model)
-        state = whole_state_dict(model) if self.is_sharded else None  # Every process has to ask for it.
-        if self.accelerator.is_main_process:
-            if self.args.lora is None:
-                model.save_pretrained(folder, state_dict=state)
-            else:
-                save_adapted(model, folder, self.args.lora_save)
-            processor.save_pretrained(folder)
+        with model.teacher.lending_weights_to(model) if self.args.average_weights else nullcontext():
+            yield model
 
 
 # Sharding by FSDP2

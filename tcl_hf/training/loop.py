@@ -144,7 +144,7 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             self.skipped.mend_list()
         self.accelerator.wait_for_everyone()
-        self.accelerator.load_state(str(checkpoint))
+        self.engine.load_state(checkpoint)
         self.accelerator.wait_for_everyone()  # before any process adds to the list of skipped samples
         if self.progress.step >= self.num_steps:
             raise TrainingError(
@@ -204,8 +204,8 @@ class TrainingRun:
         if self.is_first_forward:
             self.model.update_teacher()  # The teacher's weights follow the student's as a moving average.
             self.learning_rate = learning_rate(args, progress.step, progress.epoch, self.num_steps)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = self.learning_rate
+            for group, factor in zip(engine.optimizer.param_groups, engine.rate_factors, strict=True):
+                group["lr"] = self.learning_rate * factor  # The factor is 1 without rates by part or layer.
             ramp = min(1.0, progress.step / self.loader.steps_per_epoch) if args.alpha_ramp else 1.0
             self.alpha = self.model.config.alpha * ramp  # the share of the teacher's targets
 

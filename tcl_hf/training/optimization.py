@@ -1,12 +1,15 @@
 """Groups of parameters for the optimizer, and the learning rate of a step."""
 
 import math
+from dataclasses import dataclass
 
 from torch import nn
 
-from .arguments import TCLTrainingArguments
+from ..models.modeling_tcl import TCLModel
+from .arguments import TCLTrainingArguments, TrainingError
 
 STAIR = 100  # steps for which the paper's warm-up keeps one learning rate
+PARTS = ("vision", "text", "fusion", "projections", "heads", "temperature")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, rule: str = "matrices") -> list[dict]:
@@ -31,8 +34,85 @@ def parameter_groups(model: nn.Module, weight_decay: float, rule: str = "matrice
     ]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter stands in a model.
+
+    Args:
+        part: one of `PARTS`.
+        layers_above: layers of its part that follow; 0 in the last layer, and in parts without layers.
+    """
+
+    part: str
+    layers_above: int = 0
+
+
+def places_of(model: nn.Module) -> dict[nn.Parameter, Place]:
+    """The place of every parameter of a model, which is a [`TCLModel`] or has one.
+
+    Vision, text and fusion layers are counted apart, because each of the three is the last one before a loss: features
+    are read from the last layer of both encoders, and matches and words from the last fusion layer. Embeddings come
+    before the first layer. Copies of a fusion layer, for several images per text, stand in one place. All that is
+    outside the `TCLModel` is a head.
+    """
+    tcl = next(module for module in model.modules() if isinstance(module, TCLModel))  # The teacher's comes later.
+    vision, text, fusion = tcl.vision_model, tcl.text_model, tcl.text_model.fusion_layers
+    copies = text.config.images_per_text
+    stacks = {
+        "vision": [vision.embeddings, *vision.layers],
+        "text": [text.embeddings, *text.layers[: text.config.fusion_layer]],
+        "fusion": [fusion[first : first + copies] for first in range(0, len(fusion), copies)],
+    }
+    places = {tcl.temperature: Place("temperature")}
+    for part, stack in stacks.items():
+        for number, level in enumerate(stack, 1):
+            places |= {parameter: Place(part, len(stack) - number) for parameter in level.parameters()}
+    projections = nn.ModuleList([tcl.visual_projection, tcl.text_projection])
+    # What is left of an encoder follows its last layer. Words that a head shares with the encoder are in place already.
+    for part, module in (("vision", vision), ("text", text), ("projections", projections), ("heads", model)):
+        for parameter in module.parameters():
+            places.setdefault(parameter, Place(part))
+    return places
+
+
+def split_by_rate(groups: list[dict], model: nn.Module, args: TCLTrainingArguments) -> tuple[list[dict], list[float]]:
+    """Split groups of a model's parameters into groups of one learning rate.
+
+    Returns:
+        The groups, and for each of them the factor of the schedule's learning rate: the rate of its part, divided by
+        `learning_rate`, times `layer_decay` for each layer of the part that follows. Without rates by part or layer
+        these are the given groups with factors of 1.
+
+    Raises:
+        TrainingError: for the rate of a part that the model does not have or does not train.
+    """
+    if not args.part_rates and args.layer_decay == 1:
+        return groups, [1.0] * len(groups)
+    places = places_of(model)
+    trained = {places[parameter].part for group in groups for parameter in group["params"]}
+    for part in args.part_rates:
+        if part not in trained:
+            raise TrainingError(
+                f"part_learning_rates: this model trains no part '{part}', but "
+                f"{', '.join(part for part in PARTS if part in trained)}: name one of these, or leave it out."
+            )
+    split, factors = [], []
+    for group in groups:
+        of_one_rate: dict[tuple[str, int], list[nn.Parameter]] = {}  # by part and number of layers above
+        for parameter in group["params"]:
+            place = places[parameter]
+            part = place.part if place.part in args.part_rates else ""  # Parts without a rate of their own share one.
+            layers_above = place.layers_above if args.layer_decay < 1 else 0
+            of_one_rate.setdefault((part, layers_above), []).append(parameter)
+        for (part, layers_above), parameters in of_one_rate.items():
+            split.append(group | {"params": parameters})
+            share = args.part_rates[part] / args.learning_rate if part else 1.0
+            factors.append(share * args.layer_decay**layers_above)
+    return split, factors
+
+
 def learning_rate(args: TCLTrainingArguments, step: int, epoch: int, num_steps: int) -> float:
-    """The learning rate of an optimizer step, counted from 0.
+    """The learning rate of an optimizer step, counted from 0, where no part or layer has a rate of its own.
 
     "cosine" warms up linearly and then follows a cosine to the last step. "paper" warms up in stairs of 100 steps
     within the first epoch, and then takes one value for each epoch from the cosine over all epochs.

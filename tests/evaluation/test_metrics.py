@@ -9,11 +9,13 @@ from tcl_hf.evaluation.metrics import (
     consistency,
     enclosing_box,
     majority_share,
+    mean_per_class_accuracy,
     normalize_answer,
     per_label_scores,
     phrase_recall,
     pointing_accuracy,
     retrieval_metrics,
+    top_k_accuracy,
     vqa_accuracies,
     vqa_accuracy,
     vqa_results,
@@ -192,6 +194,19 @@ def test_accuracy_and_majority_counted_by_hand():
     assert accuracy(PREDICTIONS, LABELS) == 100 * 3 / 6
     assert majority_share(LABELS) == 100 * 3 / 6
     assert majority_share(torch.tensor([4, 7, 7, 7])) == 75
+
+
+def test_accuracies_of_ranked_classes_counted_by_hand():
+    ranked = torch.tensor([[0, 1], [2, 1], [1, 0], [0, 2]])
+    labels = torch.tensor([0, 1, 2, 0])
+    assert top_k_accuracy(ranked, labels) == 75  # all but the third
+    assert top_k_accuracy(ranked[:, :1], labels) == accuracy(ranked[:, 0], labels) == 50
+    assert mean_per_class_accuracy(ranked[:, 0], labels) == pytest.approx(100 * (1 + 0 + 0) / 3)
+    assert mean_per_class_accuracy(torch.tensor([7, 7, 1]), torch.tensor([7, 7, 3])) == 50  # two classes occur
+    with pytest.raises(ValueError, match=r"The ranked classes are \(4,\): they must be \(N, k\)"):
+        top_k_accuracy(ranked[:, 0], labels)
+    with pytest.raises(ValueError, match="must both be"):
+        top_k_accuracy(ranked, labels[:3])
 
 
 def test_scores_by_label_counted_by_hand():

@@ -5,17 +5,24 @@ import torch
 from helpers import small_patches, tiny, tiny_processor, tiny_records
 
 from tcl_hf import TCLForImageTextRetrieval
-from tcl_hf.evaluation.baselines import ridge_baseline
 from tcl_hf.evaluation.metrics import retrieval_metrics, retrieval_ranks
 from tcl_hf.evaluation.retrieval import (
     MAX_PADDING,
+    NO_RECORD,
     NOT_SCORED,
+    RERANK_WEIGHTS,
+    can_match,
     candidates,
     chance_recall,
+    choose_rerank_weight,
+    combined_metrics,
     encode_samples,
     evaluate_retrieval,
+    matching_logits,
     matching_scores,
+    search_images,
     sizes_by_length,
+    tune_rerank_weight,
 )
 
 # Two texts for each of four images, scores made by hand.
@@ -176,12 +183,6 @@ def test_evaluation_leaves_the_mode_as_it_was(encoded):
     model.eval()
 
 
-def test_ridge_baseline_finds_pictures_that_repeat():
-    records = tiny_records(12)
-    metrics = ridge_baseline(records, records, strength=0.1)
-    assert metrics["recall@1"] > 80
-
-
 def test_states_in_half_precision_change_little_and_stay_on_the_cpu():
     model, processor = tiny(TCLForImageTextRetrieval)
     whole = evaluate_retrieval(model, processor, tiny_records(7), k=3)
@@ -189,3 +190,138 @@ def test_states_in_half_precision_change_little_and_stay_on_the_cpu():
     similar = [name for name in whole if not name.startswith("reranked")]
     assert {name: half[name] for name in similar} == {name: whole[name] for name in similar}
     assert abs(half["reranked_recall_mean"] - whole["reranked_recall_mean"]) <= 10
+
+
+# The combined score
+
+# Three images with a text each. Similarity finds one of three pairs, and matching finds another one.
+SIMILARITY = torch.tensor([[0.50, 0.40, 0.10], [0.45, 0.40, 0.10], [0.10, 0.42, 0.40]])
+LOG_ODDS = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
+LOGITS = torch.stack([5.0 - LOG_ODDS / 2, 5.0 + LOG_ODDS / 2], dim=-1)  # (3, 3, 2)
+ROWS = torch.arange(3)
+
+
+def test_the_combined_score_equals_a_slow_loop(encoded):
+    model, samples = encoded
+    similarity, k, weight, temperature = samples.similarity(), 3, 0.7, 0.05
+    logits = matching_logits(model, samples, candidates(similarity, k))
+    found = combined_metrics(similarity, logits, temperature, samples.image_of_text, k, weight)
+    hits = {"i2t": [], "t2i": []}
+    for way, number, right in (
+        ("i2t", 7, lambda image, text: text // 2 == image),
+        ("t2i", 14, lambda text, image: text // 2 == image),
+    ):
+        table, pairs = (similarity, logits) if way == "i2t" else (similarity.T, logits.transpose(0, 1))
+        for query in range(number):
+            best = sorted(range(table.shape[1]), key=lambda one: -table[query, one])[:k]
+            scores = {
+                one: table[query, one].item() / temperature
+                + weight * (pairs[query, one, 1].item() - pairs[query, one, 0].item())
+                for one in best
+            }
+            order = sorted(best, key=scores.get, reverse=True)
+            wrong = table.shape[1] - (2 if way == "i2t" else 1)  # a query without a right candidate ranks behind all
+            hits[way].append(next((place for place, one in enumerate(order) if right(query, one)), wrong))
+    for way, places in hits.items():
+        for at in (1, 5, 10):
+            assert found[f"{way}_recall@{at}"] == pytest.approx(100 * sum(p < at for p in places) / len(places))
+
+
+def test_weight_0_gives_the_recalls_by_similarity(encoded):
+    model, samples = encoded
+    similarity = samples.similarity()
+    logits = matching_logits(model, samples, candidates(similarity, 50))
+    combined = combined_metrics(similarity, logits, 0.07, samples.image_of_text, 50, 0.0)
+    expected = retrieval_metrics(similarity, similarity, samples.image_of_text)
+    assert combined == {name: value for name, value in expected.items() if "rank" not in name}
+
+
+def test_a_number_added_to_both_logits_of_a_pair_changes_nothing():
+    """The matching loss does not determine it."""
+    shift = torch.randn(3, 3, 1, generator=torch.Generator().manual_seed(0))
+    expected = combined_metrics(SIMILARITY, LOGITS, 0.1, ROWS, 3, 1.0)
+    assert combined_metrics(SIMILARITY, LOGITS + 100 * shift, 0.1, ROWS, 3, 1.0) == expected
+
+
+def test_scores_outside_the_candidates_do_not_count():
+    """The right text of image 2 is its second; with k = 1 no weight brings it to the front."""
+    assert combined_metrics(SIMILARITY, LOGITS, 0.1, ROWS, 1, 100.0)["i2t_recall@1"] == pytest.approx(100 / 3)
+    assert combined_metrics(SIMILARITY, LOGITS, 0.1, ROWS, 2, 100.0)["i2t_recall@1"] == 100
+
+
+def test_the_weight_with_the_highest_recall_at_1_is_chosen_counted_by_hand():
+    """At temperature 0.1, image 1 needs a weight above 0.5 / 2, and image 2 one above 0.2; text 1 needs 0.2 / 2."""
+    options = {"similarity": SIMILARITY, "logits": LOGITS, "temperature": 0.1, "image_of_text": ROWS, "k": 3}
+    assert choose_rerank_weight(**options) == 0.5
+    assert choose_rerank_weight(**options, weights=[4.0, 0.3, 1.0]) == 0.3  # all are perfect: the smallest
+    assert choose_rerank_weight(**options, weights=[0.0, 0.22]) == 0.22
+    assert choose_rerank_weight(**options | {"logits": LOGITS.flip(-1)}) == 0  # matching is wrong
+    assert RERANK_WEIGHTS[0] == 0
+
+
+def test_combined_recalls_are_reported_where_the_weight_is_set():
+    model, processor = tiny(TCLForImageTextRetrieval)
+    records = tiny_records(7)
+    plain = evaluate_retrieval(model, processor, records, k=3)
+    assert not any("combined" in name for name in plain) and "rerank_weight" not in plain
+    given = evaluate_retrieval(model, processor, records, k=3, rerank_weight=0.5)
+    model.config.rerank_weight = 0.5
+    assert evaluate_retrieval(model, processor, records, k=3) == given
+    assert {name: given[name] for name in plain} == plain
+    assert given["rerank_weight"] == 0.5 and 0 <= given["combined_recall@1"] <= 100
+    samples = encode_samples(model, processor, records)
+    similarity = samples.similarity()
+    logits = matching_logits(model, samples, candidates(similarity, 3))
+    expected = combined_metrics(similarity, logits, 0.07, samples.image_of_text, 3, 0.5)
+    assert {name.removeprefix("combined_"): v for name, v in given.items() if "combined" in name} == expected
+
+
+def test_tuning_chooses_among_the_weights_and_leaves_the_mode_as_it_was():
+    model, processor = tiny(TCLForImageTextRetrieval)
+    model.train()
+    assert tune_rerank_weight(model, processor, tiny_records(7), k=3) in RERANK_WEIGHTS
+    assert model.training
+
+
+def no_fusion_layers() -> TCLForImageTextRetrieval:
+    model, _ = tiny(TCLForImageTextRetrieval)
+    config = small_patches(
+        text_config={"vocab_size": 80, "num_hidden_layers": 2, "fusion_layer": 2}, itm_weight=0, mlm_weight=0
+    )
+    torch.manual_seed(0)
+    return type(model)(config).eval()
+
+
+def test_a_model_without_fusion_layers_is_ranked_by_similarity_alone():
+    model = no_fusion_layers()
+    metrics = evaluate_retrieval(model, tiny_processor(), tiny_records(7), k=3, rerank_weight=0.5)
+    assert not can_match(model.config) and can_match(small_patches()) and not can_match(small_patches(itm_weight=0))
+    assert "recall@1" in metrics and not any(name.startswith(("reranked", "combined")) for name in metrics)
+
+
+@pytest.mark.parametrize("weight", [None, 0.5])
+def test_a_search_finds_the_images_of_a_slow_loop(weight):
+    model, processor = tiny(TCLForImageTextRetrieval, rerank_weight=weight)
+    records, texts, k = tiny_records(7), ["a red dog", "the big house near a tree", "cat"], 4
+    found = search_images(model, processor, records, texts, number=3, k=k)
+    assert found.shape == (3, 3)
+    samples = encode_samples(model, processor, records, texts=texts)
+    assert samples.image_of_text.tolist() == [NO_RECORD] * 3
+    for text in range(3):
+        similarity = samples.image_embeds @ samples.text_embeds[text]
+        best = similarity.argsort(descending=True)[:k].tolist()
+        scores = {}
+        for image in best:
+            one = slice(text, text + 1)
+            with torch.no_grad():
+                logits = model.match(
+                    samples.text_states[one], samples.attention_mask[one], samples.image_states[image : image + 1]
+                )[0]
+            scores[image] = similarity[image].item() / 0.07 + (weight or 0) * (logits[1] - logits[0]).item()
+        assert found[text].tolist() == sorted(best, key=scores.get, reverse=True)[:3]
+
+
+def test_a_search_works_for_a_model_that_does_not_match_and_for_few_images():
+    for model in (no_fusion_layers(), tiny(TCLForImageTextRetrieval, itm_weight=0, rerank_weight=0.5)[0]):
+        found = search_images(model, tiny_processor(), tiny_records(3), ["a dog"], number=6, k=2)
+        assert sorted(found[0].tolist()) == [0, 1, 2]

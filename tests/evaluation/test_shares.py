@@ -12,21 +12,27 @@ from helpers import ROOT
 TWO_PROCESSES = """
 import json, sys, torch.distributed as dist
 sys.path.insert(0, "tests")
-from helpers import phrases, questions, statements, tiny, tiny_records
-from tcl_hf import TCLForImageTextRetrieval, TCLForQuestionAnswering, TCLForVisualEntailment
+from helpers import labelled, phrases, questions, statements, tiny, tiny_records
+from tcl_hf import TCLForImageTextRetrieval, TCLForQuestionAnswering, TCLForVisualEntailment, TCLModel
 from tcl_hf.evaluation.answers import evaluate_answers
 from tcl_hf.evaluation.classes import evaluate_classes
 from tcl_hf.evaluation.grounding import evaluate_grounding
 from tcl_hf.evaluation.retrieval import evaluate_retrieval
+from tcl_hf.evaluation.zero_shot import evaluate_zero_shot
 dist.init_process_group("gloo")
 model, processor = tiny(TCLForImageTextRetrieval)
-found = [evaluate_retrieval(model, processor, tiny_records(7), k=3, batch_size=2)]
+found = [evaluate_retrieval(model, processor, tiny_records(7), k=3, batch_size=2, rerank_weight=0.5)]
 found.append(evaluate_grounding(model, processor, phrases(3), batch_size=2).metrics)
 model, processor = tiny(TCLForVisualEntailment)
 rows = statements(("entailment", "neutral", "contradiction"), 7)
 found.append(evaluate_classes(model, processor, rows, batch_size=2).predictions)
 model, processor = tiny(TCLForQuestionAnswering)
 found.append(evaluate_answers(model, processor, questions(5), ["red", "green dog", "a"], batch_size=2).predictions)
+model, processor = tiny(TCLModel)
+for classes in (["red dog", "big cat", "house"], ["tree"]):
+    rows = labelled(classes)
+    evaluation = evaluate_zero_shot(model, processor, rows, classes, ["{}", "a photo of a {}"], batch_size=2)
+    found += [evaluation.metrics, evaluation.predictions]
 open(f"{sys.argv[1]}-{dist.get_rank()}.json", "w").write(json.dumps(found))
 dist.destroy_process_group()
 """

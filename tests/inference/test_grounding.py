@@ -90,6 +90,25 @@ def test_the_layer_of_similarity_counts_from_the_last_too_and_needs_no_head(orig
     assert_maps_equal(similarity_heat_map(model.tcl, *pairs), expected["gradcam_itc_layer1"])
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_map_of_similarity_leaves_out_class_token_and_register_tokens(inputs, layer):
+    """Against a loop over heads and patches: patch p is column 1 + 3 + p of the class token's attention."""
+    torch.manual_seed(0)
+    model = TCLModel(small_patches(vision_config={"num_register_tokens": 3})).eval()
+    vision = model.vision_model(inputs[2], output_attentions=True)
+    text = model.get_text_features(*inputs[:2]).pooler_output
+    scores = (model.image_features(vision.last_hidden_state) * text).sum(-1) / model.temperature
+    (gradients,) = torch.autograd.grad(scores.sum(), vision.attentions[layer])
+    weights = vision.attentions[layer].detach()
+    expected = torch.zeros(3, 4, 4)
+    for n in range(3):
+        for patch in range(16):
+            for head in range(4):
+                weight, gradient = weights[n, head, 0, 4 + patch], gradients[n, head, 0, 4 + patch]
+                expected[n, patch // 4, patch % 4] += float(weight * max(gradient, 0) / 4)
+    assert_maps_equal(similarity_heat_map(model, *inputs, layer=layer), expected)
+
+
 @pytest.mark.parametrize(("num_layers", "fusion_layer", "chosen"), [(12, 6, 8), (4, 1, 2), (4, 2, 2), (4, 3, 3)])
 def test_the_layer_of_matching_is_the_lower_middle_of_the_fusion_layers(inputs, num_layers, fusion_layer, chosen):
     config = small_patches(text_config={"num_hidden_layers": num_layers, "fusion_layer": fusion_layer})

@@ -450,3 +450,39 @@ def test_losses_are_float32_under_autocast(tau):
     assert loss.dtype == local.dtype == torch.float32
     exact = imc_loss(features.float(), keys.float(), torch.eye(N, K), tau)
     torch.testing.assert_close(loss, exact)
+
+
+def test_several_hard_negatives_are_drawn_without_replacement_from_the_exact_distribution():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.0, 1.0, 2.0, 0.5]).repeat(40_000, 1)
+    excluded = torch.zeros_like(logits, dtype=torch.bool)
+    excluded[:, 3] = True
+    index, exists = sample_hard_negatives(logits, excluded, 2)
+    first, second = index.view(2, -1)
+    assert exists.all()
+    assert (first != second).all()
+    assert (index != 3).all()
+    p = torch.tensor([0.0, 1.0, 2.0]).softmax(0)
+    for one in range(3):
+        for other in range(3):
+            if one != other:  # drawn one after the other without replacement
+                expected = p[one] * p[other] / (1 - p[one])
+                found = ((first == one) & (second == other)).float().mean()
+                assert abs(found - expected) < 0.01
+
+
+def test_rows_with_too_few_columns_have_fewer_hard_negatives():
+    excluded = torch.eye(3, dtype=torch.bool)
+    excluded[0] = True
+    excluded[1, 0] = True
+    _, exists = sample_hard_negatives(torch.zeros(3, 3), excluded, 2)
+    assert exists.tolist() == [False, True, True, False, False, True]
+
+
+def test_several_negatives_share_the_weight_of_one():
+    logits = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([1, 0, 0, 0, 0])  # one text, one image, two negatives of each, of which one does not exist
+    mask = torch.tensor([True, True, True, True, False])
+    each = [float(-logits[row].log_softmax(0)[labels[row]]) for row in range(5)]
+    expected = (each[0] + 0.5 * (each[1] + each[2] + each[3])) / (1 + 3 * 0.5)
+    assert itm_loss(logits, labels, mask, num_negatives=2).item() == pytest.approx(expected, abs=1e-6)

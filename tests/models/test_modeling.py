@@ -6,7 +6,16 @@ import math
 
 import pytest
 import torch
-from helpers import ReadBack, assert_teacher_equals_student, small_patches, stirred, tiny_config, training_batch
+from helpers import (
+    EVERY_VISION_PART,
+    ReadBack,
+    assert_teacher_equals_student,
+    small_patches,
+    stir,
+    stirred,
+    tiny_config,
+    training_batch,
+)
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -334,6 +343,53 @@ def test_attentions_and_hidden_states_are_returned():
     assert text.attentions[0].mean(1).masked_select(padding[:, None].expand(-1, length, -1)).max() < 1e-6
     plain = model(**inputs)
     torch.testing.assert_close(plain.image_embeds, output.image_embeds, rtol=1e-5, atol=1e-6)
+
+
+def test_register_tokens_are_read_by_the_layers_and_not_returned():
+    model = TCLVisionModel(small_patches(vision_config=EVERY_VISION_PART).vision_config).eval()
+    output = model(torch.randn(2, 3, 32, 32), output_attentions=True, output_hidden_states=True)
+    assert output.last_hidden_state.shape == (2, 1 + 16, 24)
+    assert [tuple(a.shape) for a in output.attentions] == [(2, 4, 1 + 3 + 16, 1 + 3 + 16)] * 2
+    assert [tuple(states.shape) for states in output.hidden_states] == [(2, 1 + 3 + 16, 24)] * 3
+    with torch.no_grad():
+        last = model.layer_norm(output.hidden_states[-1])
+    assert torch.equal(output.last_hidden_state[:, 0], last[:, 0])
+    assert torch.equal(output.last_hidden_state[:, 1:], last[:, 4:])
+    first = output.hidden_states[0]  # normalised, with the scale 1 and the shift 0 of the start
+    torch.testing.assert_close(first.mean(-1), torch.zeros(2, 20), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("lock", "num_states"), [(1, 1 + 3 + 16), (2, 1 + 3 + 16), (True, 1 + 16)])
+@pytest.mark.parametrize("patch_dropout", [0.0, 0.5])
+def test_kept_states_of_locked_layers_hold_the_register_tokens(lock, num_states, patch_dropout):
+    torch.manual_seed(0)
+    model = TCLVisionModel(small_patches(vision_config=EVERY_VISION_PART, lock_vision=lock).vision_config)
+    images = torch.randn(2, 3, 32, 32)
+    kept = model.encode_locked(images)
+    assert kept.shape == (2, num_states, 24) and model.locked_shape == (num_states, 24)
+    outputs = []
+    for pixel_values in (images, kept):
+        torch.manual_seed(1)
+        outputs.append(model(pixel_values, patch_dropout=patch_dropout).last_hidden_state)
+    assert outputs[0].shape == (2, 9 if patch_dropout else 17, 24)
+    assert torch.equal(*outputs)
+
+
+def test_every_part_of_a_vision_encoder_trains_follows_and_is_saved(tmp_path):
+    torch.manual_seed(0)
+    model = TCLForPreTraining(small_patches(vision_config=EVERY_VISION_PART, momentum=0.5)).train()
+    model(**training_batch(4), alpha=0.4).loss.backward()
+    vision, teacher = model.tcl.vision_model, model.teacher.tcl.vision_model
+    for name, parameter in vision.named_parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+    start = teacher.embeddings.register_tokens.clone()
+    with torch.no_grad():
+        vision.embeddings.register_tokens.add_(1.0)
+    model.update_teacher()
+    torch.testing.assert_close(teacher.embeddings.register_tokens, start + 0.5)
+    model.save_pretrained(tmp_path)
+    saved = TCLForPreTraining.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
 def test_heads_return_states_and_attentions_of_the_encoders():
@@ -792,12 +848,14 @@ def test_teacher_and_tied_head_follow_resized_token_embeddings(new_size, tmp_pat
     ("fields", "message"),
     [
         ({"vision_config": {"image_size": 30, "patch_size": 16}}, "image_size=30 does not divide"),
+        ({"vision_config": {"num_register_tokens": -1}}, "num_register_tokens=-1 is negative"),
         ({"text_config": {"fusion_layer": 5}}, "fusion_layer=5 lies outside the 4 layers"),
         ({"text_config": {"fusion_layer": -1}}, "fusion_layer=-1 lies outside"),
         ({"text_config": {"num_attention_heads": 5}}, "does not divide into 5 heads"),
         ({"momentum": 1.5}, "momentum=1.5"),
         ({"alpha": -0.1}, "alpha=-0.1"),
         ({"itm_weight": -1}, "itm_weight=-1"),
+        ({"rerank_weight": -0.5}, "rerank_weight=-0.5"),
         ({"patch_dropout": 1.0}, "patch_dropout=1.0 leaves no patch"),
         ({"patch_dropout": -0.5}, "patch_dropout=-0.5 leaves no patch or is not a share"),
         ({"temperature_init_value": 3.0}, "temperature_init_value=3.0"),
@@ -861,3 +919,27 @@ def test_inputs_that_do_not_fit_are_refused_with_a_sentence():
         model.tcl.encode_text(torch.zeros(1, 41, dtype=torch.long))
     with pytest.raises(ValueError, match="both input_ids and pixel_values"):
         TCLForMaskedLM(small_patches())(batch["input_ids"])
+
+
+def test_matching_learns_from_several_negatives_of_each_text_and_image(monkeypatch):
+    """The loss of two negatives each is the weighted mean over pairs that `match` scores one by one."""
+    model = stir(TCLForPreTraining(small_patches(itm_negatives=2, mlm_weight=0.0))).train()
+    batch = {name: value for name, value in training_batch().items() if not name.startswith("mlm")}
+    drawn = iter([torch.tensor([1, 2, 3, 0, 2, 3, 0, 1]), torch.tensor([3, 0, 1, 2, 1, 3, 0, 2])])  # images, texts
+    exist = torch.ones(8, dtype=torch.bool)
+    monkeypatch.setattr(
+        "tcl_hf.models.modeling_tcl.sample_hard_negatives", lambda logits, excluded, number: (next(drawn), exist)
+    )
+    loss = model(**batch, alpha=0.0).loss_itm
+    states = model.tcl.encode_image(batch["pixel_values"])
+    texts = model.tcl.encode_text(batch["input_ids"], batch["attention_mask"])
+    pairs = [(row, row, 1, 1.0) for row in range(4)]  # text, image, label, weight
+    images, negatives = [1, 2, 3, 0, 2, 3, 0, 1], [3, 0, 1, 2, 1, 3, 0, 2]
+    pairs += [(n % 4, image, 0, 0.5) for n, image in enumerate(images)]
+    pairs += [(text, n % 4, 0, 0.5) for n, text in enumerate(negatives)]
+    total = 0.0
+    for text, image, label, weight in pairs:
+        length = int(batch["attention_mask"][text].sum())
+        logits = model.match(texts[text : text + 1, :length], None, states[image : image + 1])
+        total -= weight * logits.log_softmax(-1)[0, label].item()
+    assert loss.item() == pytest.approx(total / 12, abs=1e-5)

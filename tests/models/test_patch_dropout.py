@@ -35,6 +35,17 @@ def test_the_right_number_of_patches_is_kept_and_the_class_token(patches, share,
         assert all(a < b for a, b in pairwise(row))  # none twice, and in their order
 
 
+def test_register_tokens_are_kept_before_the_patches():
+    numbers = torch.arange(1 + 3 + PATCHES).expand(5, -1)[..., None].float()
+    for row in drop_patches(numbers, 0.75, num_register_tokens=3).squeeze(-1).tolist():
+        assert row[:4] == [0, 1, 2, 3] and len(row) == 4 + 4
+        assert all(a < b for a, b in pairwise(row))
+    model = TCLVisionModel(small_patches(vision_config={"num_register_tokens": 3}).vision_config)
+    some = model(torch.randn(2, 3, 32, 32), output_hidden_states=True, patch_dropout=0.75)
+    assert some.hidden_states[0].shape == (2, 1 + 3 + 4, 24) and some.last_hidden_state.shape == (2, 1 + 4, 24)
+    assert torch.equal(some.hidden_states[0][:, 1:4], model.embeddings.register_tokens.expand(2, -1, -1))
+
+
 def test_the_first_layer_reads_the_kept_patches_with_their_own_positions():
     model = TCLVisionModel(small_patches().vision_config)
     images = torch.randn(5, 3, 32, 32)
@@ -108,9 +119,9 @@ def test_lmi_compares_with_the_regions_of_whole_images():
     output = model(**batch, alpha=0.4)
     with torch.no_grad():
         teacher = model.teacher.tcl
-        patches = teacher.image_features(teacher.encode_image(batch["pixel_values_augmented"])[:, 1:])
+        patches = teacher.patch_features(teacher.encode_image(batch["pixel_values_augmented"]))
         regions = pool_locals(patches, (4, 4), 4)
-        tokens = teacher.text_features(teacher.encode_text(batch["input_ids"], batch["attention_mask"])[:, 1:])
+        tokens = teacher.token_features(teacher.encode_text(batch["input_ids"], batch["attention_mask"]))
         image = lmi_loss(output.image_embeds, regions, model.tcl.temperature)
         text = lmi_loss(output.text_embeds, tokens, model.tcl.temperature, batch["attention_mask"][:, 1:])
     torch.testing.assert_close(output.loss_lmi_image, image, rtol=0, atol=1e-6)

@@ -2,18 +2,29 @@
 
 import pytest
 import torch
+import transformers
 from helpers import SHARED
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
     BertTokenizer,
+    BlipForImageTextRetrieval,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     DeiTConfig,
     DeiTModel,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEModel,
@@ -23,7 +34,7 @@ from transformers import (
 )
 
 from tcl_hf import TCLForPreTraining, TCLForVisualEntailment, TCLModel, TCLProcessor
-from tcl_hf.models.starting_points import read_text_encoder, read_vision_encoder
+from tcl_hf.models.starting_points import read_image_format, read_text_encoder, read_vision_encoder
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -54,10 +65,21 @@ def vision_families():
         ViTMAEModel(ViTMAEConfig(**SMALL, intermediate_size=64, image_size=32, patch_size=8, mask_ratio=0.0)),
     )
     yield "vit_msn", ViTMSNModel(ViTMSNConfig(**SMALL, intermediate_size=64, image_size=32, patch_size=8))
-    yield "dinov2", Dinov2Model(Dinov2Config(**SMALL, mlp_ratio=2, image_size=42, patch_size=14, layerscale_value=0.5))
+    yield (
+        "vit without biases",
+        ViTModel(ViTConfig(**SMALL, intermediate_size=64, image_size=32, patch_size=8, qkv_bias=False)),
+    )
+    dino = SMALL | {"image_size": 42, "patch_size": 14, "layerscale_value": 0.5}
+    yield "dinov2", Dinov2Model(Dinov2Config(**dino, mlp_ratio=2))
+    yield "dinov2-giant", Dinov2Model(Dinov2Config(**dino, mlp_ratio=4, use_swiglu_ffn=True))
 
 
-@pytest.mark.parametrize("family", ["vit", "vit_mae", "vit_msn", "dinov2"])
+def states_without(number: int, states: torch.Tensor) -> torch.Tensor:
+    """States without the tokens behind the class token."""
+    return torch.stack([row[[0, *range(1 + number, len(row))]] for row in states])
+
+
+@pytest.mark.parametrize("family", ["vit", "vit_mae", "vit_msn", "vit without biases", "dinov2", "dinov2-giant"])
 def test_vision_encoder_equals_its_origin(family, tmp_path):
     origin = randomised(dict(vision_families())[family])
     origin.save_pretrained(tmp_path)
@@ -84,6 +106,127 @@ def test_vision_encoder_at_another_size_equals_its_origin_with_interpolation(fam
         expected = origin(images, **kwargs).last_hidden_state
         computed = start(vision=point).tcl.encode_image(images)
     torch.testing.assert_close(computed, expected, rtol=0, atol=1e-5)
+
+
+# Patch size, activation: OpenAI's ViT-B/32, B/16 and L/14, and LAION's, whose activation is not approximated.
+CLIPS = [(patch, act) for patch in (32, 16, 14) for act in ("quick_gelu", "gelu")]
+
+
+def clip_sizes(patch: int = 16, act: str = "quick_gelu") -> dict:
+    return SMALL | {"intermediate_size": 128, "image_size": 3 * patch, "patch_size": patch, "hidden_act": act}
+
+
+def assert_equals_clip(model, origin, images, **kwargs):
+    """The class token equals CLIP's pooled output; the patches equal its last states with the norm that CLIP applies
+    to its class token alone."""
+    with torch.no_grad():
+        expected = origin(images, **kwargs)
+        patches = origin.post_layernorm(expected.last_hidden_state)[:, 1:]
+        for encoders in (model.tcl, model.teacher.tcl):
+            output = encoders.vision_model(images)
+            torch.testing.assert_close(output.pooler_output, expected.pooler_output, rtol=0, atol=1e-5)
+            torch.testing.assert_close(output.last_hidden_state[:, 0], expected.pooler_output, rtol=0, atol=1e-5)
+            torch.testing.assert_close(output.last_hidden_state[:, 1:], patches, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("patch", "act"), CLIPS)
+def test_the_vision_tower_of_clip_equals_its_origin(patch, act, tmp_path):
+    origin = randomised(CLIPVisionModel(CLIPVisionConfig(**clip_sizes(patch, act))))
+    origin.save_pretrained(tmp_path)
+    point = read_vision_encoder(str(tmp_path))
+    assert_equals_clip(start(vision=point), origin, torch.randn(2, 3, 3 * patch, 3 * patch))
+    size = 5 * patch
+    larger = start(vision=read_vision_encoder(str(tmp_path), image_size=size))
+    assert_equals_clip(larger, origin, torch.randn(2, 3, size, size), interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("family", ["CLIP", "ChineseCLIP", "AltCLIP", "MetaClip2"])
+def test_a_whole_clip_gives_its_vision_tower(family, tmp_path):
+    text = SMALL | {"intermediate_size": 64, "vocab_size": 50}
+    config = getattr(transformers, f"{family}Config")(vision_config=clip_sizes(), text_config=text)
+    whole = randomised(getattr(transformers, f"{family}Model")(config))
+    whole.save_pretrained(tmp_path)
+    model = start(vision=read_vision_encoder(str(tmp_path)))
+    assert_equals_clip(model, whole.vision_model, torch.randn(2, 3, 48, 48))
+
+
+def test_a_clip_of_images_with_a_projection_gives_its_vision_tower(tmp_path):
+    whole = randomised(CLIPVisionModelWithProjection(CLIPVisionConfig(**clip_sizes())))
+    whole.save_pretrained(tmp_path)
+    model = start(vision=read_vision_encoder(str(tmp_path)))
+    assert_equals_clip(model, whole.vision_model, torch.randn(2, 3, 48, 48))
+
+
+@pytest.mark.parametrize("family", ["BLIP", "FLAVA"])
+def test_other_models_of_images_and_texts_give_their_vision_encoder(family, tmp_path):
+    """BLIP keeps query, key and value in one matrix; FLAVA calls its vision encoder the image model."""
+    sizes, text = clip_sizes(act="gelu"), SMALL | {"intermediate_size": 64, "vocab_size": 50}
+    if family == "BLIP":
+        config = transformers.BlipConfig(vision_config=sizes, text_config=text | {"bos_token_id": 1})
+        whole = randomised(BlipForImageTextRetrieval(config))
+        origin = whole.vision_model
+    else:
+        small = SMALL | {"intermediate_size": 64}
+        config = transformers.FlavaConfig(image_config=sizes, text_config=text, multimodal_config=small)
+        whole = randomised(transformers.FlavaModel(config))
+        origin = whole.image_model
+    whole.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        expected = origin(images).last_hidden_state
+        computed = start(vision=read_vision_encoder(str(tmp_path))).tcl.encode_image(images)
+    torch.testing.assert_close(computed, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [42, 70, 28])
+@pytest.mark.parametrize("gate", [False, True])
+def test_dinov2_with_registers_equals_its_origin_without_their_states(size, gate, tmp_path):
+    config = Dinov2WithRegistersConfig(**SMALL, image_size=42, patch_size=14, use_swiglu_ffn=gate)
+    origin = randomised(Dinov2WithRegistersModel(config))
+    origin.save_pretrained(tmp_path)
+    point = read_vision_encoder(str(tmp_path), image_size=size)
+    assert point.config["num_register_tokens"] == 4
+    model, images = start(vision=point), torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = states_without(4, origin(images).last_hidden_state)
+        for encoders in (model.tcl, model.teacher.tcl):
+            torch.testing.assert_close(encoders.encode_image(images), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_distilled_deit_equals_its_origin_without_the_distillation_token(size, tmp_path):
+    origin = randomised(DeiTModel(DeiTConfig(**SMALL, intermediate_size=64, image_size=32, patch_size=8)))
+    origin.save_pretrained(tmp_path)
+    point = read_vision_encoder(str(tmp_path), image_size=size)
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = states_without(1, origin(images, interpolate_pos_encoding=True).last_hidden_state)
+        computed = start(vision=point).tcl.encode_image(images)
+    torch.testing.assert_close(computed, expected, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    """transformers starts them anew and warns."""
+    CLIPModel(CLIPConfig(vision_config=clip_sizes(), text_config=SMALL)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in ("text_model.final_layer_norm.bias", "vision_model.encoder.layers.1.mlp.fc1.bias"):
+        del weights[name]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the weight 'encoder\.layers\.1\.mlp\.fc1\.bias'"):
+        read_vision_encoder(str(tmp_path))
+
+
+def test_clips_images_are_normalised_as_its_image_processor_does_or_as_openai_does(tmp_path):
+    CLIPVisionModel(CLIPVisionConfig(**clip_sizes())).save_pretrained(tmp_path)
+    assert read_vision_encoder(str(tmp_path)).image_mean == (0.48145466, 0.4578275, 0.40821073)
+    assert read_vision_encoder(str(tmp_path)).image_std == (0.26862954, 0.26130258, 0.27577711)
+    CLIPImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3]).save_pretrained(tmp_path)
+    assert read_vision_encoder(str(tmp_path)).image_mean == (0.1, 0.2, 0.3)
+    assert read_image_format(str(tmp_path)) == {
+        "size": {"height": 48, "width": 48},
+        "image_mean": (0.1, 0.2, 0.3),
+        "image_std": (1, 2, 3),
+    }
 
 
 def test_normalisation_follows_the_vision_encoder(tmp_path):
@@ -145,24 +288,17 @@ def test_the_language_model_head_comes_along(tmp_path):
 
 
 def test_families_that_cannot_be_reproduced_are_refused(tmp_path):
-    DeiTModel(DeiTConfig(**SMALL, intermediate_size=64, image_size=32, patch_size=8)).save_pretrained(tmp_path / "deit")
-    with pytest.raises(
-        ValueError, match=r"is a 'deit', and it reads a distillation token.*starts from 'vit', 'vit_mae'"
-    ):
-        read_vision_encoder(str(tmp_path / "deit"))
-    Dinov2Model(Dinov2Config(**SMALL, image_size=28, patch_size=14, use_swiglu_ffn=True)).save_pretrained(
-        tmp_path / "g"
-    )
-    with pytest.raises(ValueError, match="gated feed-forward"):
-        read_vision_encoder(str(tmp_path / "g"))
+    config = SiglipVisionConfig(**SMALL, intermediate_size=64, image_size=32, patch_size=8)
+    SiglipVisionModel(config).save_pretrained(tmp_path / "siglip")
+    for start_from in (read_vision_encoder, TCLModel.from_vision_text_pretrained):
+        with pytest.raises(
+            ValueError, match=r"is a 'siglip_vision_model', and it has no class token: .*starts from 'vit', 'vit_mae'"
+        ):
+            start_from(str(tmp_path / "siglip"))
+    with pytest.raises(ValueError, match="it has no class token"):
+        TCLProcessor.from_vision_text_pretrained(str(tmp_path / "siglip"), str(tmp_path / "siglip"))
     with pytest.raises(ValueError, match="the text model starts from a 'bert'"):
-        read_text_encoder(str(tmp_path / "deit"))
-    registers = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL, image_size=28, patch_size=14))
-    registers.save_pretrained(tmp_path / "registers")
-    with pytest.raises(ValueError, match="register tokens beside the class token"):
-        TCLModel.from_vision_text_pretrained(str(tmp_path / "registers"))
-    with pytest.raises(ValueError, match="register tokens beside the class token"):
-        TCLProcessor.from_vision_text_pretrained(str(tmp_path / "registers"), str(tmp_path / "deit"))
+        read_text_encoder(str(tmp_path / "siglip"))
     ViTModel(ViTConfig(**SMALL, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
     with pytest.raises(ValueError, match="image_size=30 does not divide"):
         read_vision_encoder(str(tmp_path / "vit"), image_size=30)

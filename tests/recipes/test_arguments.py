@@ -17,6 +17,17 @@ def test_an_unknown_kind_of_heat_map_is_refused():
         TaskArguments(task="grounding", heat="cold")
 
 
+@pytest.mark.parametrize("arguments", [PretrainingDataArguments, TaskArguments, FinetuningDataArguments])
+def test_a_negative_weight_of_matching_is_refused(arguments):
+    with pytest.raises(RecipeError, match="rerank_weight=-1 is negative: choose 0"):
+        arguments(rerank_weight=-1)
+
+
+def test_tuning_data_cannot_be_cut_off_a_stream():
+    with pytest.raises(RecipeError, match="tuning_images=9 cannot be cut off a stream: set streaming to false"):
+        PretrainingDataArguments(tuning_images=9, streaming=True)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

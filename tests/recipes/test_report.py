@@ -15,6 +15,7 @@ from tcl_hf.recipes.report import (
     Run,
     _caption_of,
     _on_sheet,
+    picture_sheet,
     plot_training,
     prediction_sheet,
     results_table,
@@ -26,17 +27,25 @@ from tcl_hf.recipes.report import (
 NAMES = [f"{way}_recall@{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)] + ["recall@1", "recall@5", "recall@10"]
 METRICS = {name: 10.0 + number for number, name in enumerate(NAMES)}
 METRICS |= {f"reranked_{name}": 50.0 + number for number, name in enumerate(NAMES)}
+COMBINED = {f"combined_{name}": 70.0 + number for number, name in enumerate(NAMES)} | {"rerank_weight": 0.125}
 
 
-def test_the_table_puts_results_beside_chance_and_baseline():
-    rows = results_table(METRICS, 40, 8, baseline=dict.fromkeys(NAMES, 5.0)).splitlines()
+def test_the_table_puts_results_below_chance_and_baselines():
+    baselines = {"ridge": dict.fromkeys(NAMES, 5.0), "linear head": dict.fromkeys(NAMES, 6.0)}
+    rows = results_table(METRICS | COMBINED, 40, 8, baselines).splitlines()
     assert rows[0].startswith("| recall in % of 40 ")
-    assert rows[2] == "| by similarity | 10.00 | 11.00 | 12.00 | 13.00 | 14.00 | 15.00 | 16.00 |"
-    assert rows[3].startswith("| re-ranked by matching (k = 8) | 50.00 |")
-    assert rows[4] == "| chance | 2.50 | 12.50 | 25.00 | 2.50 | 12.50 | 25.00 | 2.50 |"
-    assert rows[5].startswith("| linear baseline (ridge) | 5.00 |")
-    assert len({row.count("|") for row in rows}) == 1
-    assert len(results_table(dict.fromkeys(NAMES, 1.0), 40, 8).splitlines()) == 4  # nothing re-ranked, no baseline
+    assert rows[2] == "| chance | 2.50 | 12.50 | 25.00 | 2.50 | 12.50 | 25.00 | 2.50 | 12.50 | 25.00 |"
+    assert rows[3].startswith("| ridge | 5.00 |") and rows[4].startswith("| linear head | 6.00 |")
+    recalls = "10.00 | 11.00 | 12.00 | 13.00 | 14.00 | 15.00 | 16.00 | 17.00 | 18.00"
+    assert rows[5] == f"| this model, by similarity | {recalls} |"
+    assert rows[6].startswith("| this model, re-ranked by matching (k = 8) | 50.00 |")
+    assert rows[7].startswith("| this model, combined (k = 8, weight 0.125) | 70.00 |")
+    assert len({row.count("|") for row in rows}) == 1 and len(rows) == 8
+
+
+def test_the_table_has_only_the_scores_that_were_measured():
+    assert len(results_table(METRICS, 40, 8).splitlines()) == 5  # chance, similarity, re-ranked
+    assert len(results_table(dict.fromkeys(NAMES, 1.0), 40, 8).splitlines()) == 4
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +60,17 @@ def report(tmp_path_factory):
     protocol = EvaluationProtocol("retrieval", "openmoji", "validation", 9, "pretrained_on_openmoji", 32, k=4)
     run = Run(PretrainingDataArguments(), "100 pairs", [], command, folder, protocol)
     model = TCLForImageTextRetrieval(small_patches())
-    table = write_pretraining_report(run, model, tiny_processor(), tiny_records(9), METRICS)
+    baselines = {"ridge": dict.fromkeys(NAMES, 5.0)}
+    measured = METRICS | COMBINED
+    model.config.rerank_weight = 0.125
+    options = {"num_tuning": 11, "free_texts": ["a red thing", "the sea"]}
+    table = write_pretraining_report(run, model, tiny_processor(), tiny_records(9), measured, baselines, **options)
     return folder, table
 
 
-def test_a_report_has_curves_and_a_sheet(report):
+def test_a_report_has_curves_and_sheets(report):
     folder, _ = report
-    for name in ("training.png", "retrieved.png"):
+    for name in ("training.png", "retrieved.png", "free_texts.png"):
         with Image.open(folder / name) as image:
             assert min(image.size) > 200
             assert len(image.convert("RGB").getcolors(2**24)) > 20
@@ -73,7 +86,43 @@ def test_the_card_states_results_in_text_and_metadata(report):
     results = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert results["recall@1"] == METRICS["recall@1"]
     assert results["reranked_recall@1"] == METRICS["reranked_recall@1"]
+    assert results["combined_recall@1"] == COMBINED["combined_recall@1"]
+    assert "rerank_weight" not in results
     assert {result.dataset_split for result in card.data.eval_results} == {"validation"}
+
+
+def test_the_card_explains_the_scores(report):
+    content = " ".join(ModelCard.load(report[0] / "README.md").content.split())
+    for sentence in (
+        "Re-ranking scores the 4 most similar candidates of each query by the matching head alone.",
+        "plus 0.125 times the log-odds of matching; this weight was chosen on 11 samples that were cut off",
+        "The baselines are linear maps",
+        "Pictures retrieved by the combined score, the right one framed.",
+        "Pictures that the combined score finds among all 9 for texts that belong to none of them.",
+    ):
+        assert sentence in content
+
+
+def test_a_model_that_does_not_match_has_a_report_by_similarity(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "loss_cma": 3.0}')
+    protocol = EvaluationProtocol("retrieval", "openmoji", "validation", 3, "pretrained_on_openmoji", 32, k=4)
+    run = Run(PretrainingDataArguments(), "100 pairs", [], "pretrain.py", tmp_path, protocol)
+    model = TCLForImageTextRetrieval(small_patches(itm_weight=0, mlm_weight=0, text_config={"fusion_layer": 4}))
+    table = write_pretraining_report(run, model, tiny_processor(), tiny_records(3), dict.fromkeys(NAMES, 1.0))
+    content = " ".join(ModelCard.load(tmp_path / "README.md").content.split())
+    assert "this model, by similarity" in table and "matching" not in content
+    assert "Pictures retrieved by similarity" in content and not (tmp_path / "free_texts.png").exists()
+
+
+def test_the_right_picture_is_framed_and_free_texts_have_none(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    records, texts, found = tiny_records(3), ["a dog", "a cat"], [[2, 0], [1, 2]]
+    for right, has_green in (([0, 1], True), ([1, 0], False), (None, False)):
+        picture_sheet(records, texts, found, tmp_path / "sheet.png", right)
+        with Image.open(tmp_path / "sheet.png") as image:
+            colours = {colour for _, colour in image.convert("RGB").getcolors(2**24)}
+        assert ((44, 160, 44) in colours) == has_green  # matplotlib's tab:green
 
 
 def test_curves_can_be_drawn_of_a_run_without_evaluation(tmp_path):

@@ -1,6 +1,7 @@
 """Results: the protocol of a measurement, and the files that hold it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from helpers import small_patches
@@ -46,6 +47,14 @@ def test_a_protocol_states_the_facts_of_its_task(task, facts):
         "resolution": 32,
         **facts,
     }
+
+
+def test_a_protocol_of_classification_states_classes_and_templates():
+    args = TaskArguments(task="classification", data=["imagenet/val"], templates=["a {}", "{}"])
+    protocol = evaluation_protocol(args, small_patches(), 7, num_classes=3)
+    assert (protocol.classes, protocol.templates, protocol.k) == (3, ["a {}", "{}"], None)
+    assert str(protocol).endswith("with the protocol zero_shot, the resolution 32, 3 classes and 2 templates.")
+    assert str(replace(protocol, templates=["{}"])).endswith("3 classes and 1 template.")
 
 
 def test_pre_training_is_measured_as_retrieval():

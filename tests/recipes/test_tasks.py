@@ -1,7 +1,7 @@
 """The table of tasks: every row has what training and evaluation need."""
 
 import pytest
-from helpers import WORDS, phrases, questions, small_patches, statements, tiny_processor, tiny_records
+from helpers import WORDS, labelled, phrases, questions, small_patches, statements, tiny_processor, tiny_records
 
 from tcl_hf import TCLConfig
 from tcl_hf.data.collators import TCLPreTrainingCollator, TCLTaskCollator
@@ -18,7 +18,9 @@ RECORDS = {
     ],
     "visual_reasoning": [record | {"captions": [LONG]} for record in statements(("True", "False"), images=2)],
     "grounding": phrases(4),
+    "classification": labelled([LONG, "red dog"]),
 }
+TRAINED = [name for name, task in TASKS.items() if task.batches is not None]
 
 
 def arguments(task: str, **fields):
@@ -27,12 +29,17 @@ def arguments(task: str, **fields):
     return PretrainingDataArguments(**fields)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_task_has_what_training_needs(name):
     task = TASKS[name]
     collator = task.batches.collator(arguments(name), TCLConfig(), tiny_processor())
     assert isinstance(collator, TCLPreTrainingCollator if "two_views" in task.options else TCLTaskCollator)
     assert (task.evaluate is None) == ("eval_steps" not in task.options)
+
+
+def test_a_task_without_training_is_evaluated():
+    untrained = TASKS.keys() - set(TRAINED)
+    assert untrained == {"classification"} and all(TASKS[name].evaluate for name in untrained)
 
 
 def test_collators_mask_words_and_number_images_where_the_head_reads_them():
@@ -68,10 +75,11 @@ def test_every_evaluation_cuts_texts_at_its_own_limit_and_not_at_that_of_trainin
     id2label = {number: label for label, number in labels.items()}
     model = task.model_class(small_patches(text_config=ids, label2id=labels, id2label=id2label))
     lengths = []
-    words = model.tcl.text_model.embeddings.word_embeddings
+    words = model.base_model.text_model.embeddings.word_embeddings
     words.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
     args = arguments(name, max_tokens=4, eval_max_tokens=limit, eval_k=2)
-    task.evaluate(model, tiny_processor(), records, args, ["red", "big cat"])
+    classes = ["red", "big cat"] if name == "question_answering" else list(labels)
+    task.evaluate(model, tiny_processor(), records, args, classes)
     longest = {"question_answering": 50, "grounding": 10}.get(name, 30)  # no caption of a phrase is longer
     assert max(lengths) == (limit or longest)
 

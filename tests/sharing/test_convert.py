@@ -241,6 +241,20 @@ def test_missing_files_and_existing_targets_are_refused(golden, tmp_path):
         write_original(tmp_path / "model", source)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("pre_layer_norm", True), ("patch_bias", False), ("num_register_tokens", 4), ("use_swiglu_ffn", True)],
+)
+def test_an_image_encoder_with_parts_that_the_original_lacks_is_refused(name, value, tmp_path):
+    model = TCLForPreTraining(tiny_config(vision_config={name: value}))
+    with pytest.raises(CheckpointError, match=rf"image encoder cannot hold vision_config\.{name}={value}"):
+        to_original(model)
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(CheckpointError, match="cannot hold"):
+        write_original(tmp_path / "ours", tmp_path / "back.pth")
+    assert not (tmp_path / "back.pth").exists()
+
+
 def test_a_full_disk_leaves_no_part_of_a_file(golden, tmp_path):
     """A limit on the size of files makes writing fail in the middle, as a full disk does."""
     source = original_file(golden, "pretrain", tmp_path / "original.pth")

@@ -27,6 +27,11 @@ from tcl_hf.training.loop import TrainingRun
 
 CONFIGS = ROOT / "scripts" / "accelerate"
 STEPS = 3
+RATES_AND_AVERAGE = {
+    "part_learning_rates": {"vision": 2e-5, "temperature": 1e-3},
+    "layer_decay": 0.5,
+    "average_weights": True,
+}
 
 
 def new_model() -> TCLForPreTraining:
@@ -105,7 +110,11 @@ def train_whole_and_sharded(rank: int, folder: Path) -> None:
     if rank == 0:
         model.save_pretrained(folder / "model", state_dict=state)
     dist.barrier()
+    with model.teacher.lending_weights_to(model):
+        found["lent"] = whole_tensors(model)
+        found["lent and saved"] = whole_state_dict(model)
     found["last"] = whole_tensors(model)
+    found["before the last"] = {name: whole(value).clone().squeeze() for name, value in evaluated.state_dict().items()}
     found["loaded again"] = whole_tensors(shard(TCLForPreTraining.from_pretrained(folder / "model")))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
@@ -180,6 +189,19 @@ def test_a_sharded_model_is_saved_as_a_whole_one(trained):
         assert all(torch.equal(value, found["last"][name]) for name, value in found["loaded again"].items())
 
 
+def test_a_sharded_teacher_lends_its_weights_and_the_student_takes_its_own_back(trained):
+    for found in trained[1]:
+        last, lent = found["last"], found["lent"]
+        copied = {name.removeprefix("teacher.") for name in last if name.startswith("teacher.")}
+        assert len(copied) > 100
+        for name, value in lent.items():
+            assert torch.equal(value, last[f"teacher.{name}" if name in copied else name]), name
+        assert any(not torch.equal(lent[name], last[name]) for name in copied)
+        assert all(torch.equal(value, last[name]) for name, value in found["before the last"].items())
+    saved = trained[1][0]["lent and saved"]
+    assert all(torch.equal(value.squeeze(), trained[1][0]["lent"][name]) for name, value in saved.items())
+
+
 def test_the_temperature_becomes_a_vector_in_place():
     model = new_model()
     temperature = model.tcl.temperature
@@ -198,7 +220,7 @@ def fsdp_environment() -> dict[str, str]:
     return values | {"ACCELERATE_USE_FSDP": "true"}
 
 
-def train_with_accelerate(rank: int, folder: Path, sharded: bool, mixed_precision: str) -> None:
+def train_with_accelerate(rank: int, folder: Path, sharded: bool, mixed_precision: str, options: dict) -> None:
     if sharded:  # On a CPU Accelerate silently takes DDP in its place.
         os.environ.update(fsdp_environment())
         start = AcceleratorState.__init__
@@ -221,6 +243,7 @@ def train_with_accelerate(rank: int, folder: Path, sharded: bool, mixed_precisio
         logging_steps=1,
         max_grad_norm=1.0,
         bf16=mixed_precision == "bf16",
+        **options,
     )
 
     def evaluate(model):
@@ -234,10 +257,10 @@ def train_with_accelerate(rank: int, folder: Path, sharded: bool, mixed_precisio
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_training_loop_under_fsdp2_of_accelerate_equals_ddp(tmp_path, precision):
+@pytest.mark.parametrize(("precision", "options"), [("no", {}), ("bf16", {}), ("no", RATES_AND_AVERAGE)])
+def test_the_training_loop_under_fsdp2_of_accelerate_equals_ddp(tmp_path, precision, options):
     for name in ("ddp", "sharded"):
-        in_two_processes(train_with_accelerate, tmp_path / name, name == "sharded", precision)
+        in_two_processes(train_with_accelerate, tmp_path / name, name == "sharded", precision, options)
     ddp, sharded = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("ddp", "sharded"))
     assert len(ddp) == len(sharded) == 4
     for one, other in zip(ddp, sharded, strict=True):

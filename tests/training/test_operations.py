@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import small_patches, tiny_config, training_batch
+from helpers import EVERY_VISION_PART, small_patches, tiny_config, training_batch
 from pretrain_step import SIZES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -69,6 +69,7 @@ CASES = {
     "base": (TCLConfig(), 4, 25, 8),
     "no queue": (small_patches(queue_size=0), 2, 30, 5),
     "larger images": (small_patches(vision_config={"image_size": 64}, text_config={"fusion_layer": 1}), 2, 11, 2),
+    "registers, norm and gates": (small_patches(vision_config=EVERY_VISION_PART), 4, 7, 3),
     "ALBEF": (small_patches(**ALBEF), 4, 7, 3),
     "CMA": (small_patches(**CMA), 4, 7, 3),
     "CMA without fusion layers": (small_patches(**CMA, **NO_FUSION), 4, 7, 3),
@@ -107,11 +108,16 @@ def text_layer(rows: int, queries: int, num_states: int = 0) -> int:
     return own + cross + 2 * product(num_queries, width, TEXT_INNER)
 
 
-@pytest.mark.parametrize(("masked", "patch_dropout"), [(MASKED, 0), (0, 0), (TOKENS - 1, 0), (MASKED, 0.5)])
-def test_parts_of_a_step_by_hand(masked, patch_dropout):
+@pytest.mark.parametrize(
+    ("masked", "patch_dropout", "registers"),
+    [(MASKED, 0, 0), (0, 0, 0), (TOKENS - 1, 0, 0), (MASKED, 0.5, 0), (MASKED, 0, 3), (MASKED, 0.5, 3)],
+)
+def test_parts_of_a_step_by_hand(masked, patch_dropout, registers):
+    """Register tokens are states of the image encoder alone."""
     patches, seen = product(PAIRS * 16, 3 * 8 * 8, WIDTH), 9 if patch_dropout else STATES  # seen by the student
 
     def image(states: int) -> int:
+        states += registers
         linear = 4 * product(PAIRS * states, WIDTH, WIDTH) + 2 * product(PAIRS * states, WIDTH, INNER)
         return patches + 2 * (linear + PAIRS * attention(states, states, WIDTH))
 
@@ -149,7 +155,8 @@ def test_parts_of_a_step_by_hand(masked, patch_dropout):
         "matching head": (matches, 2 * matches),
         LOSSES: ((4 + 2) * to_keys + others + own + in_batch, (2 + 2) * to_keys + own),  # keys have no gradient
     }
-    work = run_step(small_patches(patch_dropout=patch_dropout), PAIRS, TOKENS, num_masked=masked).work
+    config = small_patches(patch_dropout=patch_dropout, vision_config={"num_register_tokens": registers})
+    work = run_step(config, PAIRS, TOKENS, num_masked=masked).work
     counted = {part: (work.forward, work.backward) for part, work in work.items()}
     assert counted == {part: flops for part, flops in expected.items() if any(flops)}
 

@@ -1,0 +1,50 @@
+"""Samples that are held out in whole groups, so that those which remain show nothing of a group that is held out."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+
+from datasets import Dataset
+
+from .records import DataError
+
+CUT_SEED = 1  # not that of OpenMoji's split, so that the two orders of groups are independent
+
+
+def held_out_groups(groups: Sequence[str], number: float, seed: int) -> set[str]:
+    """Groups of a seeded order, the first ones until they have at least `number` samples together.
+
+    Args:
+        groups: the group of each sample.
+    """
+    sizes = Counter(groups)
+    order = sorted(sizes)
+    random.Random(seed).shuffle(order)
+    samples_before = accumulate(sizes[group] for group in ["", *order[:-1]])
+    return {group for group, before in zip(order, samples_before, strict=True) if before < number}
+
+
+def cut_off(dataset: Dataset, number: int) -> tuple[Dataset, Dataset]:
+    """Split a data set into the samples to train on and those to tune on, which have at least `number` rows.
+
+    Whole groups are cut off: rows with the same `group` where the data has that column, else rows with the same
+    `image_id`. Of an image that has several rows, the second part has the first row only, as an evaluation needs.
+
+    Raises:
+        DataError: if nothing would be left to train on.
+    """
+    column = "group" if "group" in dataset.column_names else "image_id"
+    groups = [str(group) for group in dataset.select_columns([column])[column]]
+    chosen = held_out_groups(groups, number, CUT_SEED)
+    rest = [row for row, group in enumerate(groups) if group not in chosen]
+    if not rest:
+        raise DataError(
+            f"tuning_images={number} leaves nothing of {len(dataset)} samples to train on: choose a smaller number."
+        )
+    ids = dataset.select_columns(["image_id"])["image_id"]
+    first_rows: dict[str, int] = {}
+    for row, group in enumerate(groups):
+        if group in chosen:
+            first_rows.setdefault(ids[row], row)
+    return dataset.select(rest), dataset.select(list(first_rows.values()))

@@ -1,0 +1,107 @@
+"""The start of a run, once its data and its model are there: kept states, and the projections in closed form."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data.kept_states import SamplesWithStates, keep_states
+from ..models.processing_tcl import TCLProcessor
+from ..training.alignment import align_projections
+from ..training.arguments import TCLTrainingArguments
+from .arguments import RecipeError, TrainingDataArguments
+from .tasks import TASKS, build_augmentation
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def in_precision_of(args: TCLTrainingArguments) -> AbstractContextManager:
+    """Autocast to the precision that the arguments name; nothing if they name none."""
+    if args.mixed_precision is None:
+        return nullcontext()
+    return torch.autocast(PartialState().device.type, PRECISIONS[args.mixed_precision])
+
+
+def with_kept_states(
+    data_args: TrainingDataArguments,
+    args: TCLTrainingArguments,
+    model: PreTrainedModel,
+    processor: TCLProcessor,
+    samples: Any,
+    records: Any,
+) -> tuple[Any, Any]:
+    """The samples to train on with the states of their views, and the records to evaluate on with theirs.
+
+    States that are not on disk yet are made, in the precision of the run. Records of tasks that need the pixels of
+    their images stay as they are.
+
+    Raises:
+        RecipeError: if no vision layer is locked, or the samples are a stream.
+        DataError: if states cannot be made or written, see `keep_states`.
+    """
+    config, state = model.config, PartialState()
+    if config.lock_vision is False:
+        raise RecipeError(
+            f"kept_views={data_args.kept_views} keeps the states of locked layers, and lock_vision is false: set "
+            "lock_vision in the config, or kept_views to 0."
+        )
+    if not hasattr(samples, "select_columns") or not hasattr(samples, "__len__"):
+        raise RecipeError(
+            "kept_views needs samples that can be read again, and a stream cannot: leave out one of both."
+        )
+    vision_model = model.tcl.vision_model.to(state.device).eval()
+
+    def encode(pixels: Tensor) -> Tensor:
+        with in_precision_of(args):
+            return vision_model.encode_locked(pixels.to(state.device))
+
+    def keep(dataset: Any, num_views: int) -> SamplesWithStates:
+        return keep_states(
+            dataset,
+            vision_model,
+            encode,
+            processor,
+            build_augmentation(data_args, processor) if num_views else None,
+            num_views,
+            data_args.kept_states_dir,
+            batch_size=data_args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+            rank=state.process_index,
+            world_size=state.num_processes,
+            wait=state.wait_for_everyone,
+        )
+
+    samples = keep(samples, data_args.kept_views)
+    if records is not None and TASKS[data_args.task].evaluates_states:
+        records = keep(records, 0)
+    return samples, records
+
+
+def start_projections(
+    data_args: TrainingDataArguments,
+    args: TCLTrainingArguments,
+    model: PreTrainedModel,
+    processor: TCLProcessor,
+    samples: Any,
+) -> None:
+    """Start the projections in closed form from the samples.
+
+    Raises:
+        RecipeError: if the samples are a stream.
+        TrainingError: if there are too few of them.
+    """
+    state = PartialState()
+    if not hasattr(samples, "__len__"):
+        raise RecipeError("projection_start=cca needs samples that can be read twice: leave it out for a stream.")
+    with in_precision_of(args):
+        align_projections(
+            model.to(state.device),
+            processor,
+            samples,
+            max_tokens=data_args.max_tokens,
+            batch_size=data_args.per_device_eval_batch_size,
+            progress=state.is_main_process,
+        )

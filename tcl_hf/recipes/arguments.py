@@ -92,7 +92,7 @@ class PretrainingDataArguments(TrainingDataArguments):
     baselines: bool = option(True, "Measure baselines for the report: linear maps of pixels and of frozen features.")
     baseline_samples: int = option(30000, "Fit the baselines on frozen features to at most this many samples.")
     free_texts: list[str] = option([], "Texts for which the report shows the pictures that the model finds.")
-    eval_captions: int | None = field(default=1, init=False)
+    eval_captions: int | None = option(1, "Number of captions of each image to retrieve.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -178,6 +178,22 @@ def test_frozen_layers_get_no_adapters(base):
     assert adapted and not any("vision_model" in name for name in adapted | others)
 
 
+def test_locked_layers_get_no_adapters_and_stay_the_teachers_too(base):
+    config = TCLConfig.from_pretrained(base, lock_vision=True, lock_text=1)
+    model = stir_adapters(with_lora(TCLForPreTraining.from_pretrained(base, config=config))).train()
+    adapted, _ = trained(model)
+    assert {".".join(name.split(".")[:4]) for name in adapted} == {f"tcl.text_model.layers.{n}" for n in (1, 2, 3)}
+    model.update_teacher()
+    model(**training_batch(4)).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_rates_by_part_and_averaged_weights_know_adapters(base, tmp_path):
+    run(tmp_path, base, max_steps=2, part_learning_rates={"vision": 1e-4}, layer_decay=0.5)
+    with pytest.raises(TrainingError, match="average_weights does not work with adapters"):
+        run(tmp_path, base, average_weights=True)
+
+
 def test_layers_without_an_objective_get_no_adapters(base):
     """Otherwise a trained parameter would have no gradient, which stops a run of several processes."""
     config = TCLConfig.from_pretrained(base, itm_weight=0, mlm_weight=0)

@@ -201,8 +201,11 @@ def name_of(sources: Sequence[str]) -> str:
     return "_".join(word for word in words if word) or stem
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """The object that `--config` holds as JSON.
+OBJECTS = {"config": "TCLConfig", "lora": "LoRA"}  # arguments that are objects, and what their fields belong to
+
+
+def json_object(text: str, name: str = "config") -> dict[str, Any]:
+    """The object that an argument, one of `OBJECTS`, holds as JSON.
 
     Raises:
         RecipeError: if it is not one.
@@ -210,7 +213,7 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RecipeError(f"--config is not JSON: {error}.") from error
+        raise RecipeError(f"--{name} is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise RecipeError(f"--config is not an object, but {text}: give fields of TCLConfig by name.")
+        raise RecipeError(f"--{name} is not an object, but {text}: give fields of {OBJECTS[name]} by name.")
     return value

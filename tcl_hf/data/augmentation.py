@@ -117,15 +117,20 @@ class TCLAugmentation:
         num_operations: int = 2,
     ):
         self.image_size, self.crop_scale, self.flip = image_size, crop_scale, flip
-        self.color_jitter, self.image_mean, self.image_std = color_jitter, image_mean, image_std
         self.colors = RandomColors() if color_jitter else None
         self.operations = RandomOperations(num_operations)
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (image_mean, image_std))
 
     def settings(self) -> dict[str, Any]:
         """The settings that views depend on, besides the image and the random numbers."""
-        names = ("image_size", "image_mean", "image_std", "crop_scale", "color_jitter", "flip")
-        return {name: getattr(self, name) for name in names} | {"num_operations": self.operations.num_operations}
+        return {
+            "image_size": self.image_size,
+            "normalisation": [*self.mean.flatten().tolist(), *self.std.flatten().tolist()],
+            "crop_scale": [float(share) for share in self.crop_scale],
+            "color_jitter": self.colors is not None,
+            "flip": self.flip,
+            "num_operations": self.operations.num_operations,
+        }
 
     def __call__(self, image: Image.Image, num_views: int = 1) -> list[Tensor]:
         """Draw `num_views` views (3, image_size, image_size) of an image.

@@ -42,7 +42,7 @@ Encode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StatesPlan:
-    """What is kept: its size, and a fingerprint of everything that the states depend on.
+    """The size of kept states, and a fingerprint of everything that they depend on.
 
     Args:
         fingerprint: a hash of the locked weights, the views, and the images.
@@ -312,13 +312,16 @@ def _plan(
             "set lock_vision in the config, or kept_views to 0."
         )
     pixels = processor.image_processor
+    # As plain numbers, because a processor that was saved and reopened has other types.
     views = {
-        "pixels": {name: getattr(pixels, name) for name in ("size", "image_mean", "image_std", "resample")},
+        "size": [int(pixels.size["height"]), int(pixels.size["width"])],
+        "normalisation": [float(value) for value in (*pixels.image_mean, *pixels.image_std)],
+        "resample": int(pixels.resample),
         "views": num_views,
         "augmentation": augmentation.settings() if augmentation is not None and num_views else None,
     }
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(views, sort_keys=True, default=_plainly).encode())
+    digest.update(json.dumps(views, sort_keys=True).encode())
     digest.update(
         json.dumps([config.lock, config.layer_norm_eps, config.hidden_act, config.num_attention_heads]).encode()
     )
@@ -329,11 +332,6 @@ def _plan(
     for identity in identities:
         digest.update(identity.encode())
     return StatesPlan(digest.hexdigest(), len(identities), num_views, *vision_model.locked_shape)
-
-
-def _plainly(value: Any) -> Any:
-    """A setting as JSON can hold it."""
-    return int(value) if isinstance(value, int) else list(value)
 
 
 def _shard_file(folder: Path, shard: int) -> Path:

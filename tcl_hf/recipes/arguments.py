@@ -95,7 +95,7 @@ class PretrainingDataArguments(TrainingDataArguments):
     baselines: bool = option(True, "Measure baselines for the report: linear maps of pixels and of frozen features.")
     baseline_samples: int = option(30000, "Fit the baselines on frozen features to at most this many samples.")
     free_texts: list[str] = option([], "Texts for which the report shows the pictures that the model finds.")
-    eval_captions: int | None = field(default=1, init=False)
+    eval_captions: int | None = option(1, "Number of captions of each image to retrieve.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -220,8 +220,11 @@ def _check_type(place: str, value: Any, accepted: Any) -> None:
         raise RecipeError(f"{place} is {value!r}: give a {' or '.join(names)}.")
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """The object that `--config` holds as JSON.
+OBJECTS = {"config": "TCLConfig", "lora": "LoRA"}  # arguments that are objects, and what their fields belong to
+
+
+def json_object(text: str, name: str = "config") -> dict[str, Any]:
+    """The object that an argument, one of `OBJECTS`, holds as JSON.
 
     Raises:
         RecipeError: if it is not one.
@@ -229,7 +232,7 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RecipeError(f"--config is not JSON: {error}.") from error
+        raise RecipeError(f"--{name} is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise RecipeError(f"--config is not an object, but {text}: give fields of TCLConfig by name.")
+        raise RecipeError(f"--{name} is not an object, but {text}: give fields of {OBJECTS[name]} by name.")
     return value

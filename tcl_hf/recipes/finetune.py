@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from ..data.sampling import SharedImages
+from ..training.adapters import describe_lora
 from ..training.agreement import processes
 from .arguments import RecipeError
 from .build import ANSWERS, add_words, candidate_answers, load_evaluation_data, load_split, open_model
@@ -49,7 +50,8 @@ def _train(phase: Phase, started_by: str) -> None:
     if phase.is_last and processes().is_main_process:
         protocol = evaluation_protocol(data_args, model.config, len(records or ()))
         amount = f"{len(samples)} samples"
-        run = Run(data_args, amount, phase.base_models, started_by, output_dir, protocol, phase)
+        lora = {"lora": describe_lora(model), "lora_save": args.lora_save}
+        run = Run(data_args, amount, phase.base_models, started_by, output_dir, protocol, **lora, phase=phase)
         print(write_finetuning_report(run, metrics, args.metric_for_best_model, records))
         print(f"Model, processor, metrics and card are in {output_dir}")
 

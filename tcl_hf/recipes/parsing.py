@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 from ..training.arguments import TCLTrainingArguments
 from ..training.planning import PlanArguments
 from .arguments import (
+    OBJECTS,
     CheckpointArguments,
     EvaluationArguments,
     FinetuningDataArguments,
@@ -74,8 +75,8 @@ COMMANDS = (PRETRAIN, FINETUNE, EVALUATE, PLAN)
 def parse_recipe(command: Command, argv: Sequence[str] | None = None) -> tuple:
     """Parse a recipe and the command line over it: `--recipe NAME_OR_FILE --name value ...`.
 
-    `--config` changes the fields it names and leaves the recipe's others. The recipe's `phases` are passed over, see
-    `phases.parse_phases`.
+    `--config` and `--lora` change the fields they name and leave the recipe's others. The recipe's `phases` are passed
+    over, see `phases.parse_phases`.
 
     Args:
         argv: the command line; that of the process if None.
@@ -99,7 +100,7 @@ class Given:
         recipe: the arguments in it, without those that it leaves empty.
         phases: its phases as they stand there; None if it has none.
         argv: the command line.
-        configs: the JSON of each `--config` on it.
+        objects: the JSON of each `--config` and of each `--lora` on it.
         task: the task that either names; None for the default.
     """
 
@@ -108,7 +109,7 @@ class Given:
     recipe: dict[str, Any]
     phases: Any
     argv: list[str]
-    configs: list[str]
+    objects: dict[str, list[str]]
     task: str | None
 
     @classmethod
@@ -126,15 +127,19 @@ class Given:
         check_names(command, "--", options, command.reads | {"help", "recipe"})
         task = chosen.task or recipe.get("task")
         check_task(command, task, {place: recipe, "--": options})
-        return cls(command, place, recipe, phases, argv, chosen.config, task)
+        objects = {name: getattr(chosen, name) for name in OBJECTS}
+        return cls(command, place, recipe, phases, argv, objects, task)
 
     def parsed(self, changes: dict[str, Any] | None = None) -> tuple:
         """One object of each of the command's types; `changes` override the recipe, and the command line both."""
         changes = changes or {}
         recipe = _filled(self.recipe | changes)
-        configs = [one["config"] for one in (self.recipe, _filled(changes)) if "config" in one]
-        recipe.pop("config", None)
-        argv = [*_as_argv(recipe), *self.argv, "--config", json.dumps(_merged([*configs, *self.configs]))]
+        argv = [*_as_argv({name: value for name, value in recipe.items() if name not in OBJECTS}), *self.argv]
+        for name in OBJECTS:
+            of_recipe = [] if name in changes and changes[name] is None else [self.recipe.get(name)]
+            values = [*of_recipe, changes.get(name), *self.objects[name]]
+            given = [value for value in values if value is not None]
+            argv += [f"--{name}", json.dumps(_merged(name, given))] if given else []
         *parsed, _, rest = _parser(self.command).parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True
         )
@@ -166,11 +171,12 @@ def _parser(command: Command) -> _Parser:
 
 
 def _chosen(argv: Sequence[str]) -> argparse.Namespace:
-    """The recipe, the task and the configs that a command line names."""
+    """The recipe, the task and the objects that a command line names."""
     parser = _Parser((), add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
     parser.add_argument("--task")
-    parser.add_argument("--config", action="append", default=[])
+    for name in OBJECTS:
+        parser.add_argument(f"--{name}", action="append", default=[])
     return parser.parse_known_args(argv)[0]
 
 
@@ -251,11 +257,11 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _merged(configs: Iterable[Any]) -> dict[str, Any]:
-    """Configs, each an object or JSON, in one; a later one overrides fields of an earlier one."""
+def _merged(argument: str, objects: Iterable[Any]) -> dict[str, Any]:
+    """The values of an argument, each an object or JSON, in one; a later one overrides fields of an earlier one."""
     merged: dict[str, Any] = {}
-    for config in configs:
-        for name, value in (config if isinstance(config, dict) else json_object(str(config))).items():
+    for one in objects:
+        for name, value in (one if isinstance(one, dict) else json_object(str(one), argument)).items():
             are_parts = isinstance(value, dict) and isinstance(merged.get(name), dict)
             merged[name] = merged[name] | value if are_parts else value
     return merged

@@ -19,12 +19,13 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedModel
 
 from ..models.configuration_tcl import TCLConfig
+from ..training.adapters import config_of
 from ..training.agreement import Agreement, processes
 from ..training.arguments import TCLTrainingArguments, TrainingError
 from ..training.checkpoints import newest_checkpoint
 from ..training.interruption import PREEMPTED, Preempted, StopSignal
 from ..training.log import METRICS
-from ..training.optimization import trained_groups
+from ..training.optimization import check_something_is_trained, trained_groups
 from .arguments import CheckpointArguments, ModelArguments, RecipeError, TrainingDataArguments
 from .build import DROPOUT, SIZES
 from .hints import names_of
@@ -92,6 +93,11 @@ class Phase:
         return run if self.is_last else run / f"phase-{self.number}"
 
     @property
+    def former(self) -> str:
+        """The folder of the phase before, whose model it starts from; empty for the first one."""
+        return str(self.run[self.number - 2].folder) if self.number > 1 else ""
+
+    @property
     def start(self) -> Any:
         """What the run started from, as arguments."""
         return (self.run or [self])[0].model_args
@@ -138,7 +144,10 @@ class Phase:
                 )
                 check_kept_views(phase.data_args, config)
                 with torch.device("meta"):
-                    trained_groups(type(model)(config), phase.args)
+                    empty = type(model)(config)
+                check_something_is_trained(empty)
+                if phase.args.lora is None:  # Adapters would change the parts that are trained.
+                    trained_groups(empty, phase.args)
             except (ValueError, TypeError) as error:
                 raise RecipeError(f"{phase.place}{error}") from error
 
@@ -266,9 +275,8 @@ def _as_run(phase: Phase, goes_on: bool) -> Phase:
     args = replace(phase.args, output_dir=str(phase.folder), resume=goes_on)
     model_args = phase.model_args
     if phase.number > 1:
-        former = phase.run[phase.number - 2]
         start: dict[str, Any] = {one.name: one.default for one in fields(model_args) if one.name in _OF_START}
-        start |= {"model": str(former.folder), "config": json.dumps(model_args.config_fields | _restored(phase))}
+        start |= {"model": phase.former, "config": json.dumps(model_args.config_fields | _restored(phase))}
         model_args = replace(model_args, **start)
     return replace(phase, arguments=(phase.data_args, model_args, args))
 
@@ -290,7 +298,7 @@ def _restored(phase: Phase) -> dict[str, Any]:
     if not names:
         return {}
     try:
-        config = TCLConfig() if start is None else TCLConfig.from_pretrained(start)
+        config = TCLConfig() if start is None else config_of(start)
     except (ValueError, TypeError, OSError) as error:
         raise RecipeError(f"{start} cannot be opened: {error}") from error
     return {name: getattr(config, name) for name in sorted(names)}

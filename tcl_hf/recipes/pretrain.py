@@ -7,6 +7,7 @@ from typing import Any
 from transformers import set_seed
 
 from ..data.pairs import captions_of
+from ..training.adapters import describe_lora
 from ..training.agreement import processes
 from .baselines import measure_baselines
 from .build import build_model, cut_off_tuning_data, load_pretraining_data
@@ -48,7 +49,9 @@ def _train(phase: Phase, started_by: str) -> None:
             model = type(model).from_pretrained(args.output_dir).to(model.device)
         amount = "a stream of samples" if data_args.streaming else f"{len(pairs)} samples"
         protocol = evaluation_protocol(data_args, model.config, len(records))
-        run = Run(data_args, amount, phase.base_models, started_by, Path(args.output_dir), protocol, phase)
+        lora = {"lora": describe_lora(model), "lora_save": args.lora_save}
+        folder = Path(args.output_dir)
+        run = Run(data_args, amount, phase.base_models, started_by, folder, protocol, **lora, phase=phase)
         baselines = measure_baselines(data_args, phase.start, *plain)
         num_tuning = len(tuning or ()) if data_args.rerank_weight is None else 0
         texts = data_args.free_texts

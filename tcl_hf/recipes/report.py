@@ -43,6 +43,8 @@ class Run:
         command: the command line that started the run.
         output_dir: the run's folder, which gives the model its name.
         protocol: how its metrics were measured.
+        lora: a sentence about its LoRA adapters, see `describe_lora`; empty if it has none.
+        lora_save: how they are saved, "merged" or "adapter".
         phase: its last phase; None in a run without phases.
     """
 
@@ -52,6 +54,8 @@ class Run:
     command: str
     output_dir: Path
     protocol: EvaluationProtocol
+    lora: str = ""
+    lora_save: str = "merged"
     phase: Phase | None = None
 
     def write_card(
@@ -72,12 +76,15 @@ class Run:
             datasets=phase.dataset_names,
             summary=f"A model of {METHOD}, {training} by `tcl_hf` on {data}. {start}",
             results=results,
-            training=f"`{self.command}`; the losses and metrics of the run are in `{METRICS}`.{phase.history}",
+            training=f"`{self.command}`; the losses and metrics of the run are in `{METRICS}`. {self.lora}".rstrip()
+            + phase.history,
             metrics=metrics,
             protocol=self.protocol,
             base_models=self.base_models,
             pictures=pictures,
             example=example,
+            tags=["lora"] if self.lora else [],
+            adapter_of=(phase.former or self.base_models[0]) if self.lora and self.lora_save == "adapter" else None,
         ).write(self.output_dir)
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from helpers import small_patches, stir, tiny_processor, tiny_records
 from safetensors.torch import load_file
 
-from tcl_hf import TCLModel
+from tcl_hf import TCLModel, TCLProcessor
 from tcl_hf.data import kept_states
 from tcl_hf.data.augmentation import TCLAugmentation
 from tcl_hf.data.collators import TCLPreTrainingCollator
@@ -175,6 +175,18 @@ def test_states_of_something_else_are_not_used(tmp_path, change):
     keep(tmp_path)
     keep(tmp_path, **CHANGES[change](tiny_records(10)))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_saved_model_and_processor_find_the_states_again(tmp_path):
+    model = new_model()
+    keep(tmp_path / "kept", model=model)
+    model.save_pretrained(tmp_path / "saved")
+    tiny_processor().save_pretrained(tmp_path / "saved")
+    model, processor = (kind.from_pretrained(tmp_path / "saved") for kind in (TCLModel, TCLProcessor))
+    pixels = processor.image_processor
+    augmentation = TCLAugmentation(32, pixels.image_mean, pixels.image_std)
+    vision_model = model.vision_model
+    keep_states(dataset(), vision_model, refuse_to_encode, processor, augmentation, 2, tmp_path / "kept")
 
 
 def test_captions_may_change(tmp_path):

@@ -31,10 +31,11 @@ torch.save(run(int(sys.argv[2])), f"{sys.argv[1]}-{dist.get_rank()}.pt")
 dist.destroy_process_group()
 """
 CASES = [  # All objectives where negatives are gathered, else those whose keys are gathered anyway.
-    (model_class, gather, ids)
+    (model_class, gather, ids, {})
     for model_class, ids in ((TCLForPreTraining, False), (TCLForImageTextRetrieval, True))
     for gather in (False, True)
 ]
+CASES.append((TCLForPreTraining, True, False, {"lock_vision": True, "lock_text": 1}))
 
 
 def run(accumulation: int) -> list[dict]:
@@ -46,10 +47,12 @@ def run(accumulation: int) -> list[dict]:
     return [steps(*case, accumulation, rank, world) for case in CASES]
 
 
-def steps(model_class, gather: bool, with_ids: bool, accumulation: int, rank: int, world: int) -> dict:
+def steps(model_class, gather: bool, with_ids: bool, locks: dict, accumulation: int, rank: int, world: int) -> dict:
     torch.manual_seed(0)
     weights = {} if gather else {"lmi_weight": 0.0, "itm_weight": 0.0}
-    model = model_class(small_patches(gather_negatives=gather, mlm_weight=0.0, queue_size=10, **weights)).train()
+    model = model_class(
+        small_patches(gather_negatives=gather, mlm_weight=0.0, queue_size=10, **weights, **locks)
+    ).train()
     trained = model
     if world > 1:
         trained = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
@@ -118,7 +121,9 @@ def found(request, tmp_path_factory):
     return [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)], run(request.param)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{c.__name__}-gather={g}" for c, g, _ in CASES])
+@pytest.mark.parametrize(
+    "case", range(len(CASES)), ids=[f"{c.__name__}-gather={g}{bool(locks) * '-locked'}" for c, g, _, locks in CASES]
+)
 def test_two_processes_equal_one(found, case):
     (first, second), alone = ([process[case] for process in found[0]], found[1][case])
     for one, other, whole in zip(first["losses"], second["losses"], alone["losses"], strict=True):

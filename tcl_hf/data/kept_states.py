@@ -285,7 +285,9 @@ def _images_of(dataset: Any) -> list[str]:
     return [_identity(row["image"]) for row in tqdm(dataset.select_columns(["image"]), "Hashing images", leave=False)]
 
 
-def _identity(image: dict[str, Any]) -> str:
+def _identity(image: dict[str, Any] | None) -> str:
+    if image is None:
+        return "missing"
     if image.get("bytes") is not None:
         return hashlib.blake2b(image["bytes"], digest_size=16).hexdigest()
     path = str(image.get("path"))
@@ -322,9 +324,10 @@ def _plan(
     }
     digest = hashlib.blake2b(digest_size=16)
     digest.update(json.dumps(views, sort_keys=True).encode())
-    digest.update(
-        json.dumps([config.lock, config.layer_norm_eps, config.hidden_act, config.num_attention_heads]).encode()
-    )
+    of_config = [config.lock, config.layer_norm_eps, config.hidden_act, config.num_attention_heads]
+    if config.lock is True and config.output_grid is not None:  # Else the states are those of all patches.
+        of_config.append(config.output_grid)
+    digest.update(json.dumps(of_config).encode())
     for name, part in vision_model.locked_parts().items():
         for key, weight in sorted(part.state_dict().items()):
             digest.update(f"{name}.{key}".encode())
@@ -372,8 +375,14 @@ def _make_shards(
     progress: bool,
 ) -> None:
     """Compute and write some shards."""
-    place.mkdir(parents=True, exist_ok=True)
-    (place / MANIFEST).write_text(json.dumps(asdict(plan), indent=2) + "\n")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        (place / MANIFEST).write_text(json.dumps(asdict(plan), indent=2) + "\n")
+    except OSError as error:
+        raise DataError(
+            f"The folder {place} for kept states cannot be written ({error.strerror or error}): name another "
+            "kept_states_dir, or make it writable."
+        ) from error
     order = [image for shard in shards for image in plan.images_of(shard)]
     loader = DataLoader(
         images, batch_size=None, sampler=order, num_workers=num_workers, prefetch_factor=8 if num_workers else None

@@ -160,9 +160,16 @@ def changed_weights(data):
     return {"model": model}
 
 
+def pooled_model():
+    model = TCLModel(small_patches(lock_vision=True, vision_config={"output_grid": 2})).eval()
+    model.load_state_dict(new_model().state_dict())
+    return model
+
+
 CHANGES = {
     "weights": changed_weights,
     "depth of the lock": lambda data: {"model": new_model(1)},
+    "grid of the states": lambda data: {"model": pooled_model()},
     "number of views": lambda data: {"num_views": 1},
     "augmentation": lambda data: {"augmentation": new_augmentation(crop_scale=(0.9, 1.0))},
     "an image": lambda data: {"data": dataset([*data[:9], data[0]])},
@@ -259,6 +266,23 @@ def test_too_little_space_is_said_before_an_image_is_read(tmp_path, monkeypatch)
     needed = 10 * 3 * NUM_STATES * 24 * 2
     with pytest.raises(DataError, match=rf"needs {needed / 1e9:.2f} GB for the states of 10 images with 2 views"):
         keep(tmp_path, encode=refuse_to_encode)
+
+
+@pytest.mark.parametrize("left", ["a file in its place", "a file above it"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, left):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" if left == "a file in its place" else tmp_path / "file" / "states"
+    with pytest.raises(
+        DataError, match=rf"The folder {folder}/\w+ for kept states cannot be written \(Not a dir.*: name"
+    ):
+        keep(folder)
+
+
+def test_a_record_without_an_image_is_one_that_cannot_be_read(tmp_path):
+    kept = keep(tmp_path, dataset([*tiny_records(2), tiny_records(1)[0] | {"image": None}]))
+    assert len(kept) == 3
+    with pytest.raises(ValueError, match="could not be read when its states were made"):
+        kept[2]["states"].plain()
 
 
 def test_an_unlocked_encoder_is_refused(tmp_path):

@@ -304,11 +304,14 @@ def questions_of(config: TCLConfig, number: int = 3, seed: int = 0) -> dict[str,
 PROCESSES = 2
 
 
-def in_two_processes(worker, *args) -> None:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(as_rank, (port, worker, *args), nprocs=PROCESSES)
+        return free.getsockname()[1]
+
+
+def in_two_processes(worker, *args) -> None:
+    torch.multiprocessing.spawn(as_rank, (free_port(), worker, *args), nprocs=PROCESSES)
 
 
 def as_rank(rank: int, port: int, worker, *args) -> None:

@@ -281,6 +281,13 @@ class TCLTaughtModel(StartsFromEncoders, TCLPreTrainedModel):
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
         """Tie the weights, freeze the parts that no loss uses, and copy from the student what a checkpoint lacks of the
         teacher."""
+        # First the teacher's words, which are tied to its head: transformers warns of a checkpoint that lacks both.
+        tied = (self._tied_weights_keys or {}).values()
+        for key in sorted(key for key in missing_keys or () if key in tied and key.startswith("teacher.")):
+            student = key.removeprefix("teacher.")
+            if missing_keys and student not in missing_keys:
+                self.get_parameter(key).data.copy_(self.get_parameter(student).data)
+                missing_keys.discard(key)
         super().tie_weights(missing_keys, recompute_mapping)
         for part in [*self.idle_parts(), *map(self.get_submodule, self.tcl.locked_parts("tcl."))]:
             part.requires_grad_(False)  # A trained parameter that never gets a gradient would stop a distributed run.

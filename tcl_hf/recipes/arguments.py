@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args
+
+from transformers import PreTrainedConfig
 
 from ..evaluation.zero_shot import TEMPLATES, check_templates
 from ..inference.grounding import HEAT_KINDS
 from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_TOKENS
-from .hints import CONFIG_FIELDS, did_you_mean
+from .hints import CONFIG_FIELDS, CONFIG_TYPES, did_you_mean
 
 T = TypeVar("T")
 
@@ -168,9 +171,11 @@ class CheckpointArguments:
         self.config_fields = json_object(self.config)
         for place, known in CONFIG_FIELDS.items():
             part = place.partition(".")[2]
-            for name in self.config_fields.get(part) or {} if part else self.config_fields:
+            given = (self.config_fields.get(part) or {}) if part else self.config_fields
+            for name, value in given.items():
                 if name not in known:
                     raise RecipeError(f"{place} has no field '{name}'{did_you_mean(name, known)}.")
+                _check_type(f"{place}.{name}", value, CONFIG_TYPES[place].get(name, type(value)))
 
 
 @dataclass
@@ -199,6 +204,20 @@ def name_of(sources: Sequence[str]) -> str:
     stem = Path(sources[0].rstrip("/")).name.split(".")[0].split("*")[0] if sources else "?"
     words = [word for word in stem.replace("-", "_").split("_") if word not in ("train", "val", "dev", "test")]
     return "_".join(word for word in words if word) or stem
+
+
+def _check_type(place: str, value: Any, accepted: Any) -> None:
+    """Refuse a value in a config that is not of a type, or of one of a union's types.
+
+    Raises:
+        RecipeError: with the types that a recipe can hold.
+    """
+    types = get_args(accepted) or (accepted,)
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        names = [
+            {NoneType: "null", dict: "mapping"}.get(one, one.__name__) for one in types if one is not PreTrainedConfig
+        ]
+        raise RecipeError(f"{place} is {value!r}: give a {' or '.join(names)}.")
 
 
 OBJECTS = {"config": "TCLConfig", "lora": "LoRA"}  # arguments that are objects, and what their fields belong to

@@ -4,7 +4,6 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 
 from ..evaluation.baselines import (
@@ -14,6 +13,7 @@ from ..evaluation.baselines import (
     ridge_baseline,
     ridge_on_features,
 )
+from ..training.agreement import processes
 from .arguments import ModelArguments, PretrainingDataArguments
 from .build import build_model
 
@@ -42,7 +42,7 @@ def measure_baselines(
         found[RIDGE_ON_PIXELS] = ridge_baseline(list(pairs), list(records))
     if model_args.vision_model and model_args.text_model:
         model, processor = build_model(model_args, ())  # read anew, because training has changed the run's encoders
-        encoders = model.tcl.to(PartialState().device)
+        encoders = model.tcl.to(processes().device)
         options: dict[str, Any] = {"batch_size": data_args.per_device_eval_batch_size, "progress": True}
         chosen = some_of(pairs, data_args.baseline_samples)
         train = frozen_features(encoders, processor, chosen, max_tokens=data_args.max_tokens, **options)

@@ -19,6 +19,7 @@ from ..data.images import why_unusable
 from ..data.pairs import DataError
 from ..data.streams import MixedStreams
 from ..data.tokenizer import train_tokenizer
+from ..models.configuration_tcl import TCLConfig
 from ..models.encoders import TCLPreTrainedModel
 from ..models.image_processing_tcl import TCLImageProcessorPil
 from ..models.modeling_tcl import TCLForPreTraining
@@ -44,8 +45,8 @@ ANSWERS = "answers.json"  # beside a model that chooses among answers
 MAX_NAMED = 10  # records that cannot be used and are named in warnings; the others are counted
 
 # Fields of a config that a checkpoint decides; within them, dropout may be chosen anew.
-_SIZES = ("vision_config", "text_config", "projection_dim")
-_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
+SIZES = ("vision_config", "text_config", "projection_dim")
+DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
 
 
 def load_split(args: DataArguments, sources: list[str], split: str, **options: Any) -> Any:
@@ -185,6 +186,26 @@ def add_words(model: PreTrainedModel, processor: TCLProcessor, records: Dataset)
     return new
 
 
+def config_of_checkpoint(args: CheckpointArguments, to_train: bool = True) -> TCLConfig:
+    """The config of the checkpoint `args.model`, with the fields and the size of images that the arguments override.
+
+    Args:
+        to_train: give the model a teacher, unless `config` says otherwise.
+
+    Raises:
+        ValueError, OSError: if there is no such checkpoint, or the fields contradict it.
+    """
+    fields = {name: value for name, value in args.config_fields.items() if name not in SIZES}
+    # A checkpoint for inference has no teacher; training needs one, and evaluation does not.
+    fields["use_momentum_teacher"] = to_train and fields.get("use_momentum_teacher", True)
+    config = config_of(str(args.model), image_size=args.image_size, **fields)
+    for part in ("vision_config", "text_config"):
+        for name, value in args.config_fields.get(part, {}).items():
+            if name in DROPOUT:
+                setattr(getattr(config, part), name, value)
+    return config
+
+
 def open_model(
     args: CheckpointArguments, model_class: type[TCLPreTrainedModel], to_train: bool = True
 ) -> tuple[Any, TCLProcessor]:
@@ -203,14 +224,7 @@ def open_model(
         raise RecipeError("There is no checkpoint to start from: name one with --model.")
     try:
         processor = TCLProcessor.from_pretrained(args.model)
-        fields = {name: value for name, value in args.config_fields.items() if name not in _SIZES}
-        # A checkpoint for inference has no teacher; training needs one, and evaluation does not.
-        fields["use_momentum_teacher"] = to_train and fields.get("use_momentum_teacher", True)
-        config = config_of(args.model, image_size=args.image_size, **fields)
-        for part in ("vision_config", "text_config"):
-            for name, value in args.config_fields.get(part, {}).items():
-                if name in _DROPOUT:
-                    setattr(getattr(config, part), name, value)
+        config = config_of_checkpoint(args, to_train)
         config.text_config.bos_token_id = processor.tokenizer.cls_token_id
         config.text_config.eos_token_id = processor.tokenizer.sep_token_id
         processor.image_size = config.vision_config.image_size

@@ -57,11 +57,9 @@ def names_of(*types: type) -> frozenset[str]:
     return frozenset(one.name for group in types for one in fields(group) if one.init)
 
 
-CONFIG_FIELDS = {
-    "config": names_of(TCLConfig),
-    "config.text_config": names_of(TCLTextConfig),
-    "config.vision_config": names_of(TCLVisionConfig),
-}
+_CONFIGS = {"config": TCLConfig, "config.text_config": TCLTextConfig, "config.vision_config": TCLVisionConfig}
+CONFIG_FIELDS = {place: names_of(config) for place, config in _CONFIGS.items()}
+CONFIG_TYPES = {place: dict(config.__annotations__) for place, config in _CONFIGS.items()}  # of TCL's own fields
 
 
 def hint(name: str, known: Collection[str]) -> str:

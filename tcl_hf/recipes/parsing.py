@@ -32,6 +32,7 @@ from .hints import hint, names_of
 from .tasks import TASKS, ignored_options, readers_of
 
 RECIPES = Path(__file__).parent
+PHASES = "phases"  # the argument of a recipe that lists what its phases change
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ COMMANDS = (PRETRAIN, FINETUNE, EVALUATE, PLAN)
 def parse_recipe(command: Command, argv: Sequence[str] | None = None) -> tuple:
     """Parse a recipe and the command line over it: `--recipe NAME_OR_FILE --name value ...`.
 
-    `--config` and `--lora` change the fields they name and leave the recipe's others.
+    `--config` and `--lora` change the fields they name and leave the recipe's others. The recipe's `phases` are passed
+    over, see `phases.parse_phases`.
 
     Args:
         argv: the command line; that of the process if None.
@@ -86,25 +88,64 @@ def parse_recipe(command: Command, argv: Sequence[str] | None = None) -> tuple:
         RecipeError: for a file that does not exist, an argument that does not exist or that the command or the task
             ignores, or a value of a wrong type.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(command)
-    chosen = _chosen(argv)
-    path = None if chosen.task and not chosen.recipe else recipe_file(chosen.recipe or command.recipe)
-    recipe = _read_recipe(path) if path is not None else {}
-    _check_names(command, f"{path}: ", recipe, names_of(*command.types))
-    recipe = {name: value for name, value in recipe.items() if value is not None and value != []}
-    options = _options_in(argv, parser)
-    _check_names(command, "--", options, command.reads | {"help", "recipe"})
-    _check_task(command, chosen.task or recipe.get("task"), {f"{path}: ": recipe, "--": options})
-    objects = [(name, [recipe.pop(name, None), *getattr(chosen, name)]) for name in OBJECTS]
-    argv = [*_as_argv(recipe), *argv]
-    for name, values in objects:
-        given = [value for value in values if value is not None]
-        argv += [f"--{name}", json.dumps(_merged(name, given))] if given else []
-    *parsed, _, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
-    if rest:
-        raise RecipeError(f"'{rest[0]}' does not belong to any option: write options as --name value.")
-    return tuple(parsed)
+    return Given.read(command, argv).parsed()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a recipe and a command line hold, with the names of all arguments checked.
+
+    Args:
+        place: the recipe's file as "FILE: "; empty without one.
+        recipe: the arguments in it, without those that it leaves empty.
+        phases: its phases as they stand there; None if it has none.
+        argv: the command line.
+        objects: the JSON of each `--config` and of each `--lora` on it.
+        task: the task that either names; None for the default.
+    """
+
+    command: Command
+    place: str
+    recipe: dict[str, Any]
+    phases: Any
+    argv: list[str]
+    objects: dict[str, list[str]]
+    task: str | None
+
+    @classmethod
+    def read(cls, command: Command, argv: Sequence[str] | None) -> "Given":
+        """Read a command line, that of the process if None, and the recipe that it names."""
+        argv = list(sys.argv[1:] if argv is None else argv)
+        chosen = _chosen(argv)
+        path = None if chosen.task and not chosen.recipe else recipe_file(chosen.recipe or command.recipe)
+        place = f"{path}: " if path is not None else ""
+        recipe = _read_recipe(path) if path is not None else {}
+        phases = recipe.pop(PHASES, None)
+        check_names(command, place, recipe, names_of(*command.types))
+        recipe = _filled(recipe)
+        options = _options_in(argv, _parser(command))
+        check_names(command, "--", options, command.reads | {"help", "recipe"})
+        task = chosen.task or recipe.get("task")
+        check_task(command, task, {place: recipe, "--": options})
+        objects = {name: getattr(chosen, name) for name in OBJECTS}
+        return cls(command, place, recipe, phases, argv, objects, task)
+
+    def parsed(self, changes: dict[str, Any] | None = None) -> tuple:
+        """One object of each of the command's types; `changes` override the recipe, and the command line both."""
+        changes = changes or {}
+        recipe = _filled(self.recipe | changes)
+        argv = [*_as_argv({name: value for name, value in recipe.items() if name not in OBJECTS}), *self.argv]
+        for name in OBJECTS:
+            of_recipe = [] if name in changes and changes[name] is None else [self.recipe.get(name)]
+            values = [*of_recipe, changes.get(name), *self.objects[name]]
+            given = [value for value in values if value is not None]
+            argv += [f"--{name}", json.dumps(_merged(name, given))] if given else []
+        *parsed, _, rest = _parser(self.command).parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+        if rest:
+            raise RecipeError(f"'{rest[0]}' does not belong to any option: write options as --name value.")
+        return tuple(parsed)
 
 
 def recipe_file(name: str) -> Path:
@@ -153,6 +194,11 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
+def _filled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without those that are left empty, which then have their defaults."""
+    return {name: value for name, value in arguments.items() if value is not None and value != []}
+
+
 def _as_argv(recipe: dict[str, Any]) -> list[str]:
     """The arguments of a recipe as options, so that both are checked alike; mappings become JSON."""
     argv = []
@@ -169,7 +215,7 @@ def _options_in(argv: Sequence[str], parser: _Parser) -> list[str]:
     return [actions[option].dest if option in actions else option[2:] for option in options]
 
 
-def _check_names(command: Command, place: str, names: Iterable[str], known: frozenset[str]) -> None:
+def check_names(command: Command, place: str, names: Iterable[str], known: frozenset[str]) -> None:
     """Refuse arguments that are not known to a command.
 
     Args:
@@ -186,12 +232,12 @@ def _check_names(command: Command, place: str, names: Iterable[str], known: froz
         raise RecipeError(f"{missing}{hint(name, command.reads)}.")
 
 
-def _check_task(command: Command, task: str | None, given: dict[str, Iterable[str]]) -> None:
+def check_task(command: Command, task: str | None, given: dict[str, Iterable[str]]) -> None:
     """Refuse a task that the command does not have, and arguments that its task ignores.
 
     Args:
         task: the name that recipe or command line give it; None for the default.
-        given: names of arguments by their place, see `_check_names`.
+        given: names of arguments by their place, see `check_names`.
 
     Raises:
         RecipeError: naming where the argument stands, and the tasks that read it.

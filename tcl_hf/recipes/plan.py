@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ..models.configuration_tcl import TCLConfig
 from ..training.planning import describe
 from .arguments import ModelArguments, RecipeError
+from .build import config_of_checkpoint
 from .command_line import command
 from .parsing import PLAN, parse_recipe
 
@@ -31,7 +32,7 @@ def planned_config(args: ModelArguments) -> TCLConfig:
     """
     try:
         if args.model is not None:
-            return TCLConfig.from_pretrained(args.model, image_size=args.image_size)
+            return config_of_checkpoint(args)
         text = {"vocab_size": args.vocab_size}
         if args.fusion_layer is not None:
             num_layers = args.fusion_layer + args.num_fusion_layers

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.pairs import captions_of
 from ..training.adapters import describe_lora
+from ..training.agreement import processes
 from .baselines import measure_baselines
 from .build import build_model, cut_off_tuning_data, load_pretraining_data
 from .command_line import command
-from .parsing import PRETRAIN, parse_recipe
+from .parsing import PRETRAIN
+from .phases import Phase, run_phases
 from .report import Run, write_pretraining_report
 from .results import evaluation_protocol
 from .starting import start_projections, with_kept_states
@@ -22,7 +23,12 @@ from .train import command_line, train_task
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Pre-train a model as the recipe and the command line say, and leave model, metrics, pictures and card."""
-    data_args, model_args, args = parse_recipe(PRETRAIN, argv)
+    run_phases(PRETRAIN, argv, lambda phase: _train(phase, command_line("pretrain", argv)))
+
+
+def _train(phase: Phase, started_by: str) -> None:
+    """Train a phase of a run, or the whole run; the last phase leaves the report."""
+    data_args, model_args, args = phase.arguments
     set_seed(args.seed)
     pairs: Any
     pairs, records = load_pretraining_data(data_args)
@@ -35,18 +41,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         pairs, records = with_kept_states(data_args, args, model, processor, pairs, records)
     if model_args.projection_start == "cca" and not args.resume:
         start_projections(data_args, args, model, processor, pairs)
-    metrics = train_task(data_args, args, model, processor, pairs, records, tuning=tuning)
-    if not PartialState().is_main_process:
+    metrics = train_task(data_args, args, model, processor, pairs, records, tuning=tuning, phase=phase)
+    if not phase.is_last or not processes().is_main_process:
         return
     if records:
         if args.average_weights:  # The pictures are those of the model that was saved.
             model = type(model).from_pretrained(args.output_dir).to(model.device)
         amount = "a stream of samples" if data_args.streaming else f"{len(pairs)} samples"
-        bases = [name for name in (model_args.model, model_args.vision_model, model_args.text_model) if name]
         protocol = evaluation_protocol(data_args, model.config, len(records))
         lora = {"lora": describe_lora(model), "lora_save": args.lora_save}
-        run = Run(data_args, amount, bases, command_line("pretrain", argv), Path(args.output_dir), protocol, **lora)
-        baselines = measure_baselines(data_args, model_args, *plain)
+        folder = Path(args.output_dir)
+        run = Run(data_args, amount, phase.base_models, started_by, folder, protocol, **lora, phase=phase)
+        baselines = measure_baselines(data_args, phase.start, *plain)
         num_tuning = len(tuning or ()) if data_args.rerank_weight is None else 0
         texts = data_args.free_texts
         print(write_pretraining_report(run, model, processor, records, metrics, baselines, num_tuning, texts))

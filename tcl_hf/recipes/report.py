@@ -19,6 +19,7 @@ from ..models.processing_tcl import TCLProcessor
 from ..sharing.cards import METHOD, Card, name_of_model
 from ..training.log import METRICS, read_metrics
 from .arguments import DataArguments
+from .phases import Phase
 from .tasks import TASKS
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Run:
         protocol: how its metrics were measured.
         lora: a sentence about its LoRA adapters, see `describe_lora`; empty if it has none.
         lora_save: how they are saved, "merged" or "adapter".
+        phase: its last phase; None in a run without phases.
     """
 
     data_args: DataArguments
@@ -54,6 +56,7 @@ class Run:
     protocol: EvaluationProtocol
     lora: str = ""
     lora_save: str = "merged"
+    phase: Phase | None = None
 
     def write_card(
         self, results: str, metrics: dict[str, float], pictures: list[tuple[str, str]], example: dict[str, Any] | None
@@ -64,22 +67,24 @@ class Run:
         names = [name_of_model(model) for model in self.base_models]
         start = f"It started from {', '.join(names)}." if names else "It was trained from scratch."
         data = f"{self.amount} of {', '.join(datasets)}"
+        phase = self.phase or Phase((self.data_args,))
         Card(
             name=self.output_dir.resolve().name,
             model_class=TASKS[task].model_class,
             task=task,
             result_type=TASKS[task].result_type,
-            datasets=datasets,
+            datasets=phase.dataset_names,
             summary=f"A model of {METHOD}, {training} by `tcl_hf` on {data}. {start}",
             results=results,
-            training=f"`{self.command}`; the losses and metrics of the run are in `{METRICS}`. {self.lora}".rstrip(),
+            training=f"`{self.command}`; the losses and metrics of the run are in `{METRICS}`. {self.lora}".rstrip()
+            + phase.history,
             metrics=metrics,
             protocol=self.protocol,
             base_models=self.base_models,
             pictures=pictures,
             example=example,
             tags=["lora"] if self.lora else [],
-            adapter_of=self.base_models[0] if self.lora and self.lora_save == "adapter" else None,
+            adapter_of=(phase.former or self.base_models[0]) if self.lora and self.lora_save == "adapter" else None,
         ).write(self.output_dir)
 
 

@@ -4,12 +4,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.kept_states import SamplesWithStates, keep_states
+from ..models.configuration_tcl import TCLConfig
 from ..models.processing_tcl import TCLProcessor
+from ..training.agreement import processes
 from ..training.alignment import align_projections
 from ..training.arguments import TCLTrainingArguments
 from .arguments import RecipeError, TrainingDataArguments
@@ -22,7 +23,27 @@ def in_precision_of(args: TCLTrainingArguments) -> AbstractContextManager:
     """Autocast to the precision that the arguments name; nothing if they name none."""
     if args.mixed_precision is None:
         return nullcontext()
-    return torch.autocast(PartialState().device.type, PRECISIONS[args.mixed_precision])
+    return torch.autocast(processes().device.type, PRECISIONS[args.mixed_precision])
+
+
+def check_kept_views(data_args: TrainingDataArguments, config: TCLConfig) -> None:
+    """Refuse `kept_views` that cannot be kept of a model with this config.
+
+    Raises:
+        RecipeError: if their number is negative, no vision layer is locked, or the samples are a stream.
+    """
+    kept_views = data_args.kept_views
+    if kept_views < 0:
+        raise RecipeError(f"kept_views={kept_views} is negative: name a number of views, or 0 to read pixels.")
+    if kept_views and config.lock_vision is False:
+        raise RecipeError(
+            f"kept_views={kept_views} keeps the states of locked layers, and lock_vision is false: set lock_vision in "
+            "the config, or kept_views to 0."
+        )
+    if kept_views and getattr(data_args, "streaming", False):
+        raise RecipeError(
+            "kept_views needs samples that can be read again, and a stream cannot: leave out one of both."
+        )
 
 
 def with_kept_states(
@@ -42,12 +63,8 @@ def with_kept_states(
         RecipeError: if no vision layer is locked, or the samples are a stream.
         DataError: if states cannot be made or written, see `keep_states`.
     """
-    config, state = model.config, PartialState()
-    if config.lock_vision is False:
-        raise RecipeError(
-            f"kept_views={data_args.kept_views} keeps the states of locked layers, and lock_vision is false: set "
-            "lock_vision in the config, or kept_views to 0."
-        )
+    state = processes()
+    check_kept_views(data_args, model.config)
     if not hasattr(samples, "select_columns") or not hasattr(samples, "__len__"):
         raise RecipeError(
             "kept_views needs samples that can be read again, and a stream cannot: leave out one of both."
@@ -93,7 +110,7 @@ def start_projections(
         RecipeError: if the samples are a stream.
         TrainingError: if there are too few of them.
     """
-    state = PartialState()
+    state = processes()
     if not hasattr(samples, "__len__"):
         raise RecipeError("projection_start=cca needs samples that can be read twice: leave it out for a stream.")
     with in_precision_of(args):

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ..models.processing_tcl import TCLProcessor
 from ..sharing.hub import BackgroundPush
+from ..training.agreement import processes
 from ..training.arguments import TCLTrainingArguments
 from ..training.loop import TrainingRun
 from .arguments import TrainingDataArguments
+from .phases import Phase
 from .tasks import TASKS, choose_rerank_weight_on
 
 
@@ -27,6 +28,7 @@ def train_task(
     records: Sequence[dict] | None,
     answers: list[str] | None = None,
     tuning: Sequence[dict] | None = None,
+    phase: Phase | None = None,
 ) -> dict[str, float]:
     """Train a model for a task, and save it with its processor, metrics and checkpoints.
 
@@ -36,16 +38,20 @@ def train_task(
         answers: the answers to choose from, for a task that chooses answers.
         tuning: the data on which every evaluation first chooses the weight of the combined score, unless the arguments
             give one; None for no choice.
+        phase: the phase of the run that is trained; None in a run without phases.
 
     Returns:
         The last line of `metrics.jsonl`.
 
     Raises:
+        RecipeError: if a phase after this one could not be trained.
         NonFiniteError, Preempted, CheckpointWriteError, TrainingError, DataError: as in `TrainingRun.train`.
     """
-    task = TASKS[data_args.task]
-    history = model.config.trained_on or []
-    model.config.trained_on = [*history, {"task": data_args.task, "data": data_args.dataset_names}]
+    task, phase = TASKS[data_args.task], phase or Phase((data_args, None, args))
+    phase.check_following(model)
+    history, step = model.config.trained_on or [], {"task": data_args.task, "data": data_args.dataset_names}
+    if phase.number == 1 or step not in history:
+        model.config.trained_on = [*history, step]
     collator = task.batches.collator(data_args, model.config, processor)
     if data_args.rerank_weight is not None:
         model.config.rerank_weight = data_args.rerank_weight
@@ -57,13 +63,14 @@ def train_task(
             model.config.rerank_weight = choose_rerank_weight_on(model, processor, tuning, data_args)
         return task.evaluate(model, processor, records, data_args, answers or []).metrics
 
-    pushes = args.push_to_hub and PartialState().is_main_process
+    pushes = args.push_to_hub and processes().is_main_process
     push = BackgroundPush(str(args.hub_model_id)) if pushes else None
     evaluation = evaluate if records else None
-    metrics = TrainingRun(model, samples, collator, processor, args, evaluation, push_checkpoint=push).train()
+    run = TrainingRun(model, samples, collator, processor, args, evaluation, push, phase.stop_signal, not phase.is_last)
+    metrics = run.train()
     # The last model is saved before its evaluation. The best one is saved after its own, with the weight chosen there.
     is_outdated = chooses_weight and "rerank_weight" in metrics and not args.metric_for_best_model
-    if is_outdated and PartialState().is_main_process:
+    if is_outdated and processes().is_main_process:
         write_rerank_weight(Path(args.output_dir), metrics["rerank_weight"])
     return metrics
 

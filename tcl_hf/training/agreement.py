@@ -4,8 +4,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from ..models.distributed import is_distributed
+
+
+def processes() -> PartialState:
+    """The processes that the launcher has started.
+
+    Called alone, `PartialState()` leaves it to Accelerate's other classes to see that they run on CPUs, and takes each
+    process for the only one.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 class Agreement:

@@ -26,7 +26,7 @@ from .adapters import add_lora, save_adapted
 from .agreement import Agreement
 from .allocation import keep_freed_memory
 from .arguments import TCLTrainingArguments, TrainingError
-from .optimization import parameter_groups, split_by_rate
+from .optimization import trained_groups
 
 SHARDED_LAYERS = (TCLVisionLayer, TCLTextLayer)
 
@@ -71,7 +71,8 @@ class Engine:
         """Make the optimizer of a model, and fit both to the launcher; `model` stays usable under its own name.
 
         Raises:
-            TrainingError: if the arguments ask for a part or a teacher that the model does not have.
+            TrainingError: if nothing is trained, or the arguments ask for a part or a teacher that the model does not
+                have.
         """
         args = self.args
         if args.lora is not None:
@@ -84,8 +85,7 @@ class Engine:
             self._check_average(model)
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        groups = parameter_groups(model, args.weight_decay, args.decay_rule)
-        groups, self.rate_factors = split_by_rate(groups, model, args)
+        groups, self.rate_factors = trained_groups(model, args)
         optimizer = torch.optim.AdamW(
             groups,
             lr=args.learning_rate,

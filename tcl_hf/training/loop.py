@@ -6,7 +6,7 @@ the model (`models/modeling_tcl.py`).
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,6 +56,8 @@ class TrainingRun:
         processor: saved beside the model.
         evaluator: called with the model every `eval_steps` and at the end, by every process; returns metrics by name.
         push_checkpoint: takes every checkpoint that is written; only the main process needs one.
+        stop_signal: notes whether the run was asked to stop. At its end, it may have been too late to do so.
+        is_followed: whether the same processes train another run afterwards.
     """
 
     model: PreTrainedModel
@@ -65,6 +67,8 @@ class TrainingRun:
     args: TCLTrainingArguments
     evaluator: Evaluator | None = None
     push_checkpoint: CheckpointPusher | None = None
+    stop_signal: StopSignal = field(default_factory=StopSignal)
+    is_followed: bool = False
 
     def train(self) -> dict[str, float]:
         """Train to the end, and return the last line of `metrics.jsonl`.
@@ -78,7 +82,7 @@ class TrainingRun:
         """
         self.output_dir = Path(self.args.output_dir)
         self.skipped = SkippedSamples(self.output_dir / SKIPPED, self.args.max_bad_share)
-        with StopSignal() as self.stop_signal, self.skipped.naming_dead_workers():
+        with self.stop_signal, self.skipped.naming_dead_workers():
             self.prepare()
             while not self.is_done:
                 self.train_epoch()
@@ -132,8 +136,10 @@ class TrainingRun:
         """Go on from the newest checkpoint that is whole."""
         checkpoint = newest_whole_checkpoint(self.output_dir)
         if checkpoint is None:
+            is_damaged = newest_checkpoint(self.output_dir) is not None
+            remedy = "remove this folder, and start the run again" if is_damaged else "leave out --resume"
             raise TrainingError(
-                f"There is no whole checkpoint to resume from in {self.output_dir / CHECKPOINTS}: leave out --resume."
+                f"There is no whole checkpoint to resume from in {self.output_dir / CHECKPOINTS}: {remedy}."
             )
         writers = read_manifest(checkpoint)["num_processes"]
         if writers != self.accelerator.num_processes:
@@ -301,4 +307,8 @@ class TrainingRun:
         self.bar.close()
         if self.push_checkpoint:
             self.push_checkpoint.finish()
-        self.accelerator.end_training()
+        if self.is_followed:  # `end_training` would also end the communication of the processes.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        else:
+            self.accelerator.end_training()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -109,6 +110,35 @@ def split_by_rate(groups: list[dict], model: nn.Module, args: TCLTrainingArgumen
             share = args.part_rates[part] / args.learning_rate if part else 1.0
             factors.append(share * args.layer_decay**layers_above)
     return split, factors
+
+
+def trained_groups(model: nn.Module, args: TCLTrainingArguments) -> tuple[list[dict], list[float]]:
+    """The optimizer's groups of a model's trained parameters, and the factor of the learning rate of each.
+
+    Raises:
+        TrainingError: if nothing is trained, or for the rate of a part that the model does not have or does not train.
+    """
+    check_something_is_trained(model)
+    return split_by_rate(parameter_groups(model, args.weight_decay, args.decay_rule), model, args)
+
+
+def check_something_is_trained(model: nn.Module) -> None:
+    """Refuse a model without an objective, or all of whose parameters are locked or serve no objective.
+
+    Raises:
+        TrainingError: naming the weights that are 0 and the locks.
+    """
+    config: Any = getattr(model, "config", None)
+    weights = [loss.replace("loss_", "") + "_weight" for loss in getattr(model, "loss_names", ())[1:]]
+    without_objective = bool(weights) and not any(getattr(config, name) for name in weights)
+    if not without_objective and any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    locks = [f"{name}={lock}" for name in ("lock_vision", "lock_text") if (lock := getattr(config, name, False))]
+    reasons = [f"{', '.join(weights)} are 0"] * without_objective + [f"the locks are {', '.join(locks)}"] * bool(locks)
+    raise TrainingError(
+        f"Nothing is trained: {' and '.join(reasons) or 'no parameter requires a gradient'}; give an objective a "
+        "weight above 0, or unlock an encoder, in the config."
+    )
 
 
 def learning_rate(args: TCLTrainingArguments, step: int, epoch: int, num_steps: int) -> float:

@@ -152,6 +152,11 @@ class SamplesWithStates:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[row] for row in range(len(self)))
 
+    def select(self, rows: Sequence[int]) -> "SamplesWithStates":
+        """Some of the records, with the states of their images."""
+        images = [self.kept.image_of_row[row] for row in rows]
+        return SamplesWithStates(self.dataset.select(rows), KeptStates(self.kept.folder, self.kept.plan, images))
+
     def __getattr__(self, name: str) -> Any:
         if name in ("dataset", "kept"):  # They are not there yet while a copy is unpickled.
             raise AttributeError(name)

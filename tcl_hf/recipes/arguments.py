@@ -91,7 +91,9 @@ class PretrainingDataArguments(TrainingDataArguments):
     )
     baselines: bool = option(True, "Measure baselines for the report: linear maps of pixels and of frozen features.")
     baseline_samples: int = option(30000, "Fit the baselines on frozen features to at most this many samples.")
-    free_texts: list[str] = option([], "Texts for which the report shows the pictures that the model finds.")
+    free_texts: list[str] = option(
+        [], "Texts for which the report shows the pictures that the model finds, those of training among them."
+    )
     eval_captions: int | None = field(default=1, init=False)
 
     def __post_init__(self):
@@ -189,6 +191,9 @@ class ModelArguments(CheckpointArguments):
             "help": "random: new projections; cca: in closed form, from correlations of the encoders' states.",
             "choices": ["random", "cca"],
         },
+    )
+    projection_ridge: float = option(
+        0.1, "With cca, the number added to the variance of each standardised dimension: more for fewer samples."
     )
     image_mean: list[float] | None = option(None, "Mean of the images by channel; that of the vision encoder if None.")
     image_std: list[float] | None = option(None, "Standard deviation by channel; that of the vision encoder if None.")

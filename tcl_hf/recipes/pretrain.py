@@ -29,11 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if records:  # the settings are chosen by evaluations
         pairs, tuning = cut_off_tuning_data(data_args, pairs)
     model, processor = build_model(model_args, captions_of(pairs))
-    plain: Any = (pairs, records)  # without kept states, which are those of locked layers only
     if data_args.kept_views:
-        pairs, records = with_kept_states(data_args, args, model, processor, pairs, records)
+        pairs, records, tuning = with_kept_states(data_args, args, model, processor, pairs, records, tuning)
     if model_args.projection_start == "cca" and not args.resume:
-        start_projections(data_args, args, model, processor, pairs)
+        start_projections(data_args, args, model, processor, pairs, model_args.projection_ridge)
     metrics = train_task(data_args, args, model, processor, pairs, records, tuning=tuning)
     if not PartialState().is_main_process:
         return
@@ -44,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         bases = [name for name in (model_args.model, model_args.vision_model, model_args.text_model) if name]
         protocol = evaluation_protocol(data_args, model.config, len(records))
         run = Run(data_args, amount, bases, command_line("pretrain", argv), Path(args.output_dir), protocol)
-        baselines = measure_baselines(data_args, model_args, *plain)
+        baselines = measure_baselines(data_args, model_args, args, pairs, records)
         num_tuning = len(tuning or ()) if data_args.rerank_weight is None else 0
-        texts = data_args.free_texts
-        print(write_pretraining_report(run, model, processor, records, metrics, baselines, num_tuning, texts))
+        texts, others = data_args.free_texts, [tuning or [], [] if data_args.streaming else pairs]
+        print(write_pretraining_report(run, model, processor, records, metrics, baselines, num_tuning, texts, others))
     print(f"Model, processor, metrics and card are in {args.output_dir}")
 
 

@@ -31,12 +31,15 @@ def with_kept_states(
     model: PreTrainedModel,
     processor: TCLProcessor,
     samples: Any,
-    records: Any,
-) -> tuple[Any, Any]:
+    *evaluated: Any,
+) -> tuple[Any, ...]:
     """The samples to train on with the states of their views, and the records to evaluate on with theirs.
 
     States that are not on disk yet are made, in the precision of the run. Records of tasks that need the pixels of
     their images stay as they are.
+
+    Args:
+        evaluated: data sets of records to evaluate on; one that is None stays None.
 
     Raises:
         RecipeError: if no vision layer is locked, or the samples are a stream.
@@ -75,9 +78,9 @@ def with_kept_states(
         )
 
     samples = keep(samples, data_args.kept_views)
-    if records is not None and TASKS[data_args.task].evaluates_states:
-        records = keep(records, 0)
-    return samples, records
+    if TASKS[data_args.task].evaluates_states:
+        evaluated = tuple(records if records is None else keep(records, 0) for records in evaluated)
+    return samples, *evaluated
 
 
 def start_projections(
@@ -86,8 +89,12 @@ def start_projections(
     model: PreTrainedModel,
     processor: TCLProcessor,
     samples: Any,
+    ridge: float = 0.1,
 ) -> None:
     """Start the projections in closed form from the samples.
+
+    Args:
+        ridge: as in `correlated_maps`.
 
     Raises:
         RecipeError: if the samples are a stream.
@@ -101,6 +108,7 @@ def start_projections(
             model.to(state.device),
             processor,
             samples,
+            ridge=ridge,
             max_tokens=data_args.max_tokens,
             batch_size=data_args.per_device_eval_batch_size,
             progress=state.is_main_process,

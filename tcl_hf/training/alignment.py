@@ -90,6 +90,7 @@ def align_projections(
     processor: TCLProcessor,
     samples: Any,
     *,
+    ridge: float = 0.1,
     max_tokens: int = MAX_TOKENS,
     batch_size: int = 64,
     progress: bool = True,
@@ -99,6 +100,7 @@ def align_projections(
     Args:
         samples: map-style records. The augmented views are used where states are kept of them, else the image as it is
             evaluated. At most `MAX_SAMPLES` records, spread evenly, are read, with all their captions.
+        ridge: as in `correlated_maps`.
         max_tokens: longest text, [CLS] included.
         batch_size: images or texts in a forward pass.
         progress: show a progress bar.
@@ -117,7 +119,7 @@ def align_projections(
             f"projection_start=cca needs pairs to start the projections from, and {len(images)} of {len(rows)} samples "
             "can be used: name more data, or set projection_start to random."
         )
-    image_map, text_map = correlated_maps(images, texts, tcl.config.projection_dim)
+    image_map, text_map = correlated_maps(images, texts, tcl.config.projection_dim, ridge)
     for owner in [tcl] if model.teacher is None else [tcl, model.teacher.tcl]:
         image_map.set(owner.visual_projection)
         text_map.set(owner.text_projection)

@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--create-pr", action="store_true", help="open a pull request")
     parser.add_argument("--commit-message", help="title of the commit; made from the folder's name if not given")
     parser.add_argument("--max-shard-size", default="5GB", help="limit of the size of a file of weights")
+    parser.add_argument("--base-model", help="for LoRA adapters: the repository of the model that they belong to")
     parser.add_argument("--token", help="token; the one saved by `hf auth login` if not given")
     args = parser.parse_args(argv)
     commit = push(**vars(args))

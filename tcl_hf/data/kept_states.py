@@ -42,7 +42,7 @@ Encode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StatesPlan:
-    """What is kept: its size, and a fingerprint of everything that the states depend on.
+    """The size of kept states, and a fingerprint of everything that they depend on.
 
     Args:
         fingerprint: a hash of the locked weights, the views, and the images.

@@ -170,8 +170,8 @@ def _images_or_states(processor: TCLProcessor, records: list[dict]) -> Tensor:
 
 
 def can_match(config: TCLConfig) -> bool:
-    """Whether a model can score pairs by matching: it has fusion layers, or matching is one of its objectives."""
-    return bool(config.itm_weight or config.text_config.num_fusion_layers)
+    """Whether a model scores pairs by matching, which is one of its objectives."""
+    return bool(config.itm_weight)
 
 
 @torch.no_grad()

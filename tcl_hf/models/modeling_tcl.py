@@ -284,6 +284,8 @@ class TCLTaughtModel(StartsFromEncoders, TCLPreTrainedModel):
         super().tie_weights(missing_keys, recompute_mapping)
         for part in [*self.idle_parts(), *map(self.get_submodule, self.tcl.locked_parts("tcl."))]:
             part.requires_grad_(False)  # A trained parameter that never gets a gradient would stop a distributed run.
+        if missing_keys is not None:
+            self.new_weights = frozenset(key for key in missing_keys if not key.startswith(("teacher.", "queue.")))
         if self.teacher is None:
             return
         missing_from_teacher = sorted(key for key in missing_keys or () if key.startswith("teacher."))

@@ -142,10 +142,24 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     for name, layer in module.named_modules():
         if hasattr(layer, "get_base_layer"):
-            merged = copy.deepcopy(layer)  # a copy, because adapters are merged in place
-            merged.merge()
-            weights |= {f"{name}.{part}": weight for part, weight in merged.get_base_layer().named_parameters()}
+            weights |= {f"{name}.{part}": weight for part, weight in _merged_weights(layer).items()}
     return weights
+
+
+def _merged_weights(layer: Any) -> dict[str, Tensor]:
+    """The parameters that a layer with PEFT's adapters amounts to; the layer stays as it is."""
+    base = layer.get_base_layer()
+    weights: dict[str, Tensor] = dict(base.named_parameters())
+    is_plain_lora = hasattr(layer, "lora_variant") and not layer.lora_variant and not any(layer.lora_bias.values())
+    if is_plain_lora and isinstance(base, nn.Linear):
+        for name in layer.active_adapters:
+            if name in layer.lora_A and name not in layer.merged_adapters:
+                a, b = (factors[name].weight.to(base.weight.dtype) for factors in (layer.lora_A, layer.lora_B))
+                weights["weight"] = torch.addmm(weights["weight"], b, a, alpha=layer.scaling[name])
+        return weights
+    merged = copy.deepcopy(layer)  # a copy, because adapters are merged in place
+    merged.merge()
+    return dict(merged.get_base_layer().named_parameters())
 
 
 class FeatureQueue(nn.Module):

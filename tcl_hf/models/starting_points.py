@@ -347,6 +347,8 @@ def _as_renames(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]:
 class StartsFromEncoders:
     """A new TCL from two encoders that were trained separately."""
 
+    new_weights: frozenset[str] = frozenset()  # names of the parameters that the model's starting point lacked
+
     @classmethod
     def from_vision_text_pretrained(
         cls,
@@ -389,13 +391,19 @@ class StartsFromEncoders:
         text_fields = (text.config if text else {}) | (text_config or {})
         model = cls(TCLConfig(vision_config=vision_fields, text_config=text_fields, **fields))  # type: ignore[call-arg]
         tcl = model.base_model  # type: ignore[attr-defined]
+        started: set[int] = set()  # weights that come from one of the encoders
         for part, encoder in ((vision, tcl.vision_model), (text, tcl.text_model)):
             if part is not None:
                 result = encoder.load_state_dict(part.state_dict, strict=False)
                 if result.unexpected_keys:
                     raise ValueError(f"The model has no place for {', '.join(result.unexpected_keys[:5])}.")
+                started |= {id(encoder.get_parameter(name)) for name in part.state_dict}
         if text is not None and text.lm_head and hasattr(model, "lm_head"):
             model.lm_head.load_state_dict(text.lm_head)
+            started |= {id(weight) for weight in model.lm_head.parameters()}
+        weights = model.named_parameters()  # type: ignore[attr-defined]
+        is_new = ((name, id(weight) not in started) for name, weight in weights if not name.startswith("teacher."))
+        model.new_weights = frozenset(name for name, new in is_new if new)
         if getattr(model, "teacher", None) is not None:
             model.teacher.copy_from(model)  # type: ignore[attr-defined]
         return model

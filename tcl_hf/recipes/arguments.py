@@ -94,7 +94,7 @@ class PretrainingDataArguments(TrainingDataArguments):
     free_texts: list[str] = option(
         [], "Texts for which the report shows the pictures that the model finds, those of training among them."
     )
-    eval_captions: int | None = field(default=1, init=False)
+    eval_captions: int | None = option(1, "Number of captions of each image to retrieve.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -206,8 +206,11 @@ def name_of(sources: Sequence[str]) -> str:
     return "_".join(word for word in words if word) or stem
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """The object that `--config` holds as JSON.
+OBJECTS = {"config": "TCLConfig", "lora": "LoRA"}  # arguments that are objects, and what their fields belong to
+
+
+def json_object(text: str, name: str = "config") -> dict[str, Any]:
+    """The object that an argument, one of `OBJECTS`, holds as JSON.
 
     Raises:
         RecipeError: if it is not one.
@@ -215,7 +218,7 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RecipeError(f"--config is not JSON: {error}.") from error
+        raise RecipeError(f"--{name} is not JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise RecipeError(f"--config is not an object, but {text}: give fields of TCLConfig by name.")
+        raise RecipeError(f"--{name} is not an object, but {text}: give fields of {OBJECTS[name]} by name.")
     return value

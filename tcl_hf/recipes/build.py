@@ -19,13 +19,13 @@ from ..data.images import why_unusable
 from ..data.pairs import DataError
 from ..data.streams import MixedStreams
 from ..data.tokenizer import train_tokenizer
-from ..models.configuration_tcl import TCLConfig
 from ..models.encoders import TCLPreTrainedModel
 from ..models.image_processing_tcl import TCLImageProcessorPil
 from ..models.modeling_tcl import TCLForPreTraining
 from ..models.processing_tcl import TCLProcessor
 from ..models.starting_points import read_text_encoder, read_vision_encoder
 from ..models.tokenization_tcl import TCLTokenizer, clean_caption, clean_question
+from ..training.adapters import config_of, open_checkpoint
 from .arguments import (
     CheckpointArguments,
     DataArguments,
@@ -178,14 +178,17 @@ def add_words(model: PreTrainedModel, processor: TCLProcessor, records: Dataset)
     unknown = processor.tokenizer.unk_token
     new = sorted(word for word, parts in pieces.items() if len(parts) != 1 or parts[0] == unknown)
     processor.tokenizer.add_tokens([AddedToken(word, single_word=True) for word in new])
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=False)
+    resized = (name for name, parameter in model.named_parameters() if shapes[name] != parameter.shape)
+    model.new_weights = model.new_weights.union(resized)
     return new
 
 
 def open_model(
     args: CheckpointArguments, model_class: type[TCLPreTrainedModel], to_train: bool = True
 ) -> tuple[Any, TCLProcessor]:
-    """Open a TCL checkpoint as a head of `model_class`, with its processor.
+    """Open a TCL checkpoint, or LoRA adapters of one, as a head of `model_class`, with its processor.
 
     The checkpoint keeps the sizes of its encoders; `config` overrides its other fields, and `image_size` the size of
     images.
@@ -203,7 +206,7 @@ def open_model(
         fields = {name: value for name, value in args.config_fields.items() if name not in _SIZES}
         # A checkpoint for inference has no teacher; training needs one, and evaluation does not.
         fields["use_momentum_teacher"] = to_train and fields.get("use_momentum_teacher", True)
-        config = TCLConfig.from_pretrained(args.model, image_size=args.image_size, **fields)
+        config = config_of(args.model, image_size=args.image_size, **fields)
         for part in ("vision_config", "text_config"):
             for name, value in args.config_fields.get(part, {}).items():
                 if name in _DROPOUT:
@@ -211,7 +214,7 @@ def open_model(
         config.text_config.bos_token_id = processor.tokenizer.cls_token_id
         config.text_config.eos_token_id = processor.tokenizer.sep_token_id
         processor.image_size = config.vision_config.image_size
-        return model_class.from_pretrained(args.model, config=config), processor
+        return open_checkpoint(args.model, model_class, config), processor
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise RecipeError(f"{args.model} cannot be opened: {error}") from error
 

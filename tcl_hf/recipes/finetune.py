@@ -8,6 +8,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.sampling import SharedImages
+from ..training.adapters import describe_lora
 from .arguments import RecipeError
 from .build import ANSWERS, add_words, candidate_answers, load_evaluation_data, load_split, open_model
 from .command_line import command
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if PartialState().is_main_process:
         protocol = evaluation_protocol(data_args, model.config, len(records or ()))
         amount, started_by = f"{len(samples)} samples", command_line("finetune", argv)
-        run = Run(data_args, amount, [checkpoint_args.model], started_by, output_dir, protocol)
+        lora = {"lora": describe_lora(model), "lora_save": args.lora_save}
+        run = Run(data_args, amount, [checkpoint_args.model], started_by, output_dir, protocol, **lora)
         print(write_finetuning_report(run, metrics, args.metric_for_best_model, records))
         print(f"Model, processor, metrics and card are in {output_dir}")
 

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import fields
 
 from ..models.configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig
+from ..training.arguments import LORA_FIELDS
 
 # Names of an argument elsewhere: in transformers and its example scripts, in the original code, in former versions of
 # this package, and in short. Arguments whose other names are all like them are left out, see `did_you_mean`.
@@ -44,6 +45,7 @@ OTHER_NAMES = {
     "metric_for_best_model": "load_best_model_at_end keep_best",
     "average_weights": "ema use_ema model_ema",
     "save_total_limit": "keep_checkpoints",
+    "lora": "use_lora use_peft peft_config lora_config adapter",
     "resume": "resume_from_checkpoint",
     "hub_model_id": "push_to_hub_model_id push_checkpoints_to",
     "results": "output",
@@ -74,6 +76,8 @@ def hint(name: str, known: Collection[str]) -> str:
     places = [place for place, names in CONFIG_FIELDS.items() if name in names]
     if places and "config" in known:
         return f" (it is a field of the model: set it in {' or '.join(places)})"
+    if name in LORA_FIELDS and "lora" in known:
+        return " (it is a field of LoRA: set it in lora)"
     return did_you_mean(name, known)
 
 

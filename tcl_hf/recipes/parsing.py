@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 from ..training.arguments import TCLTrainingArguments
 from ..training.planning import PlanArguments
 from .arguments import (
+    OBJECTS,
     CheckpointArguments,
     EvaluationArguments,
     FinetuningDataArguments,
@@ -73,7 +74,7 @@ COMMANDS = (PRETRAIN, FINETUNE, EVALUATE, PLAN)
 def parse_recipe(command: Command, argv: Sequence[str] | None = None) -> tuple:
     """Parse a recipe and the command line over it: `--recipe NAME_OR_FILE --name value ...`.
 
-    `--config` changes the fields it names and leaves the recipe's others.
+    `--config` and `--lora` change the fields they name and leave the recipe's others.
 
     Args:
         argv: the command line; that of the process if None.
@@ -95,8 +96,11 @@ def parse_recipe(command: Command, argv: Sequence[str] | None = None) -> tuple:
     options = _options_in(argv, parser)
     _check_names(command, "--", options, command.reads | {"help", "recipe"})
     _check_task(command, chosen.task or recipe.get("task"), {f"{path}: ": recipe, "--": options})
-    configs = [recipe.pop("config", {}), *chosen.config]
-    argv = [*_as_argv(recipe), *argv, "--config", json.dumps(_merged(configs))]
+    objects = [(name, [recipe.pop(name, None), *getattr(chosen, name)]) for name in OBJECTS]
+    argv = [*_as_argv(recipe), *argv]
+    for name, values in objects:
+        given = [value for value in values if value is not None]
+        argv += [f"--{name}", json.dumps(_merged(name, given))] if given else []
     *parsed, _, rest = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if rest:
         raise RecipeError(f"'{rest[0]}' does not belong to any option: write options as --name value.")
@@ -126,11 +130,12 @@ def _parser(command: Command) -> _Parser:
 
 
 def _chosen(argv: Sequence[str]) -> argparse.Namespace:
-    """The recipe, the task and the configs that a command line names."""
+    """The recipe, the task and the objects that a command line names."""
     parser = _Parser((), add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
     parser.add_argument("--task")
-    parser.add_argument("--config", action="append", default=[])
+    for name in OBJECTS:
+        parser.add_argument(f"--{name}", action="append", default=[])
     return parser.parse_known_args(argv)[0]
 
 
@@ -206,11 +211,11 @@ def _listed(names: Iterable[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _merged(configs: Iterable[Any]) -> dict[str, Any]:
-    """Configs, each an object or JSON, in one; a later one overrides fields of an earlier one."""
+def _merged(argument: str, objects: Iterable[Any]) -> dict[str, Any]:
+    """The values of an argument, each an object or JSON, in one; a later one overrides fields of an earlier one."""
     merged: dict[str, Any] = {}
-    for config in configs:
-        for name, value in (config if isinstance(config, dict) else json_object(str(config))).items():
+    for one in objects:
+        for name, value in (one if isinstance(one, dict) else json_object(str(one), argument)).items():
             are_parts = isinstance(value, dict) and isinstance(merged.get(name), dict)
             merged[name] = merged[name] | value if are_parts else value
     return merged

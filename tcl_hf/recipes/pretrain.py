@@ -8,6 +8,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.pairs import captions_of
+from ..training.adapters import describe_lora
 from .baselines import measure_baselines
 from .build import build_model, cut_off_tuning_data, load_pretraining_data
 from .command_line import command
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         amount = "a stream of samples" if data_args.streaming else f"{len(pairs)} samples"
         bases = [name for name in (model_args.model, model_args.vision_model, model_args.text_model) if name]
         protocol = evaluation_protocol(data_args, model.config, len(records))
-        run = Run(data_args, amount, bases, command_line("pretrain", argv), Path(args.output_dir), protocol)
+        lora = {"lora": describe_lora(model), "lora_save": args.lora_save}
+        run = Run(data_args, amount, bases, command_line("pretrain", argv), Path(args.output_dir), protocol, **lora)
         baselines = measure_baselines(data_args, model_args, args, pairs, records)
         num_tuning = len(tuning or ()) if data_args.rerank_weight is None else 0
         texts, others = data_args.free_texts, [tuning or [], [] if data_args.streaming else pairs]

@@ -44,6 +44,8 @@ class Run:
         command: the command line that started the run.
         output_dir: the run's folder, which gives the model its name.
         protocol: how its metrics were measured.
+        lora: a sentence about its LoRA adapters, see `describe_lora`; empty if it has none.
+        lora_save: how they are saved, "merged" or "adapter".
     """
 
     data_args: DataArguments
@@ -52,6 +54,8 @@ class Run:
     command: str
     output_dir: Path
     protocol: EvaluationProtocol
+    lora: str = ""
+    lora_save: str = "merged"
 
     def write_card(
         self, results: str, metrics: dict[str, float], pictures: list[tuple[str, str]], example: dict[str, Any] | None
@@ -70,12 +74,14 @@ class Run:
             datasets=datasets,
             summary=f"A model of {METHOD}, {training} by `tcl_hf` on {data}. {start}",
             results=results,
-            training=f"`{self.command}`; the losses and metrics of the run are in `{METRICS}`.",
+            training=f"`{self.command}`; the losses and metrics of the run are in `{METRICS}`. {self.lora}".rstrip(),
             metrics=metrics,
             protocol=self.protocol,
             base_models=self.base_models,
             pictures=pictures,
             example=example,
+            tags=["lora"] if self.lora else [],
+            adapter_of=self.base_models[0] if self.lora and self.lora_save == "adapter" else None,
         ).write(self.output_dir)
 
 

@@ -194,7 +194,7 @@ TASKS = {
         batches=PairBatches(mask_words=True),
         result_type="image-text-retrieval",
         evaluate=_evaluate_retrieval,
-        evaluation_options=_OF_RETRIEVAL,
+        evaluation_options=(*_OF_RETRIEVAL, "eval_captions"),
         is_downstream=False,
         evaluates_states=True,
     ),

@@ -37,6 +37,7 @@ _LIMITS_OF_OTHERS = """\
 This model is meant for research. It has learned any bias of its pictures and texts, and was not tested here for
 decisions about people. Its licence is set by those who trained it."""
 
+_ADAPTER_TAG = "base_model:adapter:"
 _EMBEDDED = ("openmoji", "scenes")  # data made of OpenMoji pictures: a model of them takes over their licence
 
 
@@ -58,6 +59,9 @@ class Card:
         base_models: the models it started from: names on the Hub, folders, or encoders of packages (`package:NAME`).
         pictures: files beside the card, each with its caption.
         example: a record of data, whose image the widget shows.
+        tags: further tags.
+        adapter_of: the model that the folder's adapters belong to, as a name on the Hub or a folder; None for a whole
+            model.
         limits: a text in Markdown about the intended use.
     """
 
@@ -74,6 +78,8 @@ class Card:
     base_models: Sequence[str] = ()
     pictures: Sequence[tuple[str, str]] = ()
     example: dict[str, Any] | None = None
+    tags: Sequence[str] = ()
+    adapter_of: str | None = None
     limits: str = LIMITS
 
     def write(self, folder: Path) -> ModelCard:
@@ -84,7 +90,7 @@ class Card:
             license="cc-by-sa-4.0" if has_emojis else None,
             library_name="transformers",
             pipeline_tag=self.model_class.pipeline_tag,
-            tags=["tcl", "vision-language", self.task.replace("_", "-"), PAPER],
+            tags=["tcl", "vision-language", self.task.replace("_", "-"), PAPER, *self.tags],
             datasets=list(self.datasets) or None,
             base_model=[name_of_model(model) for model in self.base_models] or None,
             model_name=self.name,
@@ -100,6 +106,8 @@ class Card:
             sources=[encoder.credits for model in self.base_models if (encoder := find_embedded(model))],
             citation=CITATION,
         )
+        if self.adapter_of is not None:
+            mark_as_adapter(card, name_of_model(self.adapter_of))
         card.save(folder / CARD)
         return card
 
@@ -112,6 +120,15 @@ class Card:
         text_field = "text" if pipeline_tag == "visual-question-answering" else "candidate_labels"
         text = self.example.get("question") or ", ".join(self.example["captions"])
         return [{"src": EXAMPLE, text_field: text}]
+
+
+def mark_as_adapter(card: ModelCard, base_model: str) -> None:
+    """Set the metadata by which the Hub knows adapters and the model that they belong to, as PEFT sets them."""
+    data: Any = card.data
+    kept = [tag for tag in data.tags or [] if not tag.startswith(_ADAPTER_TAG)]
+    data.library_name = "peft"
+    data.base_model, data.base_model_relation = base_model, "adapter"
+    data.tags = [*dict.fromkeys([*kept, "lora", "transformers"]), f"{_ADAPTER_TAG}{base_model}"]
 
 
 def name_of_model(model: str) -> str:
@@ -172,7 +189,11 @@ def add_results(folder: Path, result_type: str, metrics: dict[str, float], proto
 
 
 def plain_card(
-    name: str, model_class: type[TCLPreTrainedModel], trained_on: Sequence[dict[str, Any]] | None, origin: str = ""
+    name: str,
+    model_class: type[TCLPreTrainedModel],
+    trained_on: Sequence[dict[str, Any]] | None,
+    origin: str = "",
+    adapter_of: str | None = None,
 ) -> Card:
     """Return the card of a folder in which no run of ours wrote one, such as a converted one.
 
@@ -180,6 +201,7 @@ def plain_card(
         model_class: the class that wrote the folder.
         trained_on: the field of the model's config.
         origin: a sentence about where the model came from.
+        adapter_of: see `Card`.
     """
     datasets = list(dict.fromkeys(data for step in trained_on or () for data in step["data"]))
     learned = f" It has learned from {', '.join(datasets)}." if datasets else ""
@@ -192,5 +214,6 @@ def plain_card(
         summary=f"A model of {METHOD}. {origin}{learned}".strip(),
         results="Nothing was measured here. `scripts/evaluate.py` measures it and adds the results to this card.",
         training="How the model was trained is not recorded here.",
+        adapter_of=adapter_of,
         limits=_LIMITS_OF_OTHERS,
     )

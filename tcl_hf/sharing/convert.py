@@ -290,15 +290,24 @@ def open_saved(folder: str | os.PathLike, **fields) -> TCLPreTrainedModel:
     """
     try:
         config = TCLConfig.from_pretrained(folder, **fields)
-        written_by = (config.architectures or ["?"])[0]
-        known: list[type[TCLPreTrainedModel]] = [TCLModel, TCLForMaskedLM]
-        known += [model_class for kind in KINDS.values() for model_class in kind.model_classes]
-        classes = {model_class.__name__: model_class for model_class in known}
-        if written_by not in classes:
-            raise CheckpointError(f"it holds a '{written_by}', which is not one of {', '.join(classes)}")
-        return classes[written_by].from_pretrained(folder, config=config)
+        return class_of(config).from_pretrained(folder, config=config)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be opened: {error}") from error
+
+
+def class_of(config: TCLConfig) -> type[TCLPreTrainedModel]:
+    """The class of ours that wrote a config.
+
+    Raises:
+        CheckpointError: if it is none of ours.
+    """
+    written_by = (config.architectures or ["?"])[0]
+    known: list[type[TCLPreTrainedModel]] = [TCLModel, TCLForMaskedLM]
+    known += [model_class for kind in KINDS.values() for model_class in kind.model_classes]
+    classes = {model_class.__name__: model_class for model_class in known}
+    if written_by not in classes:
+        raise CheckpointError(f"it holds a '{written_by}', which is not one of {', '.join(classes)}")
+    return classes[written_by]
 
 
 def write_original(folder: str | os.PathLike, file: str | os.PathLike) -> int:

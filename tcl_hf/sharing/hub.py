@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import CommitInfo, HfApi, snapshot_download
+from huggingface_hub import CommitInfo, HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -23,18 +23,23 @@ from huggingface_hub.errors import (
 )
 
 from .. import models
-from ..models.checksums import verify_checksums
+from ..models.checksums import verify_checksums, write_checksums
 from ..models.encoders import TCLPreTrainedModel
 from ..models.processing_tcl import TCLProcessor
+from ..training.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, config_of
 from ..training.checkpoints import CHECKPOINTS, newest_checkpoint
-from .cards import CARD, EXAMPLE, plain_card
-from .convert import open_saved
+from .cards import CARD, EXAMPLE, mark_as_adapter, plain_card
+from .convert import class_of, open_saved
 from .original_files import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 # The files beside the weights that are shared; nothing else of a folder leaves it.
 SHARED_FILES = (CARD, "LICENSE", "*.png", "answers.json", "evaluation.json", "metrics.jsonl")
+
+# Shards, and files of a whole model or of adapters, where an earlier push of a repository sent the other.
+_OF_EARLIER_PUSHES = ["model*.safetensors", "model.safetensors.index.json", "config.json"]
+_OF_EARLIER_PUSHES += [ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG]
 
 # The code that models and processors need where the package is not installed: all of `models/`.
 CODE = sorted(path for path in Path(models.__file__).parent.glob("*.py") if path.stem != "__init__")
@@ -67,8 +72,11 @@ def export(
     training_state: bool = False,
     with_code: bool = False,
     max_shard_size: str = "5GB",
+    base_model: str | None = None,
 ) -> None:
     """Copy the files of a model's or run's folder that are shared to `target`. The same folder gives the same bytes.
+
+    A folder of LoRA adapters is copied as it is: to open it takes the model that the adapters belong to.
 
     Args:
         training_state: include teacher, queues and the newest checkpoint, so that the run can be continued. Without it,
@@ -76,17 +84,28 @@ def export(
         with_code: include the code, so that the model opens with `trust_remote_code=True` where `tcl_hf` is not
             installed.
         max_shard_size: limit of the size of a file of weights.
+        base_model: for adapters, the name on the Hub of the model that they belong to; the one that they were trained
+            on if None.
 
     Raises:
-        HubError: if the folder does not hold a model of ours.
+        HubError: if the folder does not hold a model of ours, or adapters belong to a model in a folder.
     """
     folder, target = Path(folder), Path(target)
+    base = _base_on_hub(folder, base_model, with_code)
     try:
-        model = open_saved(folder, **({} if training_state else {"use_momentum_teacher": False}))
+        if base is not None:
+            config = config_of(str(folder))
+            model_class = class_of(config)
+        else:
+            model = open_saved(folder, **({} if training_state else {"use_momentum_teacher": False}))
+            model_class, config = type(model), model.config
         processor = TCLProcessor.from_pretrained(folder)
     except (CheckpointError, OSError, ValueError) as error:
         raise HubError(f"{folder} cannot be shared: {error}") from error
-    model.save_pretrained(target, max_shard_size=max_shard_size)
+    if base is not None:
+        _copy_adapters(folder, target, base)
+    else:
+        model.save_pretrained(target, max_shard_size=max_shard_size)
     processor.save_pretrained(target)
     shared = [path for pattern in SHARED_FILES for path in sorted(folder.glob(pattern))]
     checkpoint = newest_checkpoint(folder) if training_state else None
@@ -100,9 +119,40 @@ def export(
         else:
             logger.warning("%s is not shared, because it is a link to a file outside of %s.", path, folder)
     if not (target / CARD).exists():
-        plain_card(folder.resolve().name, type(model), model.config.trained_on).write(target)
+        name = folder.resolve().name
+        plain_card(name, model_class, config.trained_on, adapter_of=base).write(target)
+    elif base is not None:
+        card = ModelCard.load(target / CARD)
+        mark_as_adapter(card, base)
+        card.save(target / CARD)
     if with_code:
-        _add_code(target, type(model))
+        _add_code(target, model_class)
+
+
+def _base_on_hub(folder: Path, base_model: str | None, with_code: bool) -> str | None:
+    """The name on the Hub of the model that a folder's adapters belong to; None for a whole model."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        if base_model is not None:
+            raise HubError(f"{folder} holds a whole model, which needs no base_model: leave it out.")
+        return None
+    if with_code:
+        raise HubError(f"{folder} holds adapters, which open with the code of their base model: leave out with_code.")
+    base = base_model or json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    if not base or Path(base).exists():
+        raise HubError(
+            f"{folder} holds adapters of {base}, a folder of this machine: push that model first, and name its "
+            "repository as base_model."
+        )
+    return base
+
+
+def _copy_adapters(folder: Path, target: Path, base: str) -> None:
+    """Copy adapters, whose config then names this base model."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, MODEL_CONFIG):
+        shutil.copyfile(folder / name, target / name)
+    _edit(target / ADAPTER_CONFIG, {"base_model_name_or_path": base})
+    write_checksums(target)
 
 
 def _add_code(target: Path, model_class: type[TCLPreTrainedModel]) -> None:
@@ -135,6 +185,7 @@ def push(
     create_pr: bool = False,
     commit_message: str | None = None,
     max_shard_size: str = "5GB",
+    base_model: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
     """Push the files of a model's or run's folder that `export` copies to the Hub, in one commit.
@@ -144,7 +195,7 @@ def push(
 
     Args:
         repo_id: `user/name`; created if it does not exist.
-        training_state, with_code, max_shard_size: see `export`.
+        training_state, with_code, max_shard_size, base_model: see `export`.
         private: whether a new repository is private; the account's default if None.
         revision: branch to push to, created if it does not exist; `main` if None.
         create_pr: open a pull request instead of pushing to a branch.
@@ -156,7 +207,8 @@ def push(
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as unpacked:
-        export(folder, unpacked, training_state=training_state, with_code=with_code, max_shard_size=max_shard_size)
+        contents: Any = {"training_state": training_state, "with_code": with_code, "max_shard_size": max_shard_size}
+        export(folder, unpacked, **contents, base_model=base_model)
         card = Path(unpacked) / CARD  # the widget needs its picture's address on the Hub
         address = f"{api.endpoint}/{repo_id}/resolve/main/{EXAMPLE}"
         text = card.read_text(encoding="utf-8").replace(f"src: {EXAMPLE}\n", f"src: {address}\n")
@@ -172,7 +224,7 @@ def push(
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=commit_message or f"Push {Path(folder).resolve().name}",
-                delete_patterns=["model*.safetensors", "model.safetensors.index.json"],  # shards of an earlier push
+                delete_patterns=_OF_EARLIER_PUSHES,
             )
 
 

@@ -20,7 +20,7 @@ from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .arguments import TrainingError
 
 MAX_SAMPLES = 10_000  # more samples hardly change a map of a thousand numbers in and out
-SMALLEST_DEVIATION = 0.01  # of the mean one; encoders have dimensions that never change
+SMALLEST_DEVIATION = 0.01  # as a share of the mean one, because some dimensions of an encoder hardly change
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,17 @@
 """The arguments of a training run."""
 
+import difflib
 import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
+
+# The fields of PEFT's LoraConfig that a run takes. Others would change the base weights or the layers themselves.
+LORA_FIELDS = (
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save"),
+    *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+)
+_OTHER_LORA_NAMES = {"rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 
 
 class TrainingError(ValueError):
@@ -89,6 +97,19 @@ class TCLTrainingArguments:
         default=None, metadata={"help": "Repository on the Hub for push_to_hub: user/name; made if it is missing."}
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in output_dir."})
+    lora: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": f"Train LoRA adapters: fields of PEFT's LoraConfig as JSON ({', '.join(LORA_FIELDS)})."},
+    )
+    lora_fields: dict[str, Any] | None = field(init=False)
+    lora_save: str = field(
+        default="merged",
+        metadata={
+            "help": "merged: save a whole model, with the adapters added to its weights; adapter: save the adapters, "
+            "and the parts that were trained in full.",
+            "choices": ["merged", "adapter"],
+        },
+    )
     report_to: list[str] = field(
         default_factory=list, metadata={"help": "Trackers: tensorboard, wandb, trackio, or others of Accelerate."}
     )
@@ -109,6 +130,7 @@ class TCLTrainingArguments:
                 f"learning_rate={self.learning_rate} must be above 0 with part_learning_rates, because the rates of "
                 "parts follow its schedule."
             )
+        self.lora_fields = None if self.lora is None else read_lora(self.lora)
 
     @property
     def mixed_precision(self) -> str | None:
@@ -138,3 +160,26 @@ def _part_rates(given: Any) -> dict[str, float]:
                 "weights as they are."
             )
     return rates
+
+
+def read_lora(lora: dict[str, Any] | str) -> dict[str, Any]:
+    """The fields of LoRA, which are an object or JSON of one.
+
+    Raises:
+        TrainingError: if they are not an object, a field does not exist, or the rank is not at least 1.
+    """
+    try:
+        fields = json.loads(lora) if isinstance(lora, str) else lora
+    except json.JSONDecodeError as error:
+        raise TrainingError(f"lora is not JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise TrainingError(f"lora is not an object, but {lora}: give fields of LoRA by name, such as {{r: 16}}.")
+    for name in fields:
+        if name not in LORA_FIELDS:
+            close = [_OTHER_LORA_NAMES.get(name), *difflib.get_close_matches(name, LORA_FIELDS, n=1)]
+            hint = next((f" (did you mean '{meant}'?)" for meant in close if meant), "")
+            raise TrainingError(f"lora has no field '{name}'{hint}: its fields are {', '.join(LORA_FIELDS)}.")
+    rank = fields.get("r", 1)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise TrainingError(f"lora.r must be a whole number of at least 1, got {rank!r}.")
+    return fields

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..models.distributed import whole
 from ..models.encoders import TCLTextLayer, TCLVisionLayer
+from .adapters import add_lora, save_adapted
 from .agreement import Agreement
 from .allocation import keep_freed_memory
 from .arguments import TCLTrainingArguments, TrainingError
@@ -73,6 +74,12 @@ class Engine:
             TrainingError: if the arguments ask for a part or a teacher that the model does not have.
         """
         args = self.args
+        if args.lora is not None:
+            if self.is_sharded:
+                raise TrainingError(
+                    "lora does not work with FSDP2 and DeepSpeed: launch with --multi_gpu (DDP), or leave it out."
+                )
+            add_lora(model, args)
         if args.average_weights:
             self._check_average(model)
         if args.gradient_checkpointing:
@@ -175,7 +182,10 @@ class Engine:
         with self.result() as model:
             state = whole_state_dict(model) if self.is_sharded else None  # Every process has to ask for it.
             if self.accelerator.is_main_process:
-                model.save_pretrained(folder, state_dict=state)
+                if self.args.lora is None:
+                    model.save_pretrained(folder, state_dict=state)
+                else:
+                    save_adapted(model, folder, self.args.lora_save)
                 processor.save_pretrained(folder)
 
     @contextmanager

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..data.pairs import DataError
 from ..data.skipped import SkippedSamples
 from ..models.processing_tcl import TCLProcessor
+from .adapters import check_output_dir
 from .arguments import TCLTrainingArguments, TrainingError
 from .checkpoints import (
     CHECKPOINTS,
@@ -117,6 +118,7 @@ class TrainingRun:
         """Make the run's folder, and see to what an earlier run has left there."""
         with self.accelerator.main_process_first():
             self.output_dir.mkdir(parents=True, exist_ok=True)
+        check_output_dir(self.output_dir, self.args)
         if self.args.resume:
             return
         if newest_checkpoint(self.output_dir) is not None:

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from helpers import ROOT, png, small_patches, statements, tiny_processor
+from huggingface_hub import ModelCard
 
 from tcl_hf import TCLForPreTraining, TCLForVisualEntailment
+from tcl_hf.recipes import evaluate, finetune
+from tcl_hf.training.log import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +70,37 @@ def test_both_scripts_run_a_task_from_files_to_results(checkpoint, tmp_path):
     assert (out / "predictions.png").exists()
 
 
+def test_adapters_of_a_recipe_are_evaluated_as_a_model_is(checkpoint, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("peft", reason="PEFT is not installed")
+    AcceleratorState._reset_state(True)
+    file = write_entailment(tmp_path)
+    common = ["--recipe", "tcl_snli_ve", "--validation_data", file, "--image_root", tmp_path, "--image_size", 16]
+    argv = [*common, "--model", checkpoint, "--data", file, "--num_train_epochs", 1, "--dataloader_num_workers", 0]
+    argv += ["--lora", '{"r": 2, "lora_alpha": 4}', "--learning_rate", 0.01, "--per_device_train_batch_size", 4]
+    scores = {}
+    for how in ("adapter", "merged"):
+        out = tmp_path / how
+        finetune.main([str(word) for word in [*argv, "--lora_save", how, "--output_dir", out]])
+        at_end = read_metrics(out / "metrics.jsonl")[-1]["accuracy"]
+        evaluate.main([str(word) for word in [*common, "--model", out]])
+        evaluation = json.loads((out / "evaluation.json").read_text())
+        assert evaluation["metrics"]["accuracy"] == at_end and evaluation["protocol"] == "finetuned"
+        scores[how] = json.loads((out / "predictions.json").read_text())
+        card = ModelCard.load(out / "README.md")
+        assert "LoRA adapters of rank 2 and lora_alpha 4 on fc1, fc2, k_proj" in card.text
+        assert card.data.library_name == {"adapter": "peft", "merged": "transformers"}[how]
+        assert "lora" in card.data.tags
+    assert [row["label"] for row in scores["adapter"]] == [row["label"] for row in scores["merged"]]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--model", "nowhere"], "nowhere cannot be opened"),
         (["--task", "captioning"], "no task 'captioning'"),
         (["--data", "nowhere.json"], "nowhere.json"),
+        (["--lora", '{"rank": 4}'], "lora has no field 'rank' (did you mean 'r'?)"),
     ],
 )
 def test_bad_input_is_one_sentence(checkpoint, argv, message):

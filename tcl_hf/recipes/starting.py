@@ -1,5 +1,6 @@
 """The start of a run, once its data and its model are there: kept states, and the projections in closed form."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -90,12 +91,12 @@ def start_projections(
     model: PreTrainedModel,
     processor: TCLProcessor,
     samples: Any,
-    ridge: float = 0.1,
+    ridges: Sequence[float] = (0.1, 0.1),
 ) -> None:
     """Start the projections in closed form from the samples.
 
     Args:
-        ridge: as in `correlated_maps`.
+        ridges: those for images and for texts, see `correlated_maps`.
 
     Raises:
         RecipeError: if the samples are a stream.
@@ -109,7 +110,8 @@ def start_projections(
             model.to(state.device),
             processor,
             samples,
-            ridge=ridge,
+            ridge=ridges[0],
+            text_ridge=ridges[1],
             max_tokens=data_args.max_tokens,
             batch_size=data_args.per_device_eval_batch_size,
             progress=state.is_main_process,

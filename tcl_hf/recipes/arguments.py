@@ -80,6 +80,7 @@ class TrainingDataArguments(DataArguments):
     kept_views: int = option(
         0, "Views of each image whose states of the locked vision layers are kept on disk; 0 to read pixels."
     )
+    plain_view: bool = option(False, "With kept_views, train on the image as it is evaluated too, as on another view.")
     kept_states_dir: str = option("runs/kept_states", "Folder of kept states, which runs may share.")
 
 
@@ -94,7 +95,9 @@ class PretrainingDataArguments(TrainingDataArguments):
     )
     baselines: bool = option(True, "Measure baselines for the report: linear maps of pixels and of frozen features.")
     baseline_samples: int = option(30000, "Fit the baselines on frozen features to at most this many samples.")
-    free_texts: list[str] = option([], "Texts for which the report shows the pictures that the model finds.")
+    free_texts: list[str] = option(
+        [], "Texts for which the report shows the pictures that the model finds, those of training among them."
+    )
     eval_captions: int | None = option(1, "Number of captions of each image to retrieve.")
 
     def __post_init__(self):
@@ -195,8 +198,21 @@ class ModelArguments(CheckpointArguments):
             "choices": ["random", "cca"],
         },
     )
+    projection_ridge: list[float] = option(
+        [0.1, 0.1],
+        "With cca, numbers added to the variance of each standardised dimension of images and of texts; more for fewer "
+        "samples.",
+    )
     image_mean: list[float] | None = option(None, "Mean of the images by channel; that of the vision encoder if None.")
     image_std: list[float] | None = option(None, "Standard deviation by channel; that of the vision encoder if None.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.projection_ridge) != 2 or min(self.projection_ridge) <= 0:
+            raise RecipeError(
+                f"projection_ridge={self.projection_ridge} must be two numbers above 0, for images and for texts, such "
+                "as 0.1 0.1."
+            )
 
 
 def name_of(sources: Sequence[str]) -> str:

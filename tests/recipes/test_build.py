@@ -35,7 +35,7 @@ TINY = [
 
 
 def build(*argv):
-    data, model, _ = parse_recipe(PRETRAIN, ["--recipe", "openmoji", *TINY, *argv])
+    data, model, _ = parse_recipe(PRETRAIN, ["--recipe", "openmoji_scratch", *TINY, *argv])
     torch.manual_seed(0)
     return data, *build_model(model, ["a red dog", "a blue cat"])
 

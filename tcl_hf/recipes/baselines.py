@@ -53,7 +53,7 @@ def measure_baselines(
         model, processor = build_model(model_args, ())  # read anew, because training has changed the run's encoders
         encoders = model.tcl.to(PartialState().device)
         options: dict[str, Any] = {"batch_size": data_args.per_device_eval_batch_size, "progress": True}
-        chosen = some_of(pairs, data_args.baseline_samples)
+        chosen: Any = some_of(pairs, data_args.baseline_samples)
         with in_precision_of(args):  # but not the fits, in which rounded numbers would add up
             train = frozen_features(encoders, processor, chosen, max_tokens=data_args.max_tokens, **options)
             held_out = frozen_features(encoders, processor, records, data_args.eval_captions, **options)

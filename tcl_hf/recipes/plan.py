@@ -1,27 +1,44 @@
 """Plan a pre-training run: `python -m tcl_hf.recipes.plan [--recipe NAME] [--num_gpus 8] [--name value ...]`.
 
 It prints parameters, memory on each GPU, the size of checkpoints and, given the speed of the GPUs, the time; with
-`--operations true` also operations, bytes and activations by part. It reads nothing but the recipe: encoders that a run
-starts from count at the sizes that the recipe's config gives, or else at the paper's.
+`--operations true` also operations, bytes and activations by part. Each phase of a run has a plan of its own. It reads
+nothing but the recipe: encoders that a run starts from count at the sizes that the recipe's config gives, or else at
+the paper's.
 """
 
 from collections.abc import Sequence
 
 from ..models.configuration_tcl import TCLConfig
-from ..training.planning import describe
-from .arguments import ModelArguments, RecipeError
+from ..training.arguments import TCLTrainingArguments
+from ..training.planning import PlanArguments, describe
+from .arguments import ModelArguments, PretrainingDataArguments, RecipeError
 from .build import config_of_checkpoint
 from .command_line import command
-from .parsing import PLAN, parse_recipe
+from .parsing import PLAN
+from .phases import parse_phases
+from .starting import check_kept_views
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan of the pre-training that the recipe and the command line describe."""
-    data_args, model_args, args, plan = parse_recipe(PLAN, argv)
-    precision = args.mixed_precision or "no"
-    batch_size, config = args.per_device_train_batch_size, planned_config(model_args)
-    print(describe(config, batch_size, data_args.max_tokens, precision, args.num_train_epochs, plan))
+    for phase in parse_phases(PLAN, argv):
+        try:
+            plan = _plan_of(*phase.arguments)
+        except RecipeError as error:
+            raise RecipeError(f"{phase.place}{error}") from error
+        print(f"## {phase.title}\n\n{plan}\n" if phase.place else plan)
+
+
+def _plan_of(
+    data_args: PretrainingDataArguments, model_args: ModelArguments, args: TCLTrainingArguments, plan: PlanArguments
+) -> str:
+    """The plan of a run, or of a phase, as Markdown."""
+    config = planned_config(model_args)
+    check_kept_views(data_args, config)
+    batch_size, precision = args.per_device_train_batch_size, args.mixed_precision or "no"
+    kept_views = data_args.kept_views
+    return describe(config, batch_size, data_args.max_tokens, precision, args.num_train_epochs, plan, kept_views)
 
 
 def planned_config(args: ModelArguments) -> TCLConfig:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..data.kept_states import DTYPE as STATES_DTYPE
 from ..models.configuration_tcl import TCLConfig
 from ..models.modeling_tcl import TCLForPreTraining
 
@@ -94,6 +95,7 @@ def run_step(
     mixed_precision: str = "no",
     num_masked: int | None = None,
     checkpointing: bool = False,
+    from_states: bool = False,
 ) -> Step:
     """Run a step of one process on fake tensors, and count.
 
@@ -107,6 +109,7 @@ def run_step(
         num_masked: masked tokens of each text (M); `typical_masked` if None.
         checkpointing: keep only what activation checkpointing keeps. Then only the forward pass runs, so that no
             operation is counted twice.
+        from_states: read kept states of the locked vision layers in place of images.
 
     Raises:
         ValueError: if there are fewer pairs or tokens than one, or more masked tokens than tokens.
@@ -127,6 +130,9 @@ def run_step(
         if checkpointing:
             model.activation_checkpointing_enable()
         batch = _batch(config, batch_size, num_tokens, num_masked)
+        if from_states:
+            states = torch.empty(batch_size, *model.tcl.vision_model.locked_shape, dtype=STATES_DTYPE)
+            batch |= {"pixel_values": states, "pixel_values_augmented": torch.empty_like(states)}
         counter = StepCounter(model)
         with counter.counting():
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision != "no"):
@@ -139,6 +145,17 @@ def run_step(
         {part: size for part, size in counter.activations.items() if size},
         counter.largest_layer,
     )
+
+
+def locked_flops(config: TCLConfig) -> int:
+    """Count the operations of the locked vision layers for one image."""
+    model, size = empty_model(config), config.vision_config.image_size
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vision_model = model.to_empty(device="cpu").tcl.vision_model
+        counter = StepCounter(model)
+        with torch.no_grad(), counter.counting():
+            vision_model.encode_locked(torch.empty(1, config.vision_config.num_channels, size, size))
+    return sum(work.forward for work in counter.work.values())
 
 
 def empty_model(config: TCLConfig) -> TCLForPreTraining:
@@ -188,7 +205,8 @@ def updates(num_trained: int, num_taught: int) -> dict[str, Work]:
 def modules_by_part(model: TCLForPreTraining) -> dict[str, list[nn.Module]]:
     """Return the modules of each part of a step.
 
-    None of them calls another, and what runs outside them belongs to the losses.
+    None of them calls another, except that the teacher calls the student's where these are locked: such a call belongs
+    to the teacher. What runs outside all of them belongs to the losses.
     """
     owners: dict[str, Any] = {"student": model, "teacher": model.teacher}
     modules = {}
@@ -264,7 +282,7 @@ class StepCounter(TorchDispatchMode):
         self.work = dict.fromkeys((*self._modules, LOSSES), Work())
         self.activations = dict.fromkeys(self.work, 0)
         self.largest_layer = 0
-        self._part = LOSSES  # the part at work
+        self._running: list[str] = []  # the parts at work, each of which was called by the one before
         self._part_of_node: dict[int, str] = {}  # by sequence number
         # Tensors by address. They are held, because the address of freed memory could be seen a second time.
         self._seen = {_memory_of(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -277,8 +295,8 @@ class StepCounter(TorchDispatchMode):
         handles += [layer.register_forward_hook(self._leave_layer) for layer in self._layers]
         for part, modules in self._modules.items():
             for module in modules:
-                handles.append(module.register_forward_pre_hook(partial(self._set_part, part)))
-                handles.append(module.register_forward_hook(partial(self._set_part, LOSSES)))
+                handles.append(module.register_forward_pre_hook(partial(self._enter_part, part)))
+                handles.append(module.register_forward_hook(self._leave_part))
         with self, torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
             yield
         for handle in handles:
@@ -311,8 +329,16 @@ class StepCounter(TorchDispatchMode):
             self.activations[self._part] += tensor.untyped_storage().nbytes()
         return tensor
 
-    def _set_part(self, part: str, *_) -> None:
-        self._part = part
+    @property
+    def _part(self) -> str:
+        """The part that the present work belongs to."""
+        return self._running[0] if self._running else LOSSES
+
+    def _enter_part(self, part: str, *_) -> None:
+        self._running.append(part)
+
+    def _leave_part(self, *_) -> None:
+        self._running.pop()
 
     def _enter_layer(self, *_) -> None:
         self._before_layer = sum(self.activations.values())

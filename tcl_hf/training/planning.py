@@ -6,15 +6,17 @@ operations and activations of a step are counted and not guessed.
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..data.kept_states import StatesPlan
 from ..models.configuration_tcl import TCLConfig
 from ..models.modeling_tcl import TCLForPreTraining
-from .operations import FLOAT, Step, Work, empty_model, run_step, updates
+from .operations import FLOAT, Step, Work, empty_model, locked_flops, run_step, updates
 
-SECONDS_PER_DAY = 86400
+SECONDS_PER_HOUR, SECONDS_PER_DAY = 3600, 86400
 
 
 @dataclass
@@ -35,7 +37,8 @@ class PlanArguments:
 def count_parameters(model: TCLForPreTraining) -> dict[str, int]:
     """Return the number of parameters by part.
 
-    `student` is the sum of all parts above it, and counts each weight once.
+    `student` is the sum of all parts above it, and counts each weight once. `trained` is there if it is another number,
+    because parts are locked or serve no objective. The teacher has no copies of locked parts.
     """
     text = model.tcl.text_model
     fused = number_of(text.fusion_layers)
@@ -45,9 +48,15 @@ def count_parameters(model: TCLForPreTraining) -> dict[str, int]:
         "fusion encoder": fused,
         "projections and temperature": number_of(model.tcl) - number_of(model.tcl.vision_model) - number_of(text),
     }
-    student = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    taught = _number_taught(model)
+    student, trained = number_of(model) - taught, sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts["heads"] = student - sum(parts.values())
-    return parts | {"student": student, "teacher": number_of(model.teacher)}
+    return parts | {"student": student} | ({} if trained == student else {"trained": trained}) | {"teacher": taught}
+
+
+def _number_taught(model: TCLForPreTraining) -> int:
+    """Return the number of parameters that the teacher alone has."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith("teacher."))
 
 
 def number_of(module: Any) -> int:
@@ -63,16 +72,17 @@ def memory_per_gpu(model: TCLForPreTraining, activations: int, num_gpus: int, sh
         sharded: whether FSDP2 shards the model, with each layer as a unit; DDP otherwise.
     """
     trained = FLOAT * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    taught = FLOAT * number_of(model.teacher)
+    taught = FLOAT * _number_taught(model)
+    weights = FLOAT * number_of(model) - taught
     queues = sum(buffer.nbytes for buffer in model.buffers())
     layers = [FLOAT * number_of(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    outside = trained + taught - sum(layers)
+    outside = weights + taught - sum(layers)
     # DDP keeps the gradients a second time, in the buckets that it sends. FSDP2 gathers the weights outside the layers
     # for the whole step, and those of the running layer and of the next one.
     gathered = outside + 2 * max(layers) if sharded else 0
     share = num_gpus if sharded else 1
     memory = {
-        "weights": trained / share,
+        "weights": weights / share,
         "teacher": taught / share,
         "gradients": trained / share,
         "AdamW": 2 * trained / share,
@@ -106,7 +116,13 @@ def throughput(step: Step, batch_size: int, plan: PlanArguments) -> float:
 
 
 def describe(
-    config: TCLConfig, batch_size: int, num_tokens: int, mixed_precision: str, epochs: int, plan: PlanArguments
+    config: TCLConfig,
+    batch_size: int,
+    num_tokens: int,
+    mixed_precision: str,
+    epochs: int,
+    plan: PlanArguments,
+    kept_views: int = 0,
 ) -> str:
     """Return the plan as Markdown tables, with those of `operations_tables` if `plan` asks for them.
 
@@ -115,13 +131,15 @@ def describe(
         num_tokens: tokens of each text.
         mixed_precision: "no", "bf16" or "fp16".
         epochs: passes over `plan.num_samples`.
+        kept_views: views of each image whose states of the locked vision layers are kept, and read in place of images;
+            0 to read images.
     """
     model = empty_model(config)
     parameters = count_parameters(model)
     lines = ["| part | parameters |", "|---|---:|"]
     lines += [f"| {part} | {number:,} |" for part, number in parameters.items()]
-    step = run_step(config, batch_size, num_tokens, mixed_precision)
-    checkpointed = run_step(config, batch_size, num_tokens, mixed_precision, checkpointing=True).activations
+    run: Any = partial(run_step, config, batch_size, num_tokens, mixed_precision, from_states=bool(kept_views))
+    step, checkpointed = run(), run(checkpointing=True).activations
     columns = [
         memory_per_gpu(model, activations, plan.num_gpus, sharded)
         for sharded in (False, True)
@@ -139,8 +157,10 @@ def describe(
         lines.append(f"| {part} | {' | '.join(cells)} |")
     lines += ["", "| on disk | GB |", "|---|---:|"]
     lines += [f"| {file} | {size / 1e9:.2f} |" for file, size in bytes_on_disk(model).items()]
-    lines += ["", f"A sample takes {step.flops / batch_size / 1e9:.0f} GFLOP."]
     rate = throughput(step, batch_size, plan)
+    if kept_views:
+        lines += ["", *_states_lines(config, kept_views, plan, rate * step.flops / batch_size)]
+    lines += ["", f"A sample takes {step.flops / batch_size / 1e9:.0f} GFLOP."]
     if rate:
         source = "measured" if plan.samples_per_second else f"at {plan.utilisation:.0%} of {plan.gpu_tflops:g} TFLOP/s"
         lines.append(f"{_short(rate)} samples a second ({source}), {rate * SECONDS_PER_DAY / 1e6:,.1f} million a day.")
@@ -154,6 +174,28 @@ def describe(
     return "\n".join(lines)
 
 
+def _states_lines(config: TCLConfig, kept_views: int, plan: PlanArguments, flops_per_second: float) -> list[str]:
+    """Return sentences about kept states: their size, and the work and the time of making them.
+
+    Args:
+        flops_per_second: of all GPUs together; 0 if it is not known.
+    """
+    num_states, width = empty_model(config).tcl.vision_model.locked_shape
+    kept = StatesPlan("", plan.num_samples, kept_views, num_states, width)
+    flops = (1 + kept_views) * locked_flops(config)
+    lines = [
+        f"A step reads kept states in place of images: {1 + kept_views} views of {num_states} states of {width} numbers "
+        f"for each image, {kept.bytes_per_image / 1e6:.2f} MB on disk, made by {flops / 1e9:.1f} GFLOP of the locked "
+        "layers."
+    ]
+    if plan.num_samples:
+        made = ""
+        if flops_per_second:
+            made = f", and are made in {_short(plan.num_samples * flops / flops_per_second / SECONDS_PER_HOUR)} hours"
+        lines.append(f"The states of {plan.num_samples:,} images take {kept.num_bytes / 1e9:,.2f} GB{made}.")
+    return lines
+
+
 def operations_tables(step: Step, parameters: dict[str, int], plan: PlanArguments) -> list[str]:
     """Return operations, bytes and activations of one step of one process by part, as lines of Markdown tables.
 
@@ -163,7 +205,7 @@ def operations_tables(step: Step, parameters: dict[str, int], plan: PlanArgument
     Args:
         parameters: those of `count_parameters`, which the teacher's update and AdamW pass over.
     """
-    parts = step.work | updates(parameters["student"], parameters["teacher"])
+    parts = step.work | updates(parameters.get("trained", parameters["student"]), parameters["teacher"])
     total = sum(parts.values(), start=Work())
     with_peaks = bool(plan.gpu_tflops and plan.gpu_bandwidth)
     lines = [

@@ -36,6 +36,29 @@ def test_a_checkpoint_that_does_not_exist_is_one_sentence():
         main(["--model", "./nowhere"])
 
 
+def test_the_config_of_a_plan_may_lock_layers_of_a_checkpoint(tmp_path):
+    small_patches().save_pretrained(tmp_path)
+    config = planned_config(ModelArguments(model=str(tmp_path), config='{"lock_vision": true, "projection_dim": 5}'))
+    assert config.lock_vision is True and config.vision_config.lock is True
+    assert config.projection_dim == 16  # the checkpoint's
+
+
+def test_each_phase_has_a_plan_of_its_own(tmp_path, capsys):
+    small_patches().save_pretrained(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {tmp_path}\nper_device_train_batch_size: 2\n"
+        "phases: [{config: {itm_weight: 0}}, {kept_views: 2, config: {lock_vision: true}}]"
+    )
+    main(["--recipe", str(recipe)])
+    first, second = capsys.readouterr().out.split("## Phase ")[1:]
+    assert first.startswith('1 of 2: config: {"itm_weight": 0}\n') and "kept states" not in first
+    assert second.startswith('2 of 2: kept_views: 2, config: {"lock_vision": true}\n') and "kept states" in second
+    recipe.write_text(f"model: {tmp_path}\nphases: [{{}}, {{kept_views: 2}}]")
+    with pytest.raises(SystemExit, match=r"recipe\.yaml: phases\[2\]: kept_views=2 keeps the states of locked layers"):
+        main(["--recipe", str(recipe)])
+
+
 @pytest.mark.parametrize(("argv", "precision"), [([], "no"), (["--bf16", "true"], "bf16"), (["--fp16"], "fp16")])
 def test_a_plan_is_in_float32_unless_half_precision_is_named(argv, precision, tmp_path, capsys):
     small_patches().save_pretrained(tmp_path)

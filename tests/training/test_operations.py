@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tcl_hf import TCLConfig, TCLForPreTraining
-from tcl_hf.training.operations import LOSSES, Step, StepCounter, Work, empty_model, run_step, updates
+from tcl_hf.training.operations import LOSSES, Step, StepCounter, Work, empty_model, locked_flops, run_step, updates
 
 PAIRS, TOKENS, MASKED = 4, 7, 4
 WIDTH, INNER, STATES = 24, 96, 17  # `small_patches`: image encoder, with 16 patches
@@ -26,8 +26,8 @@ def step() -> Step:
     return run_step(small_patches(), PAIRS, TOKENS)
 
 
-def kept_by_a_real_step(config: TCLConfig, checkpointing: bool = False) -> int:
-    """Return the bytes that a step on real tensors keeps for its backward pass."""
+def kept_by_a_real_step(config: TCLConfig, checkpointing: bool = False, **images: torch.Tensor) -> int:
+    """Return the bytes that a step on real tensors keeps for its backward pass; `images` replace those of the batch."""
     torch.manual_seed(0)
     model = TCLForPreTraining(config).train()
     if checkpointing:
@@ -42,7 +42,8 @@ def kept_by_a_real_step(config: TCLConfig, checkpointing: bool = False) -> int:
     # As many masked words as are typical: six masked words in a text of seven tokens are rarer than one in 500.
     masked = torch.arange(1, 1 + MASKED).repeat(PAIRS, 1)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(**training_batch(PAIRS, TOKENS), image_ids=torch.arange(PAIRS), mlm_positions=masked, alpha=0.4)
+        batch = training_batch(PAIRS, TOKENS) | images
+        model(**batch, image_ids=torch.arange(PAIRS), mlm_positions=masked, alpha=0.4)
     return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
 
 
@@ -80,6 +81,9 @@ CASES = {
     "MLM without teacher": (small_patches(**ALONE | {"mlm_weight": 1}, alpha=0), 4, 7, 3),
     "no soft targets": (small_patches(alpha=0), 4, 7, 3),
     "no text encoder": (small_patches(text_config={"fusion_layer": 0}), 4, 7, 3),
+    "locked vision": (small_patches(lock_vision=True), 4, 7, 3),
+    "partly locked": (small_patches(lock_vision=1, lock_text=1), 4, 7, 3),
+    "locked encoders": (small_patches(lock_vision=True, lock_text=True), 4, 7, 3),
     "shared keys and values": (small_patches(text_config={"images_per_text": 2}), 4, 7, 3),
 }
 
@@ -243,6 +247,40 @@ def test_updates_read_and_write_every_weight():
     assert work["teacher's update"] == Work(0, 0, 4 * 3 * 3)
     assert work["AdamW"] == Work(0, 0, 4 * 7 * 10)
     assert work["AdamW"].intensity == 0
+
+
+def test_the_teacher_s_calls_of_locked_layers_are_its_own_work():
+    locked = run_step(small_patches(lock_vision=True, lock_text=True), PAIRS, TOKENS).work
+    free = run_step(small_patches(), PAIRS, TOKENS).work
+    for part, work in free.items():
+        assert locked[part].forward == work.forward, part
+    for part in ("image encoder, student", "text encoder, student"):
+        assert locked[part].backward == 0 < free[part].backward
+
+
+@pytest.mark.parametrize(("lock", "rest"), [(True, 0), (1, 1)])
+def test_a_step_that_reads_states_runs_the_layers_above_the_lock_only(lock, rest):
+    config = small_patches(lock_vision=lock)
+    read, seen = (run_step(config, PAIRS, TOKENS, from_states=from_states).work for from_states in (True, False))
+    layer = 4 * product(STATES, WIDTH, WIDTH) + 2 * product(STATES, WIDTH, INNER) + attention(STATES, STATES, WIDTH)
+    for name in ("student", "teacher"):
+        part = f"image encoder, {name}"
+        assert read.get(part, Work()).forward == rest * PAIRS * layer
+    for part in seen.keys() - {"image encoder, student", "image encoder, teacher"}:
+        assert read[part] == seen[part], part
+    embedding = product(STATES - 1, 3 * 8 * 8, WIDTH)
+    assert locked_flops(config) == embedding + (2 - rest) * layer
+
+
+@pytest.mark.parametrize("lock", [True, 1])
+def test_activations_of_a_step_that_reads_states_are_those_of_a_real_step(lock):
+    config = small_patches(lock_vision=lock)
+    states = {
+        name: torch.randn(PAIRS, STATES, WIDTH, dtype=torch.float16)
+        for name in ("pixel_values", "pixel_values_augmented")
+    }
+    planned = run_step(config, PAIRS, TOKENS, from_states=True).activations
+    assert planned == pytest.approx(kept_by_a_real_step(config, **states), rel=1e-3)
 
 
 @pytest.mark.parametrize("batch", [(0, 7, 3), (4, 0, 0), (4, 0, None), (4, 7, 8), (4, 7, -1)])

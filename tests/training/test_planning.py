@@ -15,6 +15,7 @@ from tcl_hf.training.planning import (
     PlanArguments,
     bytes_on_disk,
     count_parameters,
+    describe,
     memory_per_gpu,
     operations_tables,
     throughput,
@@ -90,6 +91,66 @@ def test_memory_of_one_gpu_and_of_shares_by_hand():
     image_layer = 4 * linear(image, image) + linear(96, image) + linear(image, 96) + 4 * image
     in_layers = 2 * 4 * (2 * image_layer + 4 * layer + 2 * cross)
     assert sharded["gathered weights"] == student + teacher - in_layers + 2 * 4 * (layer + cross)
+
+
+def test_locked_parts_have_one_copy_and_neither_gradients_nor_moments():
+    """Weights of the vision encoder and of the lowest text layer, by hand, with sizes from `tiny_config`."""
+    size, inner, image = 32, 48, 24
+    image_layer = 4 * linear(image, image) + linear(96, image) + linear(image, 96) + 4 * image
+    vision = linear(image, 3 * 8 * 8) + (1 + 17) * image + 2 * image_layer + 2 * image
+    words = (80 + 40 + 2) * size + 2 * size
+    locked = vision + words + 4 * linear(size, size) + linear(inner, size) + linear(size, inner) + 4 * size
+    free, model = (
+        count_parameters(empty_model(small_patches())),
+        empty_model(small_patches(lock_vision=True, lock_text=1)),
+    )
+    parts = count_parameters(model)
+    assert parts == free | {"trained": free["student"] - locked, "teacher": free["teacher"] - locked}
+    queues = 2 * 20 * 16 * 4 + 20 * 8 + 8
+    memory = memory_per_gpu(model, 1000, num_gpus=8)
+    assert memory == {
+        "weights": 4 * parts["student"],
+        "teacher": 4 * parts["teacher"],
+        "gradients": 4 * parts["trained"],
+        "AdamW": 8 * parts["trained"],
+        "gradient buckets": 4 * parts["trained"],
+        "queues": queues,
+        "activations": 1000,
+        "total": 4 * (parts["student"] + parts["teacher"] + 4 * parts["trained"]) + queues + 1000,
+    }
+    sharded = memory_per_gpu(model, 1000, num_gpus=8, sharded=True)
+    text_layer = 4 * linear(size, size) + linear(inner, size) + linear(size, inner) + 4 * size
+    fusion_layer = text_layer + 2 * linear(size, size) + 2 * linear(size, image) + 2 * size
+    in_layers = (2 * image_layer + 2 * text_layer + 2 * fusion_layer) + (text_layer + 2 * fusion_layer)
+    outside = parts["student"] + parts["teacher"] - in_layers
+    assert sharded["gathered weights"] == 4 * (outside + 2 * fusion_layer)
+
+
+def test_locked_parameters_are_those_of_a_real_model():
+    config = small_patches(lock_vision=True, lock_text=True, mlm_weight=0)
+    real, counted = TCLForPreTraining(config), count_parameters(empty_model(config))
+    assert counted["trained"] == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert counted["student"] + counted["teacher"] == sum(p.numel() for p in real.parameters())
+    assert counted["teacher"] == sum(p.numel() for p in real.parameters()) - counted["student"]
+    saved = {name: p for name, p in real.named_parameters() if not name.startswith("teacher.")}
+    assert counted["student"] == sum(p.numel() for p in saved.values())
+
+
+def test_a_plan_states_the_size_of_kept_states_and_the_time_to_make_them():
+    """Of 4 x 4 patches and the class token, 24 numbers wide, for an image and three views."""
+    config = small_patches(lock_vision=True)
+    layer = 4 * 2 * 17 * 24 * 24 + 2 * 2 * 17 * 24 * 96 + 2 * 2 * 17 * 17 * 24
+    flops = 4 * (2 * 16 * 3 * 8 * 8 * 24 + 2 * layer)
+    step = run_step(config, 4, 7, from_states=True)
+    rate = 1e6 * flops / 3600 / 2  # operations per second, with which two hours are needed for a million images
+    plan = PlanArguments(num_gpus=1, num_samples=1_000_000, samples_per_second=rate / (step.flops / 4))
+    lines = describe(config, 4, 7, "no", 1, plan, kept_views=3).splitlines()
+    assert (
+        "A step reads kept states in place of images: 4 views of 17 states of 24 numbers for each image, "
+        f"{4 * 17 * 24 * 2 / 1e6:.2f} MB on disk, made by {flops / 1e9:.1f} GFLOP of the locked layers." in lines
+    )
+    assert f"The states of 1,000,000 images take {4 * 17 * 24 * 2 / 1e3:.2f} GB, and are made in 2 hours." in lines
+    assert "kept states" not in describe(config, 4, 7, "no", 1, plan)
 
 
 def test_throughput_is_measured_or_follows_from_a_stated_utilisation():

@@ -25,7 +25,15 @@ def pairs_per_second(processes: int, threads: int, steps: int, image_size: int) 
         command = [sys.executable]
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command += [str(ROOT / "scripts/pretrain.py"), "--output_dir", folder, "--validation_split", ""]
+        command += [
+            str(ROOT / "scripts/pretrain.py"),
+            "--recipe",
+            "openmoji_scratch",
+            "--output_dir",
+            folder,
+            "--validation_split",
+            "",
+        ]
         command += ["--max_steps", str(steps), "--logging_steps", str(steps // 4), "--dataloader_num_workers", "1"]
         command += ["--image_size", str(image_size), "--num_operations", "0"]
         subprocess.run(command, check=True, env=environment, cwd=folder, capture_output=True)

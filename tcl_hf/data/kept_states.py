@@ -91,13 +91,14 @@ class KeptStates:
         folder: the folder of one fingerprint.
         plan: what it has to hold.
         image_of_row: the image of each row of the data set; rows may share one.
+        plain_view: whether the image as it is evaluated is among the views to train on.
 
     Raises:
         DataError: if a shard is missing or damaged.
     """
 
-    def __init__(self, folder: Path, plan: StatesPlan, image_of_row: list[int]):
-        self.folder, self.plan, self.image_of_row = folder, plan, image_of_row
+    def __init__(self, folder: Path, plan: StatesPlan, image_of_row: list[int], plain_view: bool = False):
+        self.folder, self.plan, self.image_of_row, self.plain_view = folder, plan, image_of_row, plain_view
         self._shards: dict[int, tuple[Tensor, Tensor]] = {}
         missing = [shard for shard in range(plan.num_shards) if not _is_whole(_shard_file(folder, shard), plan, shard)]
         if missing:
@@ -111,6 +112,11 @@ class KeptStates:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shards": {}}  # A worker process maps the files itself.
+
+    @property
+    def training_views(self) -> Sequence[int]:
+        """The numbers of the views to train on; without augmented views, that of the image itself."""
+        return range(0 if self.plain_view else 1, 1 + self.plan.num_views) or [0]
 
     def views(self, row: int, numbers: Sequence[int]) -> list[Tensor]:
         """States (1 + P, width) of some views of a row's image; view 0 is the image as it is evaluated.
@@ -152,6 +158,12 @@ class SamplesWithStates:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[row] for row in range(len(self)))
 
+    def select(self, rows: Sequence[int]) -> "SamplesWithStates":
+        """Some of the records, with the states of their images."""
+        images = [self.kept.image_of_row[row] for row in rows]
+        kept = KeptStates(self.kept.folder, self.kept.plan, images, self.kept.plain_view)
+        return SamplesWithStates(self.dataset.select(rows), kept)
+
     def __getattr__(self, name: str) -> Any:
         if name in ("dataset", "kept"):  # They are not there yet while a copy is unpickled.
             raise AttributeError(name)
@@ -169,20 +181,20 @@ class StatesOfRow:
         """States (1 + P, width) of the image as it is evaluated."""
         return self.kept.views(self.row, [0])[0]
 
-    def all_augmented(self) -> list[Tensor]:
-        """States (1 + P, width) of all augmented views; of the image as it is evaluated if there are none."""
-        return self.kept.views(self.row, range(1, 1 + self.kept.plan.num_views) or [0])
+    def all_to_train_on(self) -> list[Tensor]:
+        """States (1 + P, width) of all views to train on, see `KeptStates.training_views`."""
+        return self.kept.views(self.row, self.kept.training_views)
 
     def draw(self, number: int) -> list[Tensor]:
-        """States (1 + P, width) of `number` different augmented views, drawn by PyTorch's generator.
+        """States (1 + P, width) of `number` different views to train on, drawn by PyTorch's generator.
 
-        There are fewer different ones if fewer are kept; without augmented views the image itself is drawn.
+        There are fewer different ones if fewer are kept.
         """
-        available = self.kept.plan.num_views
-        if not available:
-            return self.kept.views(self.row, [0]) * number
-        drawn = torch.randperm(available)[:number].tolist()
-        return self.kept.views(self.row, [1 + drawn[place % len(drawn)] for place in range(number)])
+        available = self.kept.training_views
+        if not self.kept.plan.num_views:
+            return self.kept.views(self.row, available) * number
+        drawn = torch.randperm(len(available))[:number].tolist()
+        return self.kept.views(self.row, [available[drawn[place % len(drawn)]] for place in range(number)])
 
 
 @dataclass
@@ -227,6 +239,7 @@ def keep_states(
     num_views: int,
     folder: str | os.PathLike,
     *,
+    plain_view: bool = False,
     batch_size: int = 16,
     num_workers: int = 0,
     rank: int = 0,
@@ -244,6 +257,7 @@ def keep_states(
         augmentation: makes the augmented views; None if `num_views` is 0.
         num_views: augmented views of each image to keep beside the image itself.
         folder: folder of all kept states; those of one fingerprint have a folder of their own in it.
+        plain_view: as in `KeptStates`.
         batch_size: views in a forward pass.
         num_workers: processes that decode and augment images.
         rank, world_size: this process and the number of processes, which share the work.
@@ -271,7 +285,7 @@ def keep_states(
     if missing:
         _make_shards(place, plan, images, missing, encode, batch_size, num_workers, rank == 0)
     wait()
-    return SamplesWithStates(dataset, KeptStates(place, plan, image_of_row))
+    return SamplesWithStates(dataset, KeptStates(place, plan, image_of_row, plain_view))
 
 
 def _images_of(dataset: Any) -> list[str]:

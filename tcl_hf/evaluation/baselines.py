@@ -9,6 +9,7 @@ Shapes: I images, T texts, N samples, Dv and Dt widths of the image and text fea
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +118,8 @@ def frozen_features(
 
     Texts end with [SEP] here, because a BERT was trained on texts that do, and so its features are better: without it
     they are a weaker baseline. Records whose image cannot be read or that have no caption are left out, as training
-    leaves them out. This process encodes all records by itself.
+    leaves them out. This process encodes all records by itself. Where the states of a record's image are kept (see
+    `kept_states`), they take the place of its pixels.
 
     Args:
         model: the encoders. Its mode is restored.
@@ -134,23 +136,30 @@ def frozen_features(
     bar = tqdm(total=len(records), desc="Frozen features", disable=not progress, leave=False)
     with eval_mode(model):
         for rows in in_batches(list(range(len(records))), batch_size):
-            pictures: list[Image.Image] = []
+            pictures: list[Any] = []
             for record in (records[row] for row in rows):
                 captions = [text for text in record["captions"] or () if text and text.strip()][:captions_per_image]
-                picture = _readable(record["image"]) if captions else None
+                picture = _readable(record) if captions else None
                 if picture is not None:
                     image_of_text += [len(images) + len(pictures)] * len(captions)
                     texts += captions
                     pictures.append(picture)
             if pictures:
-                pixel_values = processor(images=pictures, return_tensors="pt")["pixel_values"].to(model.device)
-                images += image_features_of(model.encode_image(pixel_values)).float().cpu().unbind()
+                are_states = isinstance(pictures[0], Tensor)
+                inputs = (
+                    torch.stack(pictures)
+                    if are_states
+                    else processor(images=pictures, return_tensors="pt")["pixel_values"]
+                )
+                images += image_features_of(model.encode_image(inputs.to(model.device))).float().cpu().unbind()
             bar.update(len(rows))
         bar.close()
         features: list[Tensor] = []
         for batch in in_batches(texts, batch_size):
             tokens = processor(text=batch, return_tensors="pt", max_length=max_tokens).to(model.device)
-            ids, mask = ended(tokens["input_ids"], tokens["attention_mask"], processor.tokenizer.sep_token_id)
+            ids, mask = tokens["input_ids"], tokens["attention_mask"]
+            if not processor.tokenizer.add_sep_token:
+                ids, mask = ended(ids, mask, processor.tokenizer.sep_token_id)
             features.append(text_features_of(model.encode_text(ids, mask), mask).float().cpu())
     return FrozenFeatures(torch.stack(images), torch.cat(features), torch.tensor(image_of_text))
 
@@ -161,10 +170,12 @@ def ended(input_ids: Tensor, attention_mask: Tensor, end: int) -> tuple[Tensor, 
     return F.pad(input_ids, (0, 1)).scatter(1, lengths, end), F.pad(attention_mask, (1, 0), value=1)
 
 
-def _readable(image: object) -> Image.Image | None:
-    """The image of a record in RGB, or None if it cannot be read."""
+def _readable(record: dict) -> Image.Image | Tensor | None:
+    """The image of a record in RGB or its kept states (1 + P, width), or None if it cannot be read."""
     try:
-        return open_image(image).convert("RGB")
+        if "states" in record:
+            return record["states"].plain().float()
+        return open_image(record["image"]).convert("RGB")
     except IMAGE_ERRORS:
         return None
 

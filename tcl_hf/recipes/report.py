@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CURVES = "training.png"
 SHEET, FREE_SHEET = "retrieved.png", "free_texts.png"
+NUM_FOUND = 6  # pictures beside each text
+MAX_SEARCHED = 10_000  # because their states stay in memory while they are ranked
 PREDICTIONS = "predictions.png"
 SHEET_SIDE, FRAME = 160, 2  # side of a picture on the sheet of predictions and width of its frame, in pixels
 
@@ -144,23 +146,26 @@ def write_picture_sheets(
     folder: Path,
     k: int,
     free_texts: Sequence[str] = (),
+    others: Sequence[Sequence[dict]] = (),
 ) -> list[tuple[str, str]]:
     """Write sheets of the pictures that a model finds for texts; return each file with its caption.
 
     One sheet is for captions of the records, with the right picture framed. They are spread evenly over the records:
-    none is chosen for its result. The other is for the free texts, if there are any. Both search all the records, by
-    the score that `search_images` ranks by.
+    none is chosen for its result. It searches the records. The other is for the free texts, if there are any. It
+    searches the other data too, where each picture is shown once. Both rank by the score of `search_images`.
 
     Args:
         k: number of candidates by similarity that are ranked anew.
         free_texts: texts that belong to no record.
+        others: further data whose pictures are searched for the free texts, such as those to train on. At most
+            `MAX_SEARCHED` of each are read, spread evenly.
     """
     num_names = min(8, len(records))
     right = [row * len(records) // num_names for row in range(num_names)]
-    texts = [*(records[row]["captions"][0] for row in right), *free_texts]
-    found = search_images(model, processor, records, texts, number=6, k=k).tolist()
+    texts = [records[row]["captions"][0] for row in right]
+    found = search_images(model, processor, records, texts, number=NUM_FOUND, k=k).tolist()
     score = "the combined score" if model.config.itm_weight and model.config.rerank_weight is not None else "similarity"
-    picture_sheet(records, texts[:num_names], found[:num_names], folder / SHEET, right)
+    picture_sheet(records, texts, found, folder / SHEET, right)
     sheets = [
         (
             SHEET,
@@ -168,10 +173,23 @@ def write_picture_sheets(
         )
     ]
     if free_texts:
-        picture_sheet(records, texts[num_names:], found[num_names:], folder / FREE_SHEET)
-        caption = f"Pictures that {score} finds among all {len(records)} for texts that belong to none of them."
+        pictures = different_pictures([records, *others])
+        found = search_images(model, processor, pictures, list(free_texts), number=NUM_FOUND, k=k).tolist()
+        picture_sheet(pictures, list(free_texts), found, folder / FREE_SHEET)
+        which = "those of training among them, " if len(pictures) > len(records) else ""
+        caption = f"Pictures that {score} finds among {len(pictures)}, {which}for texts that belong to none of them."
         sheets.append((FREE_SHEET, caption))
     return sheets
+
+
+def different_pictures(data: Sequence[Sequence[dict]]) -> list[dict]:
+    """The records of several data sets, at most `MAX_SEARCHED` of each, without those whose picture occurs before."""
+    chosen: dict[Any, dict] = {}
+    for records in data:
+        for row in range(0, len(records), max(1, -(-len(records) // MAX_SEARCHED))):
+            image = records[row]["image"]
+            chosen.setdefault(image.get("bytes") or image.get("path"), records[row])
+    return list(chosen.values())
 
 
 def picture_sheet(
@@ -205,6 +223,7 @@ def write_pretraining_report(
     baselines: dict[str, dict[str, float]] | None = None,
     num_tuning: int = 0,
     free_texts: Sequence[str] = (),
+    others: Sequence[Sequence[dict]] = (),
 ) -> str:
     """Write curves, picture sheets and model card of pre-training into its folder; return its table of results.
 
@@ -214,12 +233,13 @@ def write_pretraining_report(
         baselines: metrics of the baselines on them, by name; see `measure_baselines`.
         num_tuning: number of samples on which the weight of the combined score was chosen; 0 if it was given.
         free_texts: texts for which a sheet shows the pictures that the model finds.
+        others: further data whose pictures are searched for them.
     """
     protocol, folder = run.protocol, run.output_dir
     k = protocol.k or 0
     table = results_table(metrics, len(records), k, baselines)
     plot_training(read_metrics(folder / METRICS), folder / CURVES)
-    sheets = write_picture_sheets(model, processor, records, folder, k, free_texts)
+    sheets = write_picture_sheets(model, processor, records, folder, k, free_texts, others)
     how = [
         f"The model was measured at the end of the run on the split `{protocol.split}`, which it was not trained on, "
         "with one caption per image. Similarity is the cosine of the features of both encoders.",

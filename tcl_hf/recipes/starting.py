@@ -1,5 +1,6 @@
 """The start of a run, once its data and its model are there: kept states, and the projections in closed form."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -52,12 +53,15 @@ def with_kept_states(
     model: PreTrainedModel,
     processor: TCLProcessor,
     samples: Any,
-    records: Any,
-) -> tuple[Any, Any]:
+    *evaluated: Any,
+) -> tuple[Any, ...]:
     """The samples to train on with the states of their views, and the records to evaluate on with theirs.
 
     States that are not on disk yet are made, in the precision of the run. Records of tasks that need the pixels of
     their images stay as they are.
+
+    Args:
+        evaluated: data sets of records to evaluate on; one that is None stays None.
 
     Raises:
         RecipeError: if no vision layer is locked, or the samples are a stream.
@@ -84,6 +88,7 @@ def with_kept_states(
             build_augmentation(data_args, processor) if num_views else None,
             num_views,
             data_args.kept_states_dir,
+            plain_view=data_args.plain_view,
             batch_size=data_args.per_device_eval_batch_size,
             num_workers=args.dataloader_num_workers,
             rank=state.process_index,
@@ -92,9 +97,9 @@ def with_kept_states(
         )
 
     samples = keep(samples, data_args.kept_views)
-    if records is not None and TASKS[data_args.task].evaluates_states:
-        records = keep(records, 0)
-    return samples, records
+    if TASKS[data_args.task].evaluates_states:
+        evaluated = tuple(records if records is None else keep(records, 0) for records in evaluated)
+    return samples, *evaluated
 
 
 def start_projections(
@@ -103,8 +108,12 @@ def start_projections(
     model: PreTrainedModel,
     processor: TCLProcessor,
     samples: Any,
+    ridges: Sequence[float] = (0.1, 0.1),
 ) -> None:
     """Start the projections in closed form from the samples.
+
+    Args:
+        ridges: those for images and for texts, see `correlated_maps`.
 
     Raises:
         RecipeError: if the samples are a stream.
@@ -118,6 +127,8 @@ def start_projections(
             model.to(state.device),
             processor,
             samples,
+            ridge=ridges[0],
+            text_ridge=ridges[1],
             max_tokens=data_args.max_tokens,
             batch_size=data_args.per_device_eval_batch_size,
             progress=state.is_main_process,

@@ -41,7 +41,9 @@ class AffineMap:
             layer.bias.copy_(self.bias)
 
 
-def correlated_maps(images: Tensor, texts: Tensor, dim: int, ridge: float = 0.1) -> tuple[AffineMap, AffineMap]:
+def correlated_maps(
+    images: Tensor, texts: Tensor, dim: int, ridge: float = 0.1, text_ridge: float | None = None
+) -> tuple[AffineMap, AffineMap]:
     """Affine maps of two modalities to one space in which paired samples correlate most, strongest dimensions first.
 
     Both sides are standardised. Regularised canonical correlation analysis finds the directions (Hotelling 1936;
@@ -52,6 +54,8 @@ def correlated_maps(images: Tensor, texts: Tensor, dim: int, ridge: float = 0.1)
         images, texts: pooled states of N pairs, (N, width of images) and (N, width of texts).
         dim: dimensions of the space (D), at most the smaller width; those beyond it are 0.
         ridge: added to the variance of each standardised dimension.
+        text_ridge: the same for texts; `ridge` if None. A large one leaves the texts nearly where they are, and so
+            keeps what their encoder knows of words that are not among the texts.
     """
     image_mean, image_scale = _moments(images)
     text_mean, text_scale = _moments(texts)
@@ -59,7 +63,7 @@ def correlated_maps(images: Tensor, texts: Tensor, dim: int, ridge: float = 0.1)
     text = ((texts - text_mean) * text_scale).double()
     number = len(image)
     image_whitening = _whitening(image.mT @ image / number, ridge)
-    text_whitening = _whitening(text.mT @ text / number, ridge)
+    text_whitening = _whitening(text.mT @ text / number, ridge if text_ridge is None else text_ridge)
     left, correlations, right = torch.linalg.svd(image_whitening @ (image.mT @ text / number) @ text_whitening)
     kept = min(dim, len(correlations))
     maps = []
@@ -90,6 +94,8 @@ def align_projections(
     processor: TCLProcessor,
     samples: Any,
     *,
+    ridge: float = 0.1,
+    text_ridge: float | None = None,
     max_tokens: int = MAX_TOKENS,
     batch_size: int = 64,
     progress: bool = True,
@@ -99,6 +105,7 @@ def align_projections(
     Args:
         samples: map-style records. The augmented views are used where states are kept of them, else the image as it is
             evaluated. At most `MAX_SAMPLES` records, spread evenly, are read, with all their captions.
+        ridge, text_ridge: as in `correlated_maps`.
         max_tokens: longest text, [CLS] included.
         batch_size: images or texts in a forward pass.
         progress: show a progress bar.
@@ -117,7 +124,7 @@ def align_projections(
             f"projection_start=cca needs pairs to start the projections from, and {len(images)} of {len(rows)} samples "
             "can be used: name more data, or set projection_start to random."
         )
-    image_map, text_map = correlated_maps(images, texts, tcl.config.projection_dim)
+    image_map, text_map = correlated_maps(images, texts, tcl.config.projection_dim, ridge, text_ridge)
     for owner in [tcl] if model.teacher is None else [tcl, model.teacher.tcl]:
         image_map.set(owner.visual_projection)
         text_map.set(owner.text_projection)
@@ -164,7 +171,7 @@ def _pooled_pairs(
 def _views(processor: TCLProcessor, record: dict) -> list[Tensor]:
     """The kept views of a record's image, or its pixels as it is evaluated."""
     if "states" in record:
-        return [view.float() for view in record["states"].all_augmented()]
+        return [view.float() for view in record["states"].all_to_train_on()]
     with open_image(record["image"]) as image:
         return [processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]]
 

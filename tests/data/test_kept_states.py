@@ -95,6 +95,26 @@ def test_views_differ_and_do_not_depend_on_batches_workers_and_seed(tmp_path):
         assert not torch.equal(views[0], views[1])
 
 
+@pytest.mark.parametrize(("plain_view", "numbers"), [(False, {1, 2}), (True, {0, 1, 2})])
+def test_the_plain_image_is_among_the_views_to_train_on_if_that_is_asked_for(tmp_path, plain_view, numbers):
+    kept = keep(tmp_path, plain_view=plain_view)
+    states, views = kept[3]["states"], kept.kept.views(3, [0, 1, 2])
+
+    def number_of(state):
+        return next(number for number, view in enumerate(views) if torch.equal(view, state))
+
+    assert {number_of(state) for state in states.all_to_train_on()} == numbers
+    assert {number_of(state) for _ in range(40) for state in states.draw(1)} == numbers
+    assert {number_of(state) for state in states.draw(len(numbers))} == numbers  # different ones
+
+
+def test_some_records_keep_the_states_of_their_images(tmp_path):
+    kept = keep(tmp_path, plain_view=True)
+    some = kept.select([7, 2])
+    assert [record["image_id"] for record in some] == ["7", "2"] and some.kept.plain_view
+    assert torch.equal(some[1]["states"].plain(), kept[2]["states"].plain())
+
+
 def test_states_are_made_once_and_shared(tmp_path):
     keep(tmp_path)
     again = keep(tmp_path, encode=refuse_to_encode)

@@ -943,3 +943,21 @@ def test_matching_learns_from_several_negatives_of_each_text_and_image(monkeypat
         logits = model.match(texts[text : text + 1, :length], None, states[image : image + 1])
         total -= weight * logits.log_softmax(-1)[0, label].item()
     assert loss.item() == pytest.approx(total / 12, abs=1e-5)
+
+
+@pytest.mark.parametrize("hardness", [0.0, 1.0, 2.5])
+def test_negatives_are_drawn_by_similarities_times_the_hardness(monkeypatch, hardness):
+    model = stir(TCLForPreTraining(small_patches(itm_hardness=hardness))).train()
+    seen = []
+
+    def draw(logits, excluded):
+        seen.append(logits)
+        return logits.argmax(-1), ~excluded.all(-1)
+
+    monkeypatch.setattr("tcl_hf.models.modeling_tcl.sample_hard_negatives", draw)
+    batch = training_batch()
+    output = model(**batch, alpha=0.0)
+    with torch.no_grad():
+        images = model.teacher.tcl.get_image_features(batch["pixel_values_augmented"]).pooler_output
+    expected = hardness * output.text_embeds.detach() @ images.T / model.tcl.temperature.detach()
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-4)

@@ -43,6 +43,13 @@ def test_a_config_names_fields_of_the_model(config, message):
         ModelArguments(config=config)
 
 
+@pytest.mark.parametrize("ridges", [[0.1], [0.1, 0.2, 0.3], [0.1, 0.0]])
+def test_the_closed_form_has_a_ridge_for_images_and_one_for_texts(ridges):
+    with pytest.raises(RecipeError, match=r"projection_ridge=\[0.1.* must be two numbers above 0"):
+        ModelArguments(projection_ridge=ridges)
+    assert ModelArguments(projection_ridge=[0.25, 1.0]).projection_ridge == [0.25, 1.0]
+
+
 @pytest.mark.parametrize(
     ("source", "name"),
     [

@@ -6,9 +6,11 @@ from datasets import Dataset
 from helpers import tiny, tiny_records
 
 from tcl_hf import TCLForPreTraining
+from tcl_hf.data.kept_states import keep_states
 from tcl_hf.evaluation.baselines import FrozenFeatures
 from tcl_hf.recipes import baselines
 from tcl_hf.recipes.arguments import ModelArguments, PretrainingDataArguments
+from tcl_hf.training.arguments import TCLTrainingArguments
 
 ENCODERS = {"vision_model": "a vision encoder", "text_model": "a text encoder"}
 
@@ -19,11 +21,10 @@ def started(monkeypatch):
     monkeypatch.setattr(baselines, "build_model", lambda *_: tiny(TCLForPreTraining))
 
 
-def measure(model_args, pairs=None, **data_args):
+def measure(model_args, pairs=None, records=None, **data_args):
     pairs = Dataset.from_list(tiny_records(8)) if pairs is None else pairs
-    return baselines.measure_baselines(
-        PretrainingDataArguments(**data_args), ModelArguments(**model_args), pairs, tiny_records(4)
-    )
+    arguments = PretrainingDataArguments(**data_args), ModelArguments(**model_args), TCLTrainingArguments()
+    return baselines.measure_baselines(*arguments, pairs, records or tiny_records(4))
 
 
 def test_the_baselines_that_apply_are_measured_in_the_order_of_the_table():
@@ -50,6 +51,23 @@ def test_at_most_so_many_samples_are_read_as_the_arguments_allow_and_the_table_s
     ids = baselines.some_of(pairs, 3)["image_id"]
     assert len(ids) == 3 and ids == sorted(ids) == baselines.some_of(pairs, 3)["image_id"]
     assert baselines.some_of(pairs, 8) is pairs
+
+
+def test_kept_states_take_the_place_of_pixels(tmp_path, monkeypatch):
+    """They differ by the rounding of float16 only, and the images are not opened again."""
+    model, processor = tiny(TCLForPreTraining, lock_vision=True)
+    monkeypatch.setattr(baselines, "build_model", lambda *_: (model, processor))
+    read = []
+    monkeypatch.setattr(baselines, "baselines_on_features", lambda train, held_out: read.append(train.image) or {})
+    pairs = Dataset.from_list(tiny_records(8))
+    vision_model = model.tcl.vision_model
+    kept = keep_states(pairs, vision_model, vision_model.encode_locked, processor, None, 0, tmp_path)
+    measure(ENCODERS, pairs, data=["pairs.json"], baseline_samples=5)
+    monkeypatch.setattr("tcl_hf.evaluation.baselines.open_image", None)
+    measure(ENCODERS, kept, kept.select(range(4)), data=["pairs.json"], baseline_samples=5)
+    from_pixels, from_states = read
+    assert from_pixels.shape == (5, 48)
+    torch.testing.assert_close(from_states, from_pixels, rtol=1e-3, atol=1e-3)
 
 
 def test_features_from_elsewhere_have_the_same_baselines():

@@ -8,11 +8,11 @@ from datasets import Dataset
 from helpers import png, questions, tiny
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
-from tcl_hf import TCLForQuestionAnswering
+from tcl_hf import TCLForQuestionAnswering, TCLProcessor
 from tcl_hf.data.annotations.questions import QUESTION_FEATURES
 from tcl_hf.data.pairs import DataError
 from tcl_hf.data.tokenizer import train_tokenizer
-from tcl_hf.recipes.arguments import PretrainingDataArguments, RecipeError, TaskArguments
+from tcl_hf.recipes.arguments import ModelArguments, PretrainingDataArguments, RecipeError, TaskArguments
 from tcl_hf.recipes.build import (
     MAX_NAMED,
     add_words,
@@ -35,7 +35,7 @@ TINY = [
 
 
 def build(*argv):
-    data, model, _ = parse_recipe(PRETRAIN, ["--recipe", "openmoji", *TINY, *argv])
+    data, model, _ = parse_recipe(PRETRAIN, ["--recipe", "openmoji_scratch", *TINY, *argv])
     torch.manual_seed(0)
     return data, *build_model(model, ["a red dog", "a blue cat"])
 
@@ -210,3 +210,18 @@ def test_new_words_become_one_token_each_and_survive_saving(tmp_path):
     embeddings = reloaded.text_decoder.text_model.embeddings.word_embeddings.weight
     assert len(embeddings) == len(processor.tokenizer)
     assert torch.equal(embeddings[:80], before)
+
+
+def test_texts_end_with_sep_where_the_recipe_asks_for_it(tmp_path):
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"]))
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = {"vision_config": small, "text_config": small | {"fusion_layer": 0}, "queue_size": 4}
+    for add_sep_token, ids in ((False, [2, 5]), (True, [2, 5, 3])):
+        args = ModelArguments(
+            tokenizer=str(vocab), image_size=32, config=json.dumps(config), add_sep_token=add_sep_token
+        )
+        _, processor = build_model(args, ())
+        assert processor(text=["dog"])["input_ids"] == [ids]
+        processor.save_pretrained(tmp_path / "saved")
+        assert TCLProcessor.from_pretrained(tmp_path / "saved")(text=["dog"])["input_ids"] == [ids]

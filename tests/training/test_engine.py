@@ -296,6 +296,8 @@ def test_the_config_of_one_cpu_launches_pre_training(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "one_cpu.yaml")]
     command += [
         str(ROOT / "scripts" / "pretrain.py"),
+        "--recipe",
+        "openmoji_scratch",
         "--max_steps",
         "1",
         "--per_device_train_batch_size",

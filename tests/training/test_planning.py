@@ -161,7 +161,7 @@ def test_throughput_is_measured_or_follows_from_a_stated_utilisation():
 
 
 def test_the_script_prints_a_plan_of_a_recipe(capsys, monkeypatch):
-    argv = ["plan.py", "--recipe", "openmoji", "--num_samples", "86400"]
+    argv = ["plan.py", "--recipe", "openmoji_scratch", "--num_samples", "86400"]
     monkeypatch.setattr(sys, "argv", [*argv, "--samples_per_second", "60", "--num_gpus", "2", "--operations", "true"])
     runpy.run_path(str(ROOT / "scripts" / "plan.py"), run_name="__main__")
     printed = capsys.readouterr().out

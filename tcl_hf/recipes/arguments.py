@@ -177,7 +177,8 @@ class CheckpointArguments:
             given = (self.config_fields.get(part) or {}) if part else self.config_fields
             for name, value in given.items():
                 if name not in known:
-                    raise RecipeError(f"{place} has no field '{name}'{did_you_mean(name, known)}.")
+                    hint = " (set lock_vision or lock_text in config)" if name == "lock" else did_you_mean(name, known)
+                    raise RecipeError(f"{place} has no field '{name}'{hint}.")
                 _check_type(f"{place}.{name}", value, CONFIG_TYPES[place].get(name, type(value)))
 
 
@@ -234,7 +235,7 @@ def _check_type(place: str, value: Any, accepted: Any) -> None:
         names = [
             {NoneType: "null", dict: "mapping"}.get(one, one.__name__) for one in types if one is not PreTrainedConfig
         ]
-        raise RecipeError(f"{place} is {value!r}: give a {' or '.join(names)}.")
+        raise RecipeError(f"{place} is {value!r}: give a value of the type {' or '.join(names)}.")
 
 
 OBJECTS = {"config": "TCLConfig", "lora": "LoRA"}  # arguments that are objects, and what their fields belong to

@@ -4,11 +4,12 @@ import glob
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
+from safetensors import SafetensorError
 from tokenizers import AddedToken
 from transformers import PreTrainedModel
 
@@ -24,7 +25,7 @@ from ..models.encoders import TCLPreTrainedModel
 from ..models.image_processing_tcl import TCLImageProcessorPil
 from ..models.modeling_tcl import TCLForPreTraining
 from ..models.processing_tcl import TCLProcessor
-from ..models.starting_points import read_text_encoder, read_vision_encoder
+from ..models.starting_points import StartingPoint, read_text_encoder, read_vision_encoder
 from ..models.tokenization_tcl import TCLTokenizer, clean_caption, clean_question
 from ..training.adapters import config_of, open_checkpoint
 from .arguments import (
@@ -223,13 +224,13 @@ def open_model(
     if args.model is None:
         raise RecipeError("There is no checkpoint to start from: name one with --model.")
     try:
+        config = config_of_checkpoint(args, to_train)  # first, because it names a model that is not a TCL
         processor = TCLProcessor.from_pretrained(args.model)
-        config = config_of_checkpoint(args, to_train)
         config.text_config.bos_token_id = processor.tokenizer.cls_token_id
         config.text_config.eos_token_id = processor.tokenizer.sep_token_id
         processor.image_size = config.vision_config.image_size
         return open_checkpoint(args.model, model_class, config), processor
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
         raise RecipeError(f"{args.model} cannot be opened: {error}") from error
 
 
@@ -256,9 +257,9 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
     try:
         vision = text = None
         if args.vision_model:
-            vision = read_vision_encoder(encoder_folder(args.vision_model), args.image_size)
+            vision = _read_encoder(read_vision_encoder, args.vision_model, args.image_size)
         if args.text_model:
-            text = read_text_encoder(encoder_folder(args.text_model), args.fusion_layer, args.num_fusion_layers)
+            text = _read_encoder(read_text_encoder, args.text_model, args.fusion_layer, args.num_fusion_layers)
         tokenizer = _tokenizer(args, captions)
         text_vocab_size = text.config["vocab_size"] if text else 0
         ids = {"vocab_size": max(len(tokenizer), text_vocab_size), "pad_token_id": tokenizer.pad_token_id}
@@ -274,6 +275,20 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
     image_processor.image_mean = args.image_mean or image_processor.image_mean
     image_processor.image_std = args.image_std or image_processor.image_std
     return model, TCLProcessor(image_processor, tokenizer)
+
+
+def _read_encoder(read: Callable[..., StartingPoint], source: str, *options: Any) -> StartingPoint:
+    """Read an encoder to start from, by the function for its kind.
+
+    Raises:
+        RecipeError: for a path without a folder, and for damaged weights.
+    """
+    if source.startswith((".", "/", "~")) and not os.path.isdir(source):
+        raise RecipeError(f"There is no folder {source} to start from: name the folder of a model of transformers.")
+    try:
+        return read(encoder_folder(source), *options)
+    except SafetensorError as error:
+        raise RecipeError(f"The weights in {source} cannot be read ({error}): get its files again.") from error
 
 
 def _tokenizer(args: ModelArguments, captions: Iterable[str]) -> TCLTokenizer:

@@ -275,7 +275,8 @@ def _as_run(phase: Phase, goes_on: bool) -> Phase:
     args = replace(phase.args, output_dir=str(phase.folder), resume=goes_on)
     model_args = phase.model_args
     if phase.number > 1:
-        start: dict[str, Any] = {one.name: one.default for one in fields(model_args) if one.name in _OF_START}
+        defaults = type(model_args)()
+        start = {one.name: getattr(defaults, one.name) for one in fields(defaults) if one.name in _OF_START}
         start |= {"model": phase.former, "config": json.dumps(model_args.config_fields | _restored(phase))}
         model_args = replace(model_args, **start)
     return replace(phase, arguments=(phase.data_args, model_args, args))

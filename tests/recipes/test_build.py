@@ -104,12 +104,30 @@ def test_encoders_of_packages_are_opened_where_the_package_has_them(tmp_path, mo
         (["--config", '{"momentum": 2}'], "momentum=2"),
         (["--model", "./nowhere"], "nowhere"),
         (["--model", "./nowhere", "--vision_model", "x"], "leave out the others"),
-        (["--vision_model", "./nowhere"], "nowhere"),
+        (["--vision_model", "./nowhere"], r"There is no folder \./nowhere to start from: name the folder of a model"),
+        (["--text_model", "/no/where"], "There is no folder /no/where to start from"),
     ],
 )
 def test_models_that_cannot_be_built_are_one_sentence(argv, message):
     with pytest.raises(RecipeError, match=message):
         build(*argv)
+
+
+def test_folders_of_another_architecture_and_damaged_ones_are_one_sentence(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, intermediate_size=32, vocab_size=60)).save_pretrained(tmp_path / "bert")
+    Dinov2Model(Dinov2Config(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "dino")
+    for option, folder, message in (
+        ("--vision_model", "bert", "bert is a 'bert': the vision encoder starts from 'vit'"),
+        ("--text_model", "dino", "dino is a 'dinov2': the text model starts from a 'bert'"),
+        ("--model", "dino", "dino cannot be opened: .* holds a 'dinov2' model and not a TCL"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            build(option, str(tmp_path / folder))
+    file = tmp_path / "dino" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(RecipeError, match=r"The weights in .*dino cannot be read \(.*\): get its files again"):
+        build("--vision_model", str(tmp_path / "dino"))
 
 
 # Data

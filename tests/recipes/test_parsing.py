@@ -171,6 +171,10 @@ def test_a_task_on_the_command_line_alone_takes_nothing_from_the_default_recipe(
     [
         ("config: {quue_size: 4}", [], r"config has no field 'quue_size' \(did you mean 'queue_size'\?\)"),
         ("config: {vision_config: {hidden_sise: 4}}", [], r"config\.vision_config has no field 'hidden_sise'"),
+        ("config: {lock_vision: all}", [], r"config\.lock_vision is 'all': give a value of the type bool or int"),
+        ("config: {queue_size: true}", [], r"config\.queue_size is True: give a value of the type int"),
+        ("config: {text_config: 5}", [], r"config\.text_config is 5: give a value of the type mapping or null"),
+        ("config: {vision_config: {lock: 1}}", [], r"config\.vision_config has no field 'lock' \(set lock_vision"),
         ("batchsize: 7", [], r"no argument 'batchsize' \(did you mean 'per_device_train_batch_size'\?\)"),
         ("batchsize:", [], r"no argument 'batchsize' \(did you mean 'per_device_train_batch_size'\?\)"),
         ("config: 5", [], "--config is not an object, but 5"),

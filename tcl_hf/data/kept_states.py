@@ -374,7 +374,8 @@ def _check_space(place: Path, plan: StatesPlan, num_images: int) -> None:
     if num_images and needed + BYTES_LEFT > free:
         raise DataError(
             f"{place} needs {needed / 1e9:.2f} GB for the states of {num_images} images with {plan.num_views} views, "
-            f"and {free / 1e9:.2f} GB are free: free some, choose fewer kept_views, or another kept_states_dir."
+            f"and {BYTES_LEFT / 1e9:.2f} GB for the run, but {free / 1e9:.2f} GB are free: free some, choose fewer "
+            "kept_views, or another kept_states_dir."
         )
 
 

@@ -73,7 +73,7 @@ class Phase:
 
     @property
     def model_args(self) -> CheckpointArguments:
-        """What it starts from."""
+        """The checkpoint, or the encoders, that it starts from."""
         return self.arguments[1]
 
     @property
@@ -99,12 +99,12 @@ class Phase:
 
     @property
     def start(self) -> Any:
-        """What the run started from, as arguments."""
+        """The arguments of the first phase for what the run starts from."""
         return (self.run or [self])[0].model_args
 
     @property
     def base_models(self) -> list[str]:
-        """What the run started from: names on the Hub, folders, or `package:NAME`."""
+        """The models that the run started from: names on the Hub, folders, or `package:NAME`."""
         return [name for one in ("model", "vision_model", "text_model") if (name := getattr(self.start, one, None))]
 
     @property

@@ -275,7 +275,8 @@ def _as_run(phase: Phase, goes_on: bool) -> Phase:
     args = replace(phase.args, output_dir=str(phase.folder), resume=goes_on)
     model_args = phase.model_args
     if phase.number > 1:
-        start: dict[str, Any] = {one.name: one.default for one in fields(model_args) if one.name in _OF_START}
+        untouched = type(model_args)()  # with the defaults of what only the first phase reads
+        start: dict[str, Any] = {name: getattr(untouched, name) for name in _OF_START if hasattr(untouched, name)}
         start |= {"model": phase.former, "config": json.dumps(model_args.config_fields | _restored(phase))}
         model_args = replace(model_args, **start)
     return replace(phase, arguments=(phase.data_args, model_args, args))

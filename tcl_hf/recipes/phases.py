@@ -275,7 +275,7 @@ def _as_run(phase: Phase, goes_on: bool) -> Phase:
     args = replace(phase.args, output_dir=str(phase.folder), resume=goes_on)
     model_args = phase.model_args
     if phase.number > 1:
-        untouched = type(model_args)()  # with the defaults of what only the first phase reads
+        untouched = _untouched(model_args)  # what only the first phase reads
         start: dict[str, Any] = {name: getattr(untouched, name) for name in _OF_START if hasattr(untouched, name)}
         start |= {"model": phase.former, "config": json.dumps(model_args.config_fields | _restored(phase))}
         model_args = replace(model_args, **start)
@@ -344,12 +344,20 @@ def _check_finished(phases: list[Phase]) -> None:
             f"{file} was written by a run with other phases: list the same ones, or choose another output_dir."
         )
     for phase, before in zip(phases, finished, strict=True):
+        # An earlier version of the package may lack an argument, which then had its default.
+        untouched = {name: getattr(part, name) for part in map(_untouched, phase.arguments) for name in vars(part)}
         for name, value in _settings(phase).items():
-            if before.get(name) != value:
+            former = before.get(name, untouched.get(name))
+            if former != value:
                 raise TrainingError(
-                    f"{phase.place}this phase is finished in {phase.folder}, where {name} was {before.get(name)} and "
-                    f"not {value}: set it as before to go on, or choose another output_dir."
+                    f"{phase.place}this phase is finished in {phase.folder}, where {name} was {former} and not {value}: "
+                    "set it as before to go on, or choose another output_dir."
                 )
+
+
+def _untouched(arguments: Any) -> Any:
+    """Arguments of the same type, all with their defaults."""
+    return type(arguments)()
 
 
 def _settings(phase: Phase) -> dict[str, Any]:

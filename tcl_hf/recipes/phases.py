@@ -350,8 +350,8 @@ def _check_finished(phases: list[Phase]) -> None:
             former = before.get(name, untouched.get(name))
             if former != value:
                 raise TrainingError(
-                    f"{phase.place}this phase is finished in {phase.folder}, where {name} was {former} and not {value}: "
-                    "set it as before to go on, or choose another output_dir."
+                    f"{phase.place}this phase is finished in {phase.folder}, where {name} was {former} and not "
+                    f"{value}: set it as before to go on, or choose another output_dir."
                 )
 
 

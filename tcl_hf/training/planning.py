@@ -185,8 +185,8 @@ def _states_lines(config: TCLConfig, kept_views: int, plan: PlanArguments, flops
     flops = (1 + kept_views) * locked_flops(config)
     lines = [
         f"A step reads kept states in place of images: {1 + kept_views} views of {num_states} states of {width} "
-        f"numbers for each image, {kept.bytes_per_image / 1e6:.2f} MB on disk, made by {flops / 1e9:.1f} GFLOP of the locked "
-        "layers."
+        f"numbers for each image, {kept.bytes_per_image / 1e6:.2f} MB on disk, made by {flops / 1e9:.1f} GFLOP of the "
+        "locked layers."
     ]
     if plan.num_samples:
         made = ""

@@ -73,7 +73,7 @@ class Phase:
 
     @property
     def model_args(self) -> CheckpointArguments:
-        """What it starts from."""
+        """The arguments of its start."""
         return self.arguments[1]
 
     @property
@@ -99,7 +99,7 @@ class Phase:
 
     @property
     def start(self) -> Any:
-        """What the run started from, as arguments."""
+        """The arguments of the start of the run."""
         return (self.run or [self])[0].model_args
 
     @property

@@ -104,7 +104,7 @@ class Phase:
 
     @property
     def base_models(self) -> list[str]:
-        """What the run started from: names on the Hub, folders, or `package:NAME`."""
+        """The models that the run started from: names on the Hub, folders, or `package:NAME`."""
         return [name for one in ("model", "vision_model", "text_model") if (name := getattr(self.start, one, None))]
 
     @property

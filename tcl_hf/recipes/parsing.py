@@ -93,7 +93,7 @@ def parse_recipe(command: Command, argv: Sequence[str] | None = None) -> tuple:
 
 @dataclass(frozen=True)
 class Given:
-    """The contents of a recipe and a command line, with the names of all arguments checked.
+    """The content of a recipe and a command line, with the names of all arguments checked.
 
     Args:
         place: the recipe's file as "FILE: "; empty without one.

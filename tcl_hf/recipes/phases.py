@@ -73,7 +73,7 @@ class Phase:
 
     @property
     def model_args(self) -> CheckpointArguments:
-        """The checkpoint, or the encoders, that it starts from."""
+        """The arguments of its start."""
         return self.arguments[1]
 
     @property
@@ -99,7 +99,7 @@ class Phase:
 
     @property
     def start(self) -> Any:
-        """The arguments of the first phase for what the run starts from."""
+        """The arguments of the start of the run."""
         return (self.run or [self])[0].model_args
 
     @property
@@ -275,8 +275,8 @@ def _as_run(phase: Phase, goes_on: bool) -> Phase:
     args = replace(phase.args, output_dir=str(phase.folder), resume=goes_on)
     model_args = phase.model_args
     if phase.number > 1:
-        defaults = type(model_args)()
-        start = {one.name: getattr(defaults, one.name) for one in fields(defaults) if one.name in _OF_START}
+        untouched = _untouched(model_args)  # what only the first phase reads
+        start: dict[str, Any] = {name: getattr(untouched, name) for name in _OF_START if hasattr(untouched, name)}
         start |= {"model": phase.former, "config": json.dumps(model_args.config_fields | _restored(phase))}
         model_args = replace(model_args, **start)
     return replace(phase, arguments=(phase.data_args, model_args, args))
@@ -344,12 +344,20 @@ def _check_finished(phases: list[Phase]) -> None:
             f"{file} was written by a run with other phases: list the same ones, or choose another output_dir."
         )
     for phase, before in zip(phases, finished, strict=True):
+        # An earlier version of the package may lack an argument, which then had its default.
+        untouched = {name: getattr(part, name) for part in map(_untouched, phase.arguments) for name in vars(part)}
         for name, value in _settings(phase).items():
-            if before.get(name) != value:
+            former = before.get(name, untouched.get(name))
+            if former != value:
                 raise TrainingError(
-                    f"{phase.place}this phase is finished in {phase.folder}, where {name} was {before.get(name)} and "
-                    f"not {value}: set it as before to go on, or choose another output_dir."
+                    f"{phase.place}this phase is finished in {phase.folder}, where {name} was {former} and not "
+                    f"{value}: set it as before to go on, or choose another output_dir."
                 )
+
+
+def _untouched(arguments: Any) -> Any:
+    """Arguments of the same type, all with their defaults."""
+    return type(arguments)()
 
 
 def _settings(phase: Phase) -> dict[str, Any]:

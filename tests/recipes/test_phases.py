@@ -268,6 +268,17 @@ def test_a_finished_phase_that_was_changed_is_refused_and_kept(whole, data):
     with pytest.raises(SystemExit, match=message.format("seed")):
         run(whole.parent, data, "--resume", "--seed", "3")
     (whole / "kept.json").rename(whole / FINISHED)
+    content = json.loads(file.read_text())
+    for settings in content["phases"]:
+        del settings["plain_view"]  # as an earlier version wrote it, which did not have the argument
+    file.write_text(json.dumps(content))
+    (whole / FINISHED).rename(whole / "kept.json")
+    with pytest.raises(SystemExit, match=message.format("seed")):
+        run(whole.parent, data, "--resume", "--seed", "3")
+    with pytest.raises(SystemExit, match=message.format("plain_view")):
+        run(whole.parent, data, "--resume", "--plain_view", "true")
+    (whole / "kept.json").rename(whole / FINISHED)
+    before = file.stat().st_mtime_ns
     with pytest.raises(SystemExit, match="was written by a run with other phases"):
         run(whole.parent, data, "--resume", phases=[*PHASES, {}])
     assert file.stat().st_mtime_ns == before

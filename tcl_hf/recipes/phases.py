@@ -346,7 +346,9 @@ def _check_finished(phases: list[Phase]) -> None:
     for phase, before in zip(phases, finished, strict=True):
         # An earlier version of the package may lack an argument, which then had its default.
         untouched = {name: getattr(part, name) for part in map(_untouched, phase.arguments) for name in vars(part)}
-        for name, value in _settings(phase).items():
+        settings = _settings(phase)
+        left_out = {name: None for name in before if name.startswith("config.") and name not in settings}
+        for name, value in (settings | left_out).items():
             former = before.get(name, untouched.get(name))
             if former != value:
                 raise TrainingError(

@@ -265,6 +265,9 @@ def test_a_finished_phase_that_was_changed_is_refused_and_kept(whole, data):
     changed = [{"config": {"lock_text": True, "itm_weight": 0.5}}, KEEP, UNLOCK]
     with pytest.raises(SystemExit, match=message.format("config.itm_weight")):
         run(whole.parent, data, "--resume", phases=changed)
+    changed = [{"config": {"lock_text": True, "itm_weight": 0}}, KEEP, UNLOCK]
+    with pytest.raises(SystemExit, match=message.format("config.mlm_weight")):
+        run(whole.parent, data, "--resume", phases=changed)
     with pytest.raises(SystemExit, match=message.format("seed")):
         run(whole.parent, data, "--resume", "--seed", "3")
     (whole / "kept.json").rename(whole / FINISHED)

@@ -185,6 +185,7 @@ def parse_phases(command: Command, argv: Sequence[str] | None = None) -> list[Ph
         phases.append(Phase(arguments, changes, number, place, phases))
     for former, phase in pairwise(phases):
         _check_dropout(former, phase)
+        _check_adapters(former, phase)
     return phases
 
 
@@ -231,6 +232,15 @@ def _check_dropout(former: Phase, phase: Phase) -> None:
                 f"{former.place}config.{part}.{name} is set for this phase and not for the next one: set it outside "
                 "the phases too."
             )
+
+
+def _check_adapters(former: Phase, phase: Phase) -> None:
+    """Refuse adapters of adapters."""
+    if all(one.args.lora is not None and one.args.lora_save == "adapter" for one in (former, phase)):
+        raise RecipeError(
+            f"{phase.place}lora_save: adapters alone need a whole model to be added to, and the phase before saves "
+            "adapters: set lora_save to merged there."
+        )
 
 
 def run_phases(command: Command, argv: Sequence[str] | None, train: Callable[[Phase], None]) -> None:

@@ -342,6 +342,10 @@ def test_checkpoints_of_which_none_is_whole_are_named(data, tmp_path):
             r"phases\[2\]: config\.text_config\.hidden_size is a size",
         ),
         (
+            [{"lora": {"r": 2}, "lora_save": "adapter"}] * 2,
+            r"phases\[2\]: lora_save: adapters alone need a whole model to be added to, and the phase before saves adap",
+        ),
+        (
             [{"config": {"text_config": {"hidden_dropout_prob": 0.0}}}, {}],
             r"phases\[1\]: config\.text_config\.hidden_dropout_prob is set for this phase and not for the next one",
         ),

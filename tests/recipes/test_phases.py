@@ -343,7 +343,7 @@ def test_checkpoints_of_which_none_is_whole_are_named(data, tmp_path):
         ),
         (
             [{"lora": {"r": 2}, "lora_save": "adapter"}] * 2,
-            r"phases\[2\]: lora_save: adapters alone need a whole model to be added to, and the phase before saves adap",
+            r"phases\[2\]: lora_save: adapters alone need a whole model to be added to, and the phase before saves ",
         ),
         (
             [{"config": {"text_config": {"hidden_dropout_prob": 0.0}}}, {}],

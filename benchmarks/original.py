@@ -136,8 +136,8 @@ class OurReranking:
                 image_states=image_states,
                 text_states=text_states,
                 attention_mask=mask,
-                image_embeds=self.model.tcl.image_features(image_states[:, 0]),
-                text_embeds=self.model.tcl.text_features(text_states[:, 0]),
+                image_embeds=self.model.tcl.image_features(image_states),
+                text_embeds=self.model.tcl.text_features(text_states),
                 image_of_text=torch.arange(TEXTS) % IMAGES,
                 texts=[],
             )

@@ -193,7 +193,7 @@ def matching_logits(
         progress: show a progress bar, with the time left.
     """
     device, dtype = encoded.image_embeds.device, model.tcl.dtype
-    found = torch.full((len(chosen), len(encoded.texts), 2), NOT_SCORED, device=device)
+    found = torch.full((len(chosen), len(encoded.attention_mask), 2), NOT_SCORED, device=device)
     lengths = encoded.attention_mask.sum(-1)
     total = sum(len(chosen[row]) for row in encoded.image_rows)
     bar = tqdm(total=total, desc="Matching", unit="pair", disable=not progress, leave=False)

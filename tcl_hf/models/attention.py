@@ -62,6 +62,7 @@ class TCLAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.dropout = dropout
+        self.avoids_slow_kernels = True  # False where a step on CPU tensors stands for one on a GPU
         self.is_causal = is_causal
         key_value_size = config.hidden_size if key_value_size is None else key_value_size
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -100,11 +101,12 @@ class TCLAttention(nn.Module):
             implementation = _implementation_with_weights(implementation)
         # Shapes and not `len`, which would fix the number for torch.export.
         query = self.q_proj(hidden_states).view(key.shape[0], -1, key.shape[1], self.head_dim)
-        if implementation == "sdpa" and query.device.type == "cpu":
+        if implementation == "sdpa" and query.device.type == "cpu" and self.avoids_slow_kernels:
             # On CPUs PyTorch has no fused kernel with dropout, and its plain one scales keys as well as queries. Its
             # fused kernel in bfloat16 is slower than the textbook's products (up to 13 times, for short texts).
             has_dropout = self.training and self.dropout
-            implementation = "eager" if has_dropout or query.dtype != torch.float32 else implementation
+            is_half = query.dtype in (torch.bfloat16, torch.float16)
+            implementation = "eager" if has_dropout or is_half else implementation
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,

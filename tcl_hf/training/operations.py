@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..data.kept_states import DTYPE as STATES_DTYPE
+from ..models.attention import TCLAttention
 from ..models.configuration_tcl import TCLConfig
 from ..models.modeling_tcl import TCLForPreTraining
 
@@ -127,6 +128,9 @@ def run_step(
         model.to_empty(device="cpu")
         model.tie_weights()
         model.update_teacher()
+        for module in model.modules():
+            if isinstance(module, TCLAttention):
+                module.avoids_slow_kernels = False
         if checkpointing:
             model.activation_checkpointing_enable()
         batch = _batch(config, batch_size, num_tokens, num_masked)

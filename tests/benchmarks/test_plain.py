@@ -283,8 +283,8 @@ def encoded(ours: TCLForPreTraining, num_images: int, num_texts: int, seed: int)
             image_states=image_states,
             text_states=text_states,
             attention_mask=mask,
-            image_embeds=ours.tcl.image_features(image_states[:, 0]),
-            text_embeds=ours.tcl.text_features(text_states[:, 0]),
+            image_embeds=ours.tcl.image_features(image_states),
+            text_embeds=ours.tcl.text_features(text_states),
             image_of_text=torch.arange(num_texts) % num_images,
             texts=[],
         )

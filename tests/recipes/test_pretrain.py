@@ -65,7 +65,12 @@ def test_the_report_shows_the_saved_model_where_weights_are_averaged(tmp_path, m
     monkeypatch.setattr(recipe, "train_task", lambda *args, **options: {})
     monkeypatch.setattr(recipe, "write_pretraining_report", lambda run, model, *rest: reported.append(model))
     for average in ("false", "true"):
-        recipe.main(["--output_dir", str(tmp_path), "--data", "some.json", "--average_weights", average])
+        recipe.main(
+            [
+                *("--recipe", "openmoji_scratch", "--output_dir", str(tmp_path), "--data", "some.json"),
+                *("--average_weights", average),
+            ]
+        )
     assert reported[0] is trained
     ours, theirs = reported[1].state_dict(), saved.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

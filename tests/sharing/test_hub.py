@@ -111,7 +111,7 @@ def features(model) -> dict[str, torch.Tensor]:
         image, text = tcl.encode_image(batch["pixel_values"]), tcl.encode_text(batch["input_ids"])
         images = (image,) * model.config.text_config.images_per_text
         fused = tcl.text_model(batch["input_ids"], encoder_hidden_states=images).last_hidden_state
-        outputs = {"image": tcl.image_features(image[:, 0]), "text": tcl.text_features(text[:, 0]), "fused": fused}
+        outputs = {"image": tcl.image_features(image), "text": tcl.text_features(text), "fused": fused}
         for head in ("itm_head", "cls_head", "ta_head", "lm_head"):
             if hasattr(model, head):
                 outputs[head] = getattr(model, head)(fused)

@@ -33,6 +33,6 @@ def command(main: Main) -> Callable[..., None]:
         try:
             main(argv)
         except ERRORS as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {' '.join(str(error).split())}")  # Those of transformers may have several lines.
 
     return run

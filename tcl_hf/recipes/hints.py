@@ -59,7 +59,7 @@ def names_of(*types: type) -> frozenset[str]:
 
 _CONFIGS = {"config": TCLConfig, "config.text_config": TCLTextConfig, "config.vision_config": TCLVisionConfig}
 CONFIG_FIELDS = {place: names_of(config) - {"lock"} for place, config in _CONFIGS.items()}  # a lock has a name on top
-CONFIG_TYPES = {place: dict(config.__annotations__) for place, config in _CONFIGS.items()}  # of TCL's own fields
+CONFIG_TYPES = {place: dict(config.__annotations__) for place, config in _CONFIGS.items()}  # without inherited ones
 
 
 def hint(name: str, known: Collection[str]) -> str:

@@ -37,7 +37,7 @@ def test_the_classes_of_openmoji_are_those_of_unicode():
         "1F981": "mammal",  # lion
         "1F427": "bird",  # penguin
         "1F355": "meal",  # pizza
-        "1F1E9-1F1EA": "flag",  # of Germany
+        "1F1E9-1F1EA": "flag",  # the flag of Germany
         "1F9D1-200D-1F680": "person",  # astronaut
         "1F550": "clock",  # one o'clock
         "1F600": "face",  # grinning face

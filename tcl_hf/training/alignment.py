@@ -48,7 +48,8 @@ def correlated_maps(
 
     Both sides are standardised. Regularised canonical correlation analysis finds the directions (Hotelling 1936;
     ridge: Vinod 1976), and each is scaled by its correlation, so that a cosine weighs it by the square of the
-    correlation: directions in which the modalities hardly agree would only add noise.
+    correlation: directions in which the modalities hardly agree would only add noise. All products are of float64,
+    which autocast leaves as it is.
 
     Args:
         images, texts: pooled states of N pairs, (N, width of images) and (N, width of texts).
@@ -71,9 +72,9 @@ def correlated_maps(
         (image_whitening, left[:, :kept], image_mean, image_scale),
         (text_whitening, right.mT[:, :kept], text_mean, text_scale),
     ):
-        weight = torch.zeros(dim, len(mean), dtype=mean.dtype)
-        weight[:kept] = (whitening @ directions * correlations[:kept]).mT.to(mean.dtype) * scale
-        maps.append(AffineMap(weight, -weight @ mean))
+        weight = torch.zeros(dim, len(mean), dtype=torch.float64)
+        weight[:kept] = (whitening @ directions * correlations[:kept]).mT * scale
+        maps.append(AffineMap(weight.to(mean.dtype), -(weight @ mean.double()).to(mean.dtype)))
     return maps[0], maps[1]
 
 

@@ -47,6 +47,16 @@ def test_dimensions_beyond_the_smaller_width_are_zero():
     assert torch.stack([image_map.weight.isfinite().all(), text_map.weight.isfinite().all()]).all()
 
 
+def test_autocast_rounds_no_number_of_a_map():
+    sides = pairs()
+    exact = correlated_maps(*sides, dim=5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = correlated_maps(*sides, dim=5)
+    for one, other in zip(exact, found, strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert torch.equal(one.bias, other.bias)
+
+
 def test_a_large_ridge_for_texts_only_turns_and_weighs_their_standardised_states():
     images, texts = pairs()
     for text_ridge, is_turned in ((1e6, True), (1e-9, False)):

@@ -22,6 +22,12 @@ def fresh_accelerator():
     AcceleratorState._reset_state(True)
 
 
+@pytest.fixture(autouse=True)
+def bfloat16_everywhere(monkeypatch):
+    """Let runs that ask for bfloat16 compute in it on every CPU, however slowly."""
+    monkeypatch.setattr("tcl_hf.training.precision.cpu_has_bfloat16", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     """The folder of a run of six steps that was never stopped."""

@@ -16,9 +16,9 @@ from ..evaluation.baselines import (
 )
 from ..training.agreement import processes
 from ..training.arguments import TCLTrainingArguments
+from ..training.precision import in_precision_of
 from .arguments import ModelArguments, PretrainingDataArguments
 from .build import build_model
-from .starting import in_precision_of
 
 RIDGE_ON_PIXELS = "ridge on coarse pixels"
 RIDGE_ON_FEATURES = "ridge on the same frozen features"

@@ -13,13 +13,13 @@ from transformers import set_seed
 
 from ..data.annotations.classification import class_names_of
 from ..sharing.cards import add_results
+from ..training.precision import in_precision_of
 from .arguments import RecipeError
 from .build import add_words, candidate_answers, load_evaluation_data, open_model
 from .command_line import command
 from .parsing import EVALUATE, parse_recipe
 from .report import PREDICTIONS, prediction_sheet, task_table
 from .results import evaluation_protocol, write_results
-from .starting import in_precision_of
 from .tasks import TASKS
 
 

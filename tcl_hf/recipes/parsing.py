@@ -57,7 +57,7 @@ _PRETRAINING = (PretrainingDataArguments, ModelArguments, TCLTrainingArguments)
 _FINETUNING = (FinetuningDataArguments, CheckpointArguments, TCLTrainingArguments)
 # These replace texts that name the launcher's precision as the default.
 _PRECISION_HELPS = {
-    "bf16": "Run the model in bfloat16 by autocast; in float32 with neither, whatever the launcher's precision.",
+    "bf16": "Autocast to bfloat16, except on CPUs without it; else float32, whatever the launcher's precision.",
     "fp16": "Run the model in float16 by autocast.",
 }
 _EVALUATED = names_of(TaskArguments, CheckpointArguments, EvaluationArguments) | {"seed", "bf16", "fp16"}

@@ -1,10 +1,8 @@
 """The start of a run, once its data and its model are there: kept states, and the projections in closed form."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,17 +12,9 @@ from ..models.processing_tcl import TCLProcessor
 from ..training.agreement import processes
 from ..training.alignment import align_projections
 from ..training.arguments import TCLTrainingArguments
+from ..training.precision import in_precision_of
 from .arguments import RecipeError, TrainingDataArguments
 from .tasks import TASKS, build_augmentation
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def in_precision_of(args: TCLTrainingArguments) -> AbstractContextManager:
-    """Autocast to the precision that the arguments name; nothing if they name none."""
-    if args.mixed_precision is None:
-        return nullcontext()
-    return torch.autocast(processes().device.type, PRECISIONS[args.mixed_precision])
 
 
 def check_kept_views(data_args: TrainingDataArguments, config: TCLConfig) -> None:

@@ -63,7 +63,10 @@ class TCLTrainingArguments:
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta."})
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip the gradient to this norm; 0 for no clipping."})
-    bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16; else the precision of the launcher."})
+    bf16: bool = field(
+        default=False,
+        metadata={"help": "Autocast to bfloat16, except on CPUs without it; else the precision of the launcher."},
+    )
     fp16: bool = field(default=False, metadata={"help": "Autocast to float16; else the precision of the launcher."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile the forward."})

@@ -27,6 +27,7 @@ from .agreement import Agreement
 from .allocation import keep_freed_memory
 from .arguments import TCLTrainingArguments, TrainingError
 from .optimization import trained_groups
+from .precision import mixed_precision_of
 
 SHARDED_LAYERS = (TCLVisionLayer, TCLTextLayer)
 
@@ -41,7 +42,7 @@ class Engine:
     def __init__(self, args: TCLTrainingArguments):
         self.args = args
         self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
+            mixed_precision=mixed_precision_of(args),
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=args.report_to or None,
             project_dir=args.output_dir,

@@ -19,6 +19,7 @@ from ..models.processing_tcl import MAX_QUESTION_WORDS_IN_TRAINING, MAX_TOKENS, 
 from .augmentation import TCLAugmentation
 from .captions import usable_captions
 from .images import IMAGE_ERRORS, open_image
+from .kept_states import plain_view_of
 from .records import DataError
 from .skipped import SkippedSamples
 
@@ -125,16 +126,12 @@ class _Collator:
 
         Where states are kept of the image (see `kept_states`), they stand for the views (1 + P, width).
         """
+        if self.augmentation is None:
+            return [plain_view_of(self.processor, record)]
         if "states" in record:
-            return record["states"].draw(number) if self.augmentation is not None else [record["states"].plain()]
-        return self._views_of(record.get("image"), number)
-
-    def _views_of(self, image_source: object, number: int = 1) -> list[Tensor]:
-        """Views of an image, from its pixels."""
-        with open_image(image_source) as image:
-            if self.augmentation is not None:
-                return self.augmentation(image, number)
-            return [self.processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]]
+            return record["states"].draw(number)
+        with open_image(record.get("image")) as image:
+            return self.augmentation(image, number)
 
     def _tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` of texts: (N, L) each."""
@@ -279,7 +276,7 @@ class TCLTaskCollator(_Collator):
             raise ValueError("no text")
         if "images" not in records[0]:
             return self._views(records[0])[0], texts
-        return torch.stack([self._views_of(image)[0] for image in records[0]["images"]]), texts
+        return torch.stack([self._views({"image": image})[0] for image in records[0]["images"]]), texts
 
     def _labelled_text(self, record: dict) -> _LabelledText:
         """The text of one record, with its class and its answers."""

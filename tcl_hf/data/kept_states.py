@@ -197,6 +197,20 @@ class StatesOfRow:
         return self.kept.views(self.row, [available[drawn[place % len(drawn)]] for place in range(number)])
 
 
+def plain_view_of(processor: TCLProcessor, record: dict[str, Any]) -> Tensor:
+    """A record's image as it is evaluated: its pixels (3, H, W), or the states that are kept of it (1 + P, width).
+
+    In float32, because autocast on CPUs cannot stack half precision.
+
+    Raises:
+        one of IMAGE_ERRORS: if the image cannot be read.
+    """
+    if "states" in record:
+        return record["states"].plain().float()
+    with open_image(record.get("image")) as image:
+        return processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+
 @dataclass
 class _ViewsOfImages(torch.utils.data.Dataset):
     """The pixels (1 + views, 3, H, W) of images by number, or None for one that cannot be read.
@@ -216,9 +230,8 @@ class _ViewsOfImages(torch.utils.data.Dataset):
     def __getitem__(self, image: int) -> Tensor | None:
         record = self.dataset[self.first_rows[image]]
         try:
-            with open_image(record["image"]) as opened, torch.random.fork_rng(devices=[]):
-                plain = self.processor.image_processor(opened.convert("RGB"), return_tensors="pt")["pixel_values"]
-                views = [plain[0]]
+            with torch.random.fork_rng(devices=[]):
+                views = [plain_view_of(self.processor, record)]
                 for view in range(self.num_views):
                     assert self.augmentation is not None
                     torch.default_generator.manual_seed(mix_seeds(view, image))

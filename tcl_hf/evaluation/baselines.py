@@ -9,16 +9,15 @@ Shapes: I images, T texts, N samples, Dv and Dt widths of the image and text fea
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..data.images import IMAGE_ERRORS, open_image
+from ..data.kept_states import plain_view_of
 from ..models.encoders import eval_mode
 from ..models.modeling_tcl import TCLModel
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
@@ -136,22 +135,21 @@ def frozen_features(
     bar = tqdm(total=len(records), desc="Frozen features", disable=not progress, leave=False)
     with eval_mode(model):
         for rows in in_batches(list(range(len(records))), batch_size):
-            pictures: list[Any] = []
+            views: list[Tensor] = []
             for record in (records[row] for row in rows):
                 captions = [text for text in record["captions"] or () if text and text.strip()][:captions_per_image]
-                picture = _readable(record) if captions else None
-                if picture is not None:
-                    image_of_text += [len(images) + len(pictures)] * len(captions)
-                    texts += captions
-                    pictures.append(picture)
-            if pictures:
-                are_states = isinstance(pictures[0], Tensor)
-                inputs = (
-                    torch.stack(pictures)
-                    if are_states
-                    else processor(images=pictures, return_tensors="pt")["pixel_values"]
-                )
-                images += image_features_of(model.encode_image(inputs.to(model.device))).float().cpu().unbind()
+                if not captions:
+                    continue
+                try:
+                    view = plain_view_of(processor, record)
+                except IMAGE_ERRORS:
+                    continue
+                image_of_text += [len(images) + len(views)] * len(captions)
+                texts += captions
+                views.append(view)
+            if views:
+                states = model.encode_image(torch.stack(views).to(model.device))
+                images += image_features_of(states).float().cpu().unbind()
             bar.update(len(rows))
         bar.close()
         features: list[Tensor] = []
@@ -168,16 +166,6 @@ def ended(input_ids: Tensor, attention_mask: Tensor, end: int) -> tuple[Tensor, 
     """Token ids and mask (N, L + 1) of texts (N, L) with the token `end` behind the last one."""
     lengths = attention_mask.sum(-1, keepdim=True)  # (N, 1)
     return F.pad(input_ids, (0, 1)).scatter(1, lengths, end), F.pad(attention_mask, (1, 0), value=1)
-
-
-def _readable(record: dict) -> Image.Image | Tensor | None:
-    """The image of a record in RGB or its kept states (1 + P, width), or None if it cannot be read."""
-    try:
-        if "states" in record:
-            return record["states"].plain().float()
-        return open_image(record["image"]).convert("RGB")
-    except IMAGE_ERRORS:
-        return None
 
 
 def ridge_scores(

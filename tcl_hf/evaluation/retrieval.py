@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.images import open_image
+from ..data.kept_states import plain_view_of
 from ..models.attention import KeyValue
 from ..models.configuration_tcl import TCLConfig
 from ..models.distributed import whole
@@ -136,7 +136,8 @@ def encode_samples(
     text_embeds: list[Tensor] = []
     bar = tqdm(total=len(image_rows) + len(text_rows), desc="Encoding", disable=not progress, leave=False)
     for rows in in_batches(image_rows, batch_size):
-        states = model.tcl.encode_image(_images_or_states(processor, [records[row] for row in rows]).to(device))
+        views = torch.stack([plain_view_of(processor, records[row]) for row in rows])
+        states = model.tcl.encode_image(views.to(device))
         image_embeds += model.tcl.image_features(states).unbind()
         image_states += kept(states).unbind()
         bar.update(len(rows))
@@ -158,15 +159,6 @@ def encode_samples(
         image_of_text=image_of_text.to(device),
         texts=texts,
     )
-
-
-def _images_or_states(processor: TCLProcessor, records: list[dict]) -> Tensor:
-    """The pixels of the records' images (B, 3, H, W), or the states that are kept of all of them (B, 1 + P, width)."""
-    if all("states" in record for record in records):
-        # In float32, because autocast on CPUs cannot stack half precision.
-        return torch.stack([record["states"].plain().float() for record in records])
-    images = [open_image(record["image"]).convert("RGB") for record in records]
-    return processor(images=images, return_tensors="pt")["pixel_values"]
 
 
 def can_match(config: TCLConfig) -> bool:

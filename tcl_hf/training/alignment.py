@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.captions import usable_captions
-from ..data.images import IMAGE_ERRORS, open_image
+from ..data.images import IMAGE_ERRORS
+from ..data.kept_states import plain_view_of
 from ..models.encoders import eval_mode
 from ..models.modeling_tcl import TCLModel, TCLTaughtModel
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
@@ -173,8 +174,7 @@ def _views(processor: TCLProcessor, record: dict) -> list[Tensor]:
     """The kept views of a record's image, or its pixels as it is evaluated."""
     if "states" in record:
         return [view.float() for view in record["states"].all_to_train_on()]
-    with open_image(record["image"]) as image:
-        return [processor.image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]]
+    return [plain_view_of(processor, record)]
 
 
 def _pooled_texts(tcl: TCLModel, processor: TCLProcessor, texts: list[str], max_tokens: int, batch_size: int) -> Tensor:

@@ -453,10 +453,13 @@ class TCLTextLayer(GradientCheckpointingLayer):
         image_mask: Tensor | None = None,
         cache: Cache | None = None,
         token_index: Tensor | None = None,
+        text_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the new states (N, L, D), the self-attention weights and the cross-attention weights.
 
         Args:
+            text_index: the row of the given states that each new row continues (N,): self-attention reads no image, and
+                so it is computed once for a text that several images share.
             key, value: keys and values of the images. They are two arguments and not a tuple because re-entrant
                 gradient checkpointing sees only arguments that are tensors.
             token_index: tokens (N, T) whose new states (N, T, D) are computed, with `attention_mask` for these tokens;
@@ -469,6 +472,8 @@ class TCLTextLayer(GradientCheckpointingLayer):
             hidden_states = select_tokens(hidden_states, token_index)
         attended, weights = self.self_attn(hidden_states, attention_mask, text_key_value, output_attentions)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
+        if text_index is not None:
+            hidden_states = hidden_states.index_select(0, text_index)
         cross_weights = None
         if key is not None:
             attended, cross_weights = self.cross_attn(
@@ -569,8 +574,12 @@ class TCLTextModel(TCLTextPreTrainedModel):
         image_mask: Tensor | None = None,
         cache: Cache | None = None,
         token_index: Tensor | None = None,
+        text_index: Tensor | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run the fusion layers on states of texts (N, L, D), each attending to one of B images.
+
+        With `text_index`, the T texts given are fewer than the N rows, and `attention_mask` and `token_index` are those
+        of the texts.
 
         Args:
             images: keys and values for each fusion layer, from `project_images`.
@@ -582,7 +591,19 @@ class TCLTextModel(TCLTextPreTrainedModel):
             token_index: tokens (N, T) whose last states (N, T, D) are needed; all tokens if None. The last layer does
                 not compute the others, if the attention implementation permits it; the states and weights that it
                 returns, if asked for, are then of these tokens alone.
+            text_index: the text of each row (N,). What the first layer does before it reads an image is then computed
+                once for each text.
+
+        Raises:
+            ValueError: if `text_index` comes with `image_mask`, `cache`, or states or weights to return.
         """
+        if text_index is not None and (
+            image_mask is not None or cache is not None or output_attentions or output_hidden_states
+        ):
+            raise ValueError(
+                "text_index shares texts among rows, which works without image_mask, cache, output_attentions and "
+                "output_hidden_states alone: select the texts of the rows before fusing them."
+            )
         mask = self._mask(text_states, attention_mask, cache)
         if image_mask is not None:
             image_mask = self._image_mask(text_states, image_mask, image_index)
@@ -592,6 +613,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
         collected = _Collected(text_states, output_attentions, output_hidden_states)
         for layer, (key, value) in zip(self.fusion_layers, images, strict=True):
             selects = last_layer_selects and layer is self.layers[-1]
+            is_first = layer is self.fusion_layers[0]
             if selects and mask is not None:
                 mask = self._mask(text_states, attention_mask, cache, token_index)
             text_states, weights, cross_weights = layer(
@@ -604,7 +626,13 @@ class TCLTextModel(TCLTextPreTrainedModel):
                 image_mask,
                 cache,
                 token_index if selects else None,
+                text_index if is_first else None,
             )
+            if text_index is not None and is_first:
+                token_index = None if token_index is None else token_index.index_select(0, text_index)
+                if attention_mask is not None and layer is not self.layers[-1]:
+                    attention_mask = attention_mask.index_select(0, text_index)
+                    mask = self._mask(text_states, attention_mask, cache)
             collected.add(text_states, weights, cross_weights)
         if token_index is not None and not last_layer_selects:
             text_states = select_tokens(text_states, token_index)

@@ -587,7 +587,12 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             negatives = self._hard_negatives(batch, student, teacher)
         rows = fusion_rows(batch, student.masked_states, text_states, mask, negatives)
         fused = self.tcl.fuse(
-            rows.text_states, rows.attention_mask, image_states, rows.image_index, token_index=rows.token_index
+            rows.text_states,
+            rows.attention_mask,
+            image_states,
+            rows.image_index,
+            token_index=rows.token_index,
+            text_index=rows.text_index,
         ).last_hidden_state
         if negatives is not None:
             number = len(negatives.image) // num_pairs

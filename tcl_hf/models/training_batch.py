@@ -135,10 +135,11 @@ class FusionRows:
     negative texts each; for masked language modelling, the N masked texts with their images.
     """
 
-    text_states: Tensor  # (R, L, width), R rows
-    attention_mask: Tensor  # (R, L)
+    text_states: Tensor  # (S, L, width), S texts
+    attention_mask: Tensor  # (S, L)
+    text_index: Tensor | None  # (R,), the text of each of the R rows; None where row n has text n
     image_index: Tensor | None  # (R,); None where row n has image n
-    token_index: Tensor | None  # (R, T), the tokens whose last states are needed; None for all
+    token_index: Tensor | None  # (S, T), the tokens whose last states are needed; None for all
 
 
 def fusion_rows(
@@ -162,25 +163,35 @@ def fusion_rows(
     token_index = (
         batch.masked.token_index() if batch.masked else attention_mask.new_zeros(num_pairs, 1, dtype=torch.long)
     )
-    texts, masks, images = [], [], []
+    states: list[Tensor] = []
+    masks: list[Tensor] = []
+    texts: list[Tensor] = []
+    images: list[Tensor] = []
     if negatives is not None:
         number = len(negatives.image) // num_pairs
-        own_texts = text_states[:num_pairs]
-        texts += [own_texts.repeat(1 + number, 1, 1), text_states[negatives.text]]
-        masks += [batch_mask.repeat(1 + number, 1), attention_mask[negatives.text]]
-        images += [own, negatives.image, own.repeat(number)]
+        negative_texts = negatives.text
+        if len(text_states) == num_pairs:
+            states, masks = [text_states], [attention_mask]
+        else:  # Of other processes' texts, only those that were drawn.
+            states = [text_states[:num_pairs], text_states[negatives.text]]
+            masks = [batch_mask, attention_mask[negatives.text]]
+            negative_texts = num_pairs + torch.arange(len(negatives.text), device=own.device)
+        texts = [own.repeat(1 + number), negative_texts]
+        images = [own, negatives.image, own.repeat(number)]
     token_indices: list[Any] = []
     if token_index is not None:
-        token_indices = [token_index.new_zeros(len(rows), token_index.shape[1]) for rows in texts]
+        token_indices = [token_index.new_zeros(len(rows), token_index.shape[1]) for rows in states]
     if batch.masked is not None:
         padding = attention_mask.shape[1] - length
-        texts.append(F.pad(masked_states, (0, 0, 0, padding)))
+        texts.append(sum(map(len, states)) + own)
+        states.append(F.pad(masked_states, (0, 0, 0, padding)))
         masks.append(batch_mask)
         images.append(own)
         token_indices.append(token_index)
     return FusionRows(
-        torch.cat(texts),
+        torch.cat(states),
         torch.cat(masks),
+        None if negatives is None else torch.cat(texts),
         None if negatives is None else torch.cat(images),
         None if token_index is None else torch.cat(token_indices),
     )

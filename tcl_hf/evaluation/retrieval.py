@@ -22,7 +22,7 @@ from ..models.configuration_tcl import TCLConfig
 from ..models.distributed import whole
 from ..models.encoders import eval_mode
 from ..models.losses import similarity as scaled_similarity
-from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval
+from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval, log_odds_of
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .metrics import retrieval_metrics
 from .shares import gather_results, in_batches, process_share
@@ -226,8 +226,7 @@ def combined_scores(similarity: Tensor, logits: Tensor, temperature: Tensor | fl
         temperature: the one that divides similarities in the contrastive losses.
         rerank_weight: weight of the log-odds; 0 gives the order by similarity.
     """
-    log_odds = logits[..., MATCHES] - logits[..., 1 - MATCHES]
-    return similarity / temperature + rerank_weight * log_odds
+    return similarity / temperature + rerank_weight * log_odds_of(logits)
 
 
 def _only_top(scores: Tensor, similarity: Tensor, k: int, dim: int, other: float = NOT_SCORED) -> Tensor:

@@ -151,6 +151,10 @@ class TCLConfig(PreTrainedConfig):
         itm_negatives: hard negative images of each text, and texts of each image, in matching (paper: 1).
         itm_hardness: the negatives are drawn from the softmax of `itm_hardness` times the similarities divided by tau
             (paper: 1; 0 draws all alike). Fusion layers that start new learn nothing from hard negatives alone.
+        itm_contrast: whether matching is trained by contrast, over all pairs of an image and a text of the process's
+            batch: the log-odds of "matches" are the logits of a softmax over all texts of the batch, and over all
+            images (paper: False, a yes or no for each drawn pair). Nothing is then drawn by `itm_negatives` and
+            `itm_hardness`. It is cheap with one fusion layer, of which matching reads [CLS] alone.
         mlm_probability: share of the tokens masked (paper: 0.15).
         patch_dropout: share of the patches that the student does not read in a step of pre-training, drawn for each
             image (FLIP, arXiv 2212.00794: 0.5 and 0.75; paper: 0). The teacher, evaluation and fine-tuning read all
@@ -188,6 +192,7 @@ class TCLConfig(PreTrainedConfig):
     alpha: float | int = 0.4
     itm_negatives: int = 1
     itm_hardness: float | int = 1.0
+    itm_contrast: bool = False
     mlm_probability: float | int = 0.15
     patch_dropout: float | int = 0.0
     image_pooling: str = "cls"

@@ -188,6 +188,18 @@ def itm_loss(logits: Tensor, labels: Tensor, mask: Tensor, num_negatives: int = 
     return (losses.where(mask, 0) * weights).sum() / weights.sum().clamp(min=1)
 
 
+def itm_contrast_loss(log_odds: Tensor, targets: Tensor) -> Tensor:
+    """Matching by contrast: find the text of each image among the texts of the batch, and the image of each text.
+
+    Args:
+        log_odds: logits of "matches" less those of "does not match", of N images (rows) and N texts (N, N).
+        targets: distribution over the texts for each image, and over the images for each text (N, N), see
+            `positive_targets`.
+    """
+    log_odds = log_odds.float()
+    return (soft_cross_entropy(log_odds, targets).mean() + soft_cross_entropy(log_odds.mT, targets).mean()) / 2
+
+
 def distilled_cross_entropy(
     logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor = 0.0
 ) -> Tensor:

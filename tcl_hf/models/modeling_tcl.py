@@ -28,6 +28,7 @@ from .losses import (
     accuracy,
     cma_loss,
     imc_loss,
+    itm_contrast_loss,
     itm_loss,
     lmi_loss,
     mlm_loss,
@@ -56,6 +57,11 @@ MATCHES = 1  # index of "matches" among the two matching logits
 def features_of(states: Tensor, projection: nn.Module) -> Tensor:
     """Project pooled states (..., width) to L2-normalised float32 features (..., D)."""
     return F.normalize(projection(states).float(), dim=-1)
+
+
+def log_odds_of(logits: Tensor) -> Tensor:
+    """The logarithm of the odds that a pair matches (...), of its two matching logits (..., 2)."""
+    return logits[..., MATCHES] - logits[..., 1 - MATCHES]
 
 
 def pooled(states: Tensor, mean: Callable[[], Tensor], pooling: str) -> Tensor:
@@ -119,6 +125,17 @@ class TCLModel(StartsFromEncoders, TCLPreTrainedModel):
         """The names of the modules that are locked, behind a prefix."""
         towers = {"vision_model": self.vision_model, "text_model": self.text_model}
         return [f"{prefix}{tower}.{part}" for tower, model in towers.items() for part in model.locked_parts()]
+
+    def train(self, mode: bool = True):
+        """Set the mode as PyTorch does; locked parts stay in evaluation mode, so that their dropout changes no state.
+
+        A locked part with adapters that are trained has the mode of the rest, because they have dropout of their own.
+        """
+        super().train(mode)
+        for part in map(self.get_submodule, self.locked_parts()):
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
 
     def encode_image(self, pixel_values: Tensor, **kwargs) -> Tensor:
         """States of the class token and the patches (B, 1 + P, width) of images (B, 3, height, width).
@@ -422,13 +439,16 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         attention_mask: Tensor | None,
         images: Tensor | list[KeyValue],
         image_index: Tensor | None = None,
+        text_index: Tensor | None = None,
     ) -> Tensor:
         """Matching logits (N, 2) of encoded texts (N, L, width), each with one image.
 
         Index 1 is "matches": its logit alone ranks candidates. The arguments are those of `TCLModel.fuse`.
         """
         cls_index = torch.zeros(text_states.shape[0], 1, dtype=torch.long, device=text_states.device)
-        fused = self.tcl.fuse(text_states, attention_mask, images, image_index, token_index=cls_index)
+        fused = self.tcl.fuse(
+            text_states, attention_mask, images, image_index, token_index=cls_index, text_index=text_index
+        )
         return self.itm_head(fused.pooler_output)
 
     @can_return_tuple
@@ -498,7 +518,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
                 "with use_momentum_teacher=True."
             )
         config, alpha = self.config, self.soft_target_share(alpha)
-        compares = bool(config.cma_weight or config.imc_weight or config.lmi_weight or config.itm_weight)
+        contrasts = bool(config.cma_weight or config.imc_weight or config.lmi_weight)
+        compares = contrasts or bool(config.itm_weight)
+        draws_negatives = bool(config.itm_weight) and not config.itm_contrast
         predicts_words = batch.masked is not None
         distils_words = predicts_words and not has_no_share(alpha)
 
@@ -506,9 +528,11 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         patch_dropout = config.patch_dropout if self.training and self.drops_patches else 0.0
         student = encode_view(self.tcl, batch, batch.pixel_values, compares, predicts_words, patch_dropout)
         teacher: Any = None
-        if compares or distils_words:
+        teacher_compares = contrasts or draws_negatives
+        if teacher_compares or distils_words:
             with torch.no_grad():
-                teacher = encode_view(self.teacher.tcl, batch, batch.pixel_values_augmented, compares, distils_words)
+                views = batch.pixel_values_augmented
+                teacher = encode_view(self.teacher.tcl, batch, views, teacher_compares, distils_words)
         output = TCLLossOutput(image_embeds=student.image, text_embeds=student.text)
         if compares:
             output.logits_per_image = similarity(student.image, student.text, self.tcl.temperature).detach()
@@ -517,7 +541,9 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             self._contrast(output, batch, student, teacher, alpha)
         if config.lmi_weight:
             self._compare_with_parts(output, batch, student, teacher)
-        if config.itm_weight or predicts_words:
+        if config.itm_weight and config.itm_contrast:
+            self._match_all(output, batch, student)
+        if draws_negatives or predicts_words:
             self._match_and_predict(output, batch, student, teacher, alpha)
 
         for name in self.loss_names[1:]:
@@ -567,19 +593,31 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         output.loss_lmi_text = lmi_loss(student.text, tokens, temperature, token_mask)
         output.loss_lmi = (output.loss_lmi_image + output.loss_lmi_text) / 2
 
+    def _match_all(self, output: TCLLossOutput, batch: TrainingBatch, student: View) -> None:
+        """Add the loss of matching by contrast, over all pairs of an image and a text of the batch."""
+        num_pairs = len(batch.input_ids)
+        texts = torch.arange(num_pairs, device=batch.input_ids.device).repeat(num_pairs)  # for one image after another
+        logits = self.match(student.text_states, batch.attention_mask, student.image_states, text_index=texts)
+        log_odds = log_odds_of(logits.float()).view(num_pairs, num_pairs)  # (images, texts)
+        targets = positive_targets(batch.image_ids, batch.image_ids)
+        output.loss_itm = itm_contrast_loss(log_odds, targets)
+        with torch.no_grad():
+            found = torch.stack([targets.gather(1, x.argmax(1, keepdim=True)) for x in (log_odds, log_odds.mT)])
+            output.itm_accuracy = (found > 0).float().mean()
+
     def _match_and_predict(
         self,
         output: TCLLossOutput,
         batch: TrainingBatch,
         student: View,
-        teacher: View,
+        teacher: Any,
         alpha: float | Tensor,
     ) -> None:
         """Add the losses of the fusion encoder, matching (ITM) and masked words (MLM), from one pass over all rows."""
         num_pairs = len(batch.input_ids)
         text_states, mask, image_states = student.text_states, batch.attention_mask, student.image_states
         negatives = None
-        if self.config.itm_weight:
+        if self.config.itm_weight and not self.config.itm_contrast:
             if self.config.gather_negatives and is_distributed():
                 # Hard negatives may be those of other processes, which follow the own batch.
                 text_states, image_states = (gather_padded(x, with_gradient=True) for x in (text_states, image_states))

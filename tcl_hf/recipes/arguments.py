@@ -205,6 +205,14 @@ class ModelArguments(CheckpointArguments):
         "With cca, numbers added to the variance of each standardised dimension of images and of texts; more for fewer "
         "samples.",
     )
+    fusion_start: str = field(
+        default="random",
+        metadata={
+            "help": "random: new fusion layers; similarity: one layer in closed form, whose matching logits follow the "
+            "similarity. A phase after the first may name it.",
+            "choices": ["random", "similarity"],
+        },
+    )
     image_mean: list[float] | None = option(None, "Mean of the images by channel; that of the vision encoder if None.")
     image_std: list[float] | None = option(None, "Standard deviation by channel; that of the vision encoder if None.")
 

@@ -25,6 +25,7 @@ from ..training.arguments import TCLTrainingArguments, TrainingError
 from ..training.checkpoints import newest_checkpoint
 from ..training.interruption import PREEMPTED, Preempted, StopSignal
 from ..training.log import METRICS
+from ..training.matching_start import multiplied_dimensions
 from ..training.optimization import check_something_is_trained, trained_groups
 from .arguments import CheckpointArguments, ModelArguments, RecipeError, TrainingDataArguments
 from .build import DROPOUT, SIZES
@@ -36,7 +37,7 @@ FINISHED = "phase.json"  # it holds the arguments of its phase and of those befo
 # What a phase cannot change, because it belongs to the whole run.
 _OF_RUN = frozenset({"output_dir", "resume", "task"})
 # What only the first phase reads, because the others start from its model.
-_OF_START = names_of(ModelArguments) - names_of(CheckpointArguments) | {"model"}
+_OF_START = names_of(ModelArguments) - names_of(CheckpointArguments) - {"fusion_start"} | {"model"}
 # What may change when a run goes on, because the model does not depend on it; `config` is compared by its fields.
 _FREE = frozenset(
     {
@@ -146,6 +147,8 @@ class Phase:
                 with torch.device("meta"):
                     empty = type(model)(config)
                 check_something_is_trained(empty)
+                if phase.changes.get("fusion_start") == "similarity":
+                    multiplied_dimensions(empty.tcl)
                 if phase.args.lora is None:  # Adapters would change the parts that are trained.
                     trained_groups(empty, phase.args)
             except (ValueError, TypeError) as error:
@@ -287,6 +290,8 @@ def _as_run(phase: Phase, goes_on: bool) -> Phase:
     if phase.number > 1:
         untouched = _untouched(model_args)  # what only the first phase reads
         start: dict[str, Any] = {name: getattr(untouched, name) for name in _OF_START if hasattr(untouched, name)}
+        if hasattr(model_args, "fusion_start"):  # What the recipe names outside the phases is for the first one.
+            start["fusion_start"] = phase.changes.get("fusion_start", "random")
         start |= {"model": phase.former, "config": json.dumps(model_args.config_fields | _restored(phase))}
         model_args = replace(model_args, **start)
     return replace(phase, arguments=(phase.data_args, model_args, args))

@@ -16,7 +16,7 @@ from .parsing import PRETRAIN
 from .phases import Phase, run_phases
 from .report import Run, write_pretraining_report
 from .results import evaluation_protocol
-from .starting import start_projections, with_kept_states
+from .starting import check_fusion_start, start_fusion, start_projections, with_kept_states
 from .train import command_line, train_task
 
 
@@ -36,10 +36,13 @@ def _train(phase: Phase, started_by: str) -> None:
     if records:  # the settings are chosen by evaluations
         pairs, tuning = cut_off_tuning_data(data_args, pairs)
     model, processor = build_model(model_args, captions_of(pairs))
+    check_fusion_start(model_args, model)
     if data_args.kept_views:
         pairs, records, tuning = with_kept_states(data_args, args, model, processor, pairs, records, tuning)
     if model_args.projection_start == "cca" and not args.resume:
         start_projections(data_args, args, model, processor, pairs, model_args.projection_ridge)
+    if model_args.fusion_start == "similarity" and not args.resume:
+        start_fusion(data_args, args, model, processor, pairs)
     metrics = train_task(data_args, args, model, processor, pairs, records, tuning=tuning, phase=phase)
     if not phase.is_last or not processes().is_main_process:
         return

@@ -1,5 +1,6 @@
-"""The start of a run, once its data and its model are there: kept states, and the projections in closed form."""
+"""The start of a run, once its data and its model are there: kept states, projections and fusion in closed form."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +9,17 @@ from transformers import PreTrainedModel
 
 from ..data.kept_states import SamplesWithStates, keep_states
 from ..models.configuration_tcl import TCLConfig
+from ..models.modeling_tcl import TCLForImageTextRetrieval
 from ..models.processing_tcl import TCLProcessor
 from ..training.agreement import processes
 from ..training.alignment import align_projections
 from ..training.arguments import TCLTrainingArguments
+from ..training.matching_start import multiplied_dimensions, start_matching
 from ..training.precision import in_precision_of
-from .arguments import RecipeError, TrainingDataArguments
+from .arguments import ModelArguments, RecipeError, TrainingDataArguments
 from .tasks import TASKS, build_augmentation
+
+logger = logging.getLogger(__name__)
 
 
 def check_kept_views(data_args: TrainingDataArguments, config: TCLConfig) -> None:
@@ -90,6 +95,37 @@ def with_kept_states(
     if TASKS[data_args.task].evaluates_states:
         evaluated = tuple(records if records is None else keep(records, 0) for records in evaluated)
     return samples, *evaluated
+
+
+def check_fusion_start(model_args: ModelArguments, model: Any) -> None:
+    """Refuse a `fusion_start` that the model cannot have.
+
+    Raises:
+        TrainingError: naming what the model lacks.
+    """
+    if model_args.fusion_start == "similarity":
+        multiplied_dimensions(model.tcl)
+
+
+def start_fusion(
+    data_args: TrainingDataArguments,
+    args: TCLTrainingArguments,
+    model: TCLForImageTextRetrieval,
+    processor: TCLProcessor,
+    samples: Any,
+) -> None:
+    """Start the fusion layer in closed form from the samples, see `start_matching`.
+
+    Raises:
+        RecipeError: if the samples are a stream.
+        TrainingError: if the model has no single fusion layer of enough width, or there are too few samples.
+    """
+    if not hasattr(samples, "__len__"):
+        raise RecipeError("fusion_start=similarity needs samples that can be read twice: leave it out for a stream.")
+    device = processes().device
+    options = {"max_tokens": data_args.max_tokens, "batch_size": data_args.per_device_eval_batch_size}
+    correlation = start_matching(model.to(device), processor, samples, **options)  # type: ignore[arg-type]
+    logger.info("The log-odds of matching start with a correlation of %.3f to the similarities.", correlation)
 
 
 def start_projections(

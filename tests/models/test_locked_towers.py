@@ -212,3 +212,28 @@ def test_states_are_refused_where_nothing_is_locked_or_the_size_is_another():
         TCLModel(small_patches())(pixel_values=states)
     with pytest.raises(ValueError, match=r"which are \(B, 17, 24\): keep the states anew"):
         TCLModel(small_patches(lock_vision=True))(batch["input_ids"], pixel_values=torch.randn(4, 10, 24))
+
+
+def test_locked_parts_have_no_dropout_and_others_keep_theirs():
+    dropout = {"text_config": {"hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}}
+    batch = training_batch()
+    inputs = batch["input_ids"], batch["attention_mask"]
+    locked = stir(TCLForPreTraining(small_patches(lock_text=True, **dropout)))
+    expected = locked.eval().tcl.encode_text(*inputs)
+    locked.train()
+    assert torch.equal(locked.tcl.encode_text(*inputs), expected)
+    assert torch.equal(locked.teacher.tcl.encode_text(*inputs), expected)
+    assert locked.tcl.text_model.fusion_layers[0].training
+    half = stir(TCLForPreTraining(small_patches(lock_text=1, **dropout))).train()
+    assert [layer.training for layer in half.tcl.text_model.layers] == [False, True, True, True]
+    assert not torch.equal(half.tcl.encode_text(*inputs), half.tcl.encode_text(*inputs))
+
+
+def test_adapters_in_a_locked_part_keep_their_dropout():
+    peft = pytest.importorskip("peft")
+    model = TCLForPreTraining(small_patches(lock_text=True))
+    target = r"tcl\.text_model\.layers\.0\.self_attn\.q_proj"
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=target, lora_dropout=0.5), model)
+    model.train()
+    assert model.tcl.text_model.layers[0].training
+    assert not model.tcl.text_model.layers[1].training

@@ -945,6 +945,71 @@ def test_matching_learns_from_several_negatives_of_each_text_and_image(monkeypat
     assert loss.item() == pytest.approx(total / 12, abs=1e-5)
 
 
+@pytest.mark.parametrize("num_fusion_layers", [1, 2])
+def test_matching_by_contrast_finds_each_text_and_image_among_all_of_the_batch(num_fusion_layers):
+    """The loss is that of softmaxes over log-odds that `match` gives to pairs one by one; 0 and 2 share an image."""
+    fields = {"itm_contrast": True, "cma_weight": 0.0, "imc_weight": 0.0, "lmi_weight": 0.0, "mlm_weight": 0.0}
+    text_config = {"num_hidden_layers": 2 + num_fusion_layers}
+    model = stir(TCLForPreTraining(small_patches(text_config=text_config, **fields))).train()
+    batch = {name: value for name, value in training_batch().items() if not name.startswith("mlm")}
+    batch["image_ids"] = torch.tensor([5, 6, 5, -100])
+    model.teacher.forward = None  # no teacher is needed
+    output = model(**batch)
+    states = model.tcl.encode_image(batch["pixel_values"])
+    texts = model.tcl.encode_text(batch["input_ids"], batch["attention_mask"])
+    log_odds = torch.zeros(4, 4)
+    for image in range(4):
+        for text in range(4):
+            length = int(batch["attention_mask"][text].sum())
+            logits = model.match(texts[text : text + 1, :length], None, states[image : image + 1])
+            log_odds[image, text] = (logits[0, 1] - logits[0, 0]).item()
+    positives = {0: (0, 2), 1: (1,), 2: (0, 2), 3: (3,)}
+    total, found = 0.0, 0
+    for scores in (log_odds, log_odds.T):
+        for row, columns in positives.items():
+            total -= sum(scores[row].log_softmax(0)[column].item() for column in columns) / len(columns)
+            found += int(scores[row].argmax()) in columns
+    assert output.loss_itm.item() == pytest.approx(total / 8, abs=1e-5)
+    assert output.loss.item() == pytest.approx(output.loss_itm.item())
+    assert output.itm_accuracy.item() == pytest.approx(found / 8)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.tcl.text_model.parameters())
+
+
+def test_matching_by_contrast_and_masked_words_are_learned_together():
+    model = stir(TCLForPreTraining(small_patches(itm_contrast=True))).train()
+    alone = stir(TCLForPreTraining(small_patches(itm_weight=0.0))).train()
+    alone.load_state_dict(model.state_dict())
+    found, expected = model(**training_batch(), alpha=0.4), alone(**training_batch(), alpha=0.4)
+    for name in ("loss_cma", "loss_imc", "loss_lmi", "loss_mlm"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.loss, expected.loss + found.loss_itm)
+
+
+@pytest.mark.parametrize("token_index", [None, torch.tensor([[0, 2], [1, 0], [3, 1]])])
+@pytest.mark.parametrize("num_fusion_layers", [1, 2])
+@pytest.mark.parametrize("by_index", [True, False])
+def test_rows_that_share_texts_are_fused_as_rows_of_their_own(num_fusion_layers, token_index, by_index):
+    model = stir(TCLModel(small_patches(text_config={"num_hidden_layers": 2 + num_fusion_layers}))).eval()
+    batch = training_batch(num_pairs=3)
+    states = model.encode_image(batch["pixel_values"])
+    mask = batch["attention_mask"]
+    texts = model.encode_text(batch["input_ids"], mask)
+    rows = torch.tensor([2, 0, 1, 1, 0, 2])
+    images = torch.tensor([0, 0, 1, 2, 1, 2]) if by_index else None  # else each image serves two neighbouring rows
+    found = model.fuse(texts, mask, states, images, token_index=token_index, text_index=rows).last_hidden_state
+    own = None if token_index is None else token_index[rows]
+    expected = model.fuse(texts[rows], mask[rows], states, images, token_index=own).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_rows_that_share_texts_cannot_return_weights():
+    model = TCLModel(small_patches())
+    states = torch.zeros(1, 3, 32)
+    with pytest.raises(ValueError, match="text_index shares texts among rows, which works without image_mask"):
+        model.fuse(states, None, torch.zeros(1, 17, 24), text_index=torch.tensor([0]), output_attentions=True)
+
+
 @pytest.mark.parametrize("hardness", [0.0, 1.0, 2.5])
 def test_negatives_are_drawn_by_similarities_times_the_hardness(monkeypatch, hardness):
     model = stir(TCLForPreTraining(small_patches(itm_hardness=hardness))).train()

@@ -380,6 +380,41 @@ def test_a_later_phase_that_cannot_be_trained_is_refused_before_the_first_one_is
     assert not (tmp_path / "run").exists()
 
 
+def with_heads(number: int = 8, **text_config) -> dict:
+    """The config of a recipe whose fusion layer has this many heads, enough to multiply features or not."""
+    config = RECIPE["config"]
+    return config | {"text_config": config["text_config"] | {"num_attention_heads": number} | text_config}
+
+
+def test_a_later_phase_starts_its_fusion_from_the_similarity(data, tmp_path):
+    matching = {"itm_contrast": True, "cma_weight": 0, "imc_weight": 0, "lmi_weight": 0, "mlm_weight": 0}
+    second = {"fusion_start": "similarity", "learning_rate": 1e-12, "config": {"lock_text": True} | matching}
+    folder = run(tmp_path, data, phases=[ALIGN, second], config=with_heads(intermediate_size=64))
+    outer = ["tcl.text_model.layers.1.fc2.weight", "teacher.tcl.text_model.layers.1.fc2.weight"]
+    for name in outer:  # 24 units multiply 6 dimensions, and the others add nothing
+        before, after = weights(folder / "phase-1")[name], weights(folder)[name]
+        assert before[:, 24:].abs().min() > 0
+        assert after[:, 24:].abs().max() < 1e-4 < 0.01 < after[:, :24].abs().max()
+
+
+def test_what_a_recipe_names_outside_its_phases_starts_the_first_one_only(data, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(pretrain, "start_fusion", lambda data_args, args, *rest: started.append(args.output_dir))
+    options = {"fusion_start": "similarity", "config": with_heads()}
+    run(tmp_path, data, phases=[{}, {"seed": 2}, {"fusion_start": "similarity"}], **options)
+    assert started == [str(tmp_path / "run" / "phase-1"), str(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_fusion_that_cannot_start_from_the_similarity_is_refused_before_anything_is_read(data, tmp_path, number):
+    phases: list[dict] = [ALIGN if number == 2 else {}, {}]
+    phases[number - 1] = {"fusion_start": "similarity", "kept_views": 1, "config": {"lock_vision": True}}
+    with pytest.raises(SystemExit, match=r"error: .*fusion_start=similarity needs a wider fusion layer than one with"):
+        run(tmp_path, data, phases=phases)
+    assert not (tmp_path / "states").exists()
+    assert not (tmp_path / "run").exists()
+
+
 # Arguments
 
 

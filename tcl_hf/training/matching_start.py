@@ -135,34 +135,39 @@ def multiplied_dimensions(tcl: TCLModel) -> int:
 
 
 def _read(tcl: TCLModel, processor: TCLProcessor, samples: Any, max_tokens: int, batch_size: int) -> _Samples:
-    images: list[Tensor] = []
-    texts: list[str] = []
-    for row in range(0, len(samples), max(1, -(-len(samples) // MAX_SAMPLES))):
-        record = samples[row]
-        try:
-            caption = usable_captions(record, clean=processor.clean_text)[0]
-            images.append(plain_view_of(processor, record))
-        except IMAGE_ERRORS:
-            continue
-        texts.append(caption)
-    if len(texts) < 2:
-        raise TrainingError(
-            f"fusion_start=similarity needs pairs to start from, and {len(texts)} of {len(samples)} samples can be "
-            "used: name more data, or set fusion_start to random."
-        )
-    tokens = processor(text=texts, return_tensors="pt", max_length=max_tokens).to(tcl.device)
     pooled: list[tuple[Tensor, Tensor]] = []
-    kept: list[tuple[Tensor, Tensor]] = []
-    for first in range(0, len(texts), batch_size):
-        mask = tokens["attention_mask"][first : first + batch_size]
-        image = tcl.encode_image(torch.stack(images[first : first + batch_size]).to(tcl.device)).float()
-        text = tcl.encode_text(tokens["input_ids"][first : first + batch_size], mask).float()
-        pooled.append((tcl.pool_image(image), tcl.pool_text(text, mask)))
-        if first < NUM_WITH_STATES:
-            kept.append((image, text))
-    image_states, text_states = (torch.cat([pair[side] for pair in kept])[:NUM_WITH_STATES] for side in (0, 1))
-    all_images, all_texts = (torch.cat([pair[side] for pair in pooled]) for side in (0, 1))
-    return _Samples(all_images, all_texts, image_states, text_states, tokens["attention_mask"][: len(text_states)])
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    rows = range(0, len(samples), max(1, -(-len(samples) // MAX_SAMPLES)))
+    for first in range(0, len(rows), batch_size):
+        images: list[Tensor] = []
+        texts: list[str] = []
+        for record in (samples[row] for row in rows[first : first + batch_size]):
+            try:
+                caption = usable_captions(record, clean=processor.clean_text)[0]
+                images.append(plain_view_of(processor, record))
+            except IMAGE_ERRORS:
+                continue
+            texts.append(caption)
+        if not texts:
+            continue
+        tokens = processor(text=texts, return_tensors="pt", max_length=max_tokens).to(tcl.device)
+        image = tcl.encode_image(torch.stack(images).to(tcl.device)).float()
+        text = tcl.encode_text(tokens["input_ids"], tokens["attention_mask"]).float()
+        pooled.append((tcl.pool_image(image), tcl.pool_text(text, tokens["attention_mask"])))
+        if sum(len(one) for one, _, _ in kept) < NUM_WITH_STATES:
+            kept.append((image, text, tokens["attention_mask"]))
+    number = sum(len(one) for one, _ in pooled)
+    if number < 2:
+        raise TrainingError(
+            f"fusion_start=similarity needs pairs to start from, and {number} of {len(samples)} samples can be used: "
+            "name more data, or set fusion_start to random."
+        )
+    length = max(mask.shape[1] for _, _, mask in kept)
+    padded = [(one, F.pad(text, (0, 0, 0, length - text.shape[1]))) for one, text, _ in kept]
+    masks = [F.pad(mask, (0, length - mask.shape[1])) for _, _, mask in kept]
+    image, text = (torch.cat([pair[side] for pair in pooled]) for side in (0, 1))
+    image_states, text_states = (torch.cat([pair[side] for pair in padded])[:NUM_WITH_STATES] for side in (0, 1))
+    return _Samples(image, text, image_states, text_states, torch.cat(masks)[:NUM_WITH_STATES])
 
 
 def _shared_basis(x: Tensor, y: Tensor, size: int) -> Tensor:

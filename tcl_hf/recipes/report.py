@@ -242,7 +242,8 @@ def write_pretraining_report(
     sheets = write_picture_sheets(model, processor, records, folder, k, free_texts, others)
     how = [
         f"The model was measured at the end of the run on the split `{protocol.split}`, which it was not trained on, "
-        "with one caption per image. Similarity is the cosine of the features of both encoders.",
+        f"with {_in_words(run.data_args.eval_captions)} per image. Similarity is the cosine of the features of both "
+        "encoders.",
         *_explained_scores(metrics, k, num_tuning),
         "The images were prepared by the PIL backend of the image processor.",
     ]
@@ -256,6 +257,13 @@ def write_pretraining_report(
     labels = [records[row]["captions"][0] for row in range(min(4, len(records)))]
     run.write_card(results, mean_recall, pictures, example=records[0] | {"captions": labels})
     return table
+
+
+def _in_words(captions: int | None) -> str:
+    """A number of captions, all of them if None, for a sentence."""
+    if captions is None:
+        return "all captions"
+    return "one caption" if captions == 1 else f"{captions} captions"
 
 
 def _explained_scores(metrics: dict[str, float], k: int, num_tuning: int) -> list[str]:

@@ -118,6 +118,17 @@ def test_a_model_that_does_not_match_has_a_report_by_similarity(tmp_path):
     assert "Pictures retrieved by similarity" in content and not (tmp_path / "free_texts.png").exists()
 
 
+@pytest.mark.parametrize(("number", "words"), [(1, "one caption"), (5, "5 captions"), (None, "all captions")])
+def test_the_card_names_the_number_of_captions_that_were_retrieved(tmp_path, number, words):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "loss_cma": 3.0}')
+    protocol = EvaluationProtocol("retrieval", "openmoji", "validation", 3, "pretrained_on_openmoji", 32, k=4)
+    run = Run(PretrainingDataArguments(eval_captions=number), "3 pairs", [], "pretrain.py", tmp_path, protocol)
+    model = TCLForImageTextRetrieval(small_patches(itm_weight=0, mlm_weight=0, text_config={"fusion_layer": 4}))
+    write_pretraining_report(run, model, tiny_processor(), tiny_records(3), dict.fromkeys(NAMES, 1.0))
+    assert f"with {words} per image." in " ".join((tmp_path / "README.md").read_text().split())
+
+
 def test_the_right_picture_is_framed_and_free_texts_have_none(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     records, texts, found = tiny_records(3), ["a dog", "a cat"], [[2, 0], [1, 2]]

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 help: ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.weights ## train on embedded pictures from embedded encoders (about three minutes on two cores), evaluate, and write runs/openmoji
+demo: $(VENV)/.weights ## train on embedded pictures from embedded encoders (about four minutes on two cores), evaluate, and write runs/openmoji
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/accelerate launch --cpu --num_processes 1 \
 		--num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2 scripts/pretrain.py
 

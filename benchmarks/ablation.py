@@ -99,13 +99,40 @@ def whole_last_layer(step: Step) -> Iterator[None]:
     """Compute every token of the last fusion layer, and select some afterwards."""
     fuse = encoders.TCLTextModel.fuse
 
-    def all_tokens(self, *args: Any, token_index: Tensor | None = None, **options: Any) -> Any:
-        output = fuse(self, *args, **options)
+    def all_tokens(
+        self, *args: Any, token_index: Tensor | None = None, text_index: Tensor | None = None, **options: Any
+    ) -> Any:
+        output = fuse(self, *args, text_index=text_index, **options)
         if token_index is not None:
+            token_index = token_index if text_index is None else token_index[text_index]
             output.last_hidden_state = encoders.select_tokens(output.last_hidden_state, token_index)
         return output
 
     with replaced(encoders.TCLTextModel, "fuse", all_tokens):
+        yield
+
+
+@contextlib.contextmanager
+def texts_for_every_row(step: Step) -> Iterator[None]:
+    """Compute the self-attention of a text anew for each image that it meets."""
+    fuse = encoders.TCLTextModel.fuse
+
+    def selected(
+        self,
+        text_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        token_index: Tensor | None = None,
+        text_index: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        if text_index is not None:
+            text_states, attention_mask, token_index = (
+                None if x is None else x[text_index] for x in (text_states, attention_mask, token_index)
+            )
+        return fuse(self, text_states, attention_mask, *args, token_index=token_index, **options)
+
+    with replaced(encoders.TCLTextModel, "fuse", selected):
         yield
 
 
@@ -161,6 +188,7 @@ OFF: dict[str, Callable[[Step], AbstractContextManager]] = {
     "own attention kernel where there is dropout": pytorch_s_attention_with_dropout,
     "keys and values once for an image": projected_for_every_row,
     "last layer for used tokens alone": whole_last_layer,
+    "self-attention of a text once for its images": texts_for_every_row,
     "masked words alone predicted": all_words_predicted,
     "LMI by one logsumexp": textbook_lmi,
     "teacher moved in place, all tensors at once": teacher_by_tensor,

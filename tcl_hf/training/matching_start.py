@@ -27,7 +27,7 @@ from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .arguments import TrainingError
 
 MAX_SAMPLES = 1000  # enough for the sizes of features
-NUM_WITH_STATES = 64  # of these, samples whose states are all kept; all pairs among them calibrate the head
+NUM_WITH_STATES = 64  # the samples whose states are all kept; all pairs among them calibrate the head
 TEXT_TO_REST = 3.0  # size of the projected text beside what [CLS] holds, in a sum that is normalised afterwards
 UNIT_INPUT = 0.3  # scale of a unit's input, small enough for g to be nearly a square
 PRODUCT = 10.0  # size of the product among the states, whose norm is the square root of w
@@ -36,7 +36,7 @@ ALONE, WITHOUT = 8.0, -4.0  # a class token's logit beside the others', for atte
 
 @dataclass
 class _Samples:
-    """What the closed form reads of some samples: pooled states of all, and all states of the first ones (n)."""
+    """The samples that the closed form reads (N): their pooled states, and all states of the first ones (n)."""
 
     image: Tensor  # (N, width or 2 * width)
     text: Tensor  # (N, w or 2 * w)
@@ -204,7 +204,7 @@ def _telling_class(classes: Tensor, others: Tensor) -> Tensor:
 def _parts(
     projection: nn.Linear, pooling: str, of_class: float, of_mean: float | None
 ) -> list[tuple[Tensor, float | None]]:
-    """What the projection reads: the weight of each pooled state (D, width), and the logit of a class token for it."""
+    """The parts of a projection: the weight of each pooled state (D, width), and the logit of a class token for it."""
     choices: dict[str, list[float | None]] = {"cls": [of_class], "mean": [of_mean], "cls_mean": [of_class, of_mean]}
     logits = choices[pooling]
     return list(zip(projection.weight.chunk(len(logits), dim=1), logits, strict=True))

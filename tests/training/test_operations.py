@@ -103,11 +103,16 @@ def attention(queries: int, keys: int, width: int) -> int:
     return product(queries, width, keys) + product(queries, keys, width)
 
 
-def text_layer(rows: int, queries: int, num_states: int = 0) -> int:
-    """Operations of a layer on texts, of which some tokens are queries; with cross-attention to image states if any."""
+def text_layer(rows: int, queries: int, num_states: int = 0, texts: int | None = None) -> int:
+    """Operations of a layer on texts, of which some tokens are queries; with cross-attention to image states if any.
+
+    Self-attention is that of `texts`, which the rows share; each row has its own if None.
+    """
+    texts = rows if texts is None else texts
     width, num_queries = TEXT_WIDTH, rows * queries
-    keys_and_values, query_and_output = 2 * product(rows * TOKENS, width, width), 2 * product(num_queries, width, width)
-    own = keys_and_values + query_and_output + rows * attention(queries, TOKENS, width)
+    query_and_output = 2 * product(num_queries, width, width)
+    own = 2 * product(texts * TOKENS, width, width) + 2 * product(texts * queries, width, width)
+    own += texts * attention(queries, TOKENS, width)
     cross = (query_and_output + rows * attention(queries, num_states, width)) if num_states else 0
     return own + cross + 2 * product(num_queries, width, TEXT_INNER)
 
@@ -128,9 +133,12 @@ def test_parts_of_a_step_by_hand(masked, patch_dropout, registers):
     def keys_and_values(states: int) -> int:
         return 2 * 2 * product(PAIRS * states, WIDTH, TEXT_WIDTH)
 
-    def fusion(rows: int, states: int) -> int:
-        """Two layers, of which the last one has the queries of [CLS] and the masked tokens alone."""
-        return text_layer(rows, TOKENS, states) + text_layer(rows, 1 + masked, states)
+    def fusion(rows: int, texts: int, states: int) -> int:
+        """Two layers, of which the last one has the queries of [CLS] and the masked tokens alone.
+
+        Before the first one reads images, it reads each text once.
+        """
+        return text_layer(rows, TOKENS, states, texts) + text_layer(rows, 1 + masked, states)
 
     text = 2 * text_layer(2 * PAIRS, TOKENS)  # the texts as they are, and with masks
     matches = product(3 * PAIRS, TEXT_WIDTH, 2)
@@ -150,8 +158,8 @@ def test_parts_of_a_step_by_hand(masked, patch_dropout, registers):
         "text encoder, teacher": (text, 0),
         "keys and values of images, student": (keys_and_values(seen), 2 * keys_and_values(seen)),
         "keys and values of images, teacher": (keys_and_values(STATES), 0),
-        "fusion encoder, student": (fusion(4 * PAIRS, seen), 2 * fusion(4 * PAIRS, seen)),
-        "fusion encoder, teacher": (fusion(PAIRS, STATES), 0),
+        "fusion encoder, student": (fusion(4 * PAIRS, 2 * PAIRS, seen), 2 * fusion(4 * PAIRS, 2 * PAIRS, seen)),
+        "fusion encoder, teacher": (fusion(PAIRS, PAIRS, STATES), 0),
         "language-model head, student": (words, 2 * words),
         "language-model head, teacher": (words, 0),
         "projections, student": (wholes, 2 * wholes),

@@ -421,6 +421,11 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         else:
             super()._init_weights(module)
 
+    @property
+    def draws_negatives(self) -> bool:
+        """Whether matching learns from drawn pairs, and not from all pairs of the batch."""
+        return bool(self.config.itm_weight) and not self.config.itm_contrast
+
     def idle_parts(self) -> list[nn.Module | nn.Parameter]:
         """The parts that no objective with a weight above 0 uses."""
         config, tcl = self.config, self.tcl
@@ -520,7 +525,6 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         config, alpha = self.config, self.soft_target_share(alpha)
         contrasts = bool(config.cma_weight or config.imc_weight or config.lmi_weight)
         compares = contrasts or bool(config.itm_weight)
-        draws_negatives = bool(config.itm_weight) and not config.itm_contrast
         predicts_words = batch.masked is not None
         distils_words = predicts_words and not has_no_share(alpha)
 
@@ -528,7 +532,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         patch_dropout = config.patch_dropout if self.training and self.drops_patches else 0.0
         student = encode_view(self.tcl, batch, batch.pixel_values, compares, predicts_words, patch_dropout)
         teacher: Any = None
-        teacher_compares = contrasts or draws_negatives
+        teacher_compares = contrasts or self.draws_negatives
         if teacher_compares or distils_words:
             with torch.no_grad():
                 views = batch.pixel_values_augmented
@@ -543,7 +547,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
             self._compare_with_parts(output, batch, student, teacher)
         if config.itm_weight and config.itm_contrast:
             self._match_all(output, batch, student)
-        if draws_negatives or predicts_words:
+        if self.draws_negatives or predicts_words:
             self._match_and_predict(output, batch, student, teacher, alpha)
 
         for name in self.loss_names[1:]:
@@ -617,7 +621,7 @@ class TCLForImageTextRetrieval(TCLTaughtModel):
         num_pairs = len(batch.input_ids)
         text_states, mask, image_states = student.text_states, batch.attention_mask, student.image_states
         negatives = None
-        if self.config.itm_weight and not self.config.itm_contrast:
+        if self.draws_negatives:
             if self.config.gather_negatives and is_distributed():
                 # Hard negatives may be those of other processes, which follow the own batch.
                 text_states, image_states = (gather_padded(x, with_gradient=True) for x in (text_states, image_states))

@@ -172,7 +172,7 @@ def fusion_rows(
         negative_texts = negatives.text
         if len(text_states) == num_pairs:
             states, masks = [text_states], [attention_mask]
-        else:  # Of other processes' texts, only those that were drawn.
+        else:  # Other processes have many texts, and only the drawn ones are fused.
             states = [text_states[:num_pairs], text_states[negatives.text]]
             masks = [batch_mask, attention_mask[negatives.text]]
             negative_texts = num_pairs + torch.arange(len(negatives.text), device=own.device)

@@ -42,7 +42,7 @@ def _train(phase: Phase, started_by: str) -> None:
     if model_args.projection_start == "cca" and not args.resume:
         start_projections(data_args, args, model, processor, pairs, model_args.projection_ridge)
     if model_args.fusion_start == "similarity" and not args.resume:
-        start_fusion(data_args, args, model, processor, pairs)
+        start_fusion(data_args, model, processor, pairs)
     metrics = train_task(data_args, args, model, processor, pairs, records, tuning=tuning, phase=phase)
     if not phase.is_last or not processes().is_main_process:
         return

@@ -97,6 +97,12 @@ def with_kept_states(
     return samples, *evaluated
 
 
+def _check_read_twice(samples: Any, argument: str) -> None:
+    """Refuse a stream for an argument that reads the samples before training."""
+    if not hasattr(samples, "__len__"):
+        raise RecipeError(f"{argument} needs samples that can be read twice: leave it out for a stream.")
+
+
 def check_fusion_start(model_args: ModelArguments, model: Any) -> None:
     """Refuse a `fusion_start` that the model cannot have.
 
@@ -108,11 +114,7 @@ def check_fusion_start(model_args: ModelArguments, model: Any) -> None:
 
 
 def start_fusion(
-    data_args: TrainingDataArguments,
-    args: TCLTrainingArguments,
-    model: TCLForImageTextRetrieval,
-    processor: TCLProcessor,
-    samples: Any,
+    data_args: TrainingDataArguments, model: TCLForImageTextRetrieval, processor: TCLProcessor, samples: Any
 ) -> None:
     """Start the fusion layer in closed form from the samples, see `start_matching`.
 
@@ -120,8 +122,7 @@ def start_fusion(
         RecipeError: if the samples are a stream.
         TrainingError: if the model has no single fusion layer of enough width, or there are too few samples.
     """
-    if not hasattr(samples, "__len__"):
-        raise RecipeError("fusion_start=similarity needs samples that can be read twice: leave it out for a stream.")
+    _check_read_twice(samples, "fusion_start=similarity")
     device = processes().device
     options = {"max_tokens": data_args.max_tokens, "batch_size": data_args.per_device_eval_batch_size}
     correlation = start_matching(model.to(device), processor, samples, **options)  # type: ignore[arg-type]
@@ -146,8 +147,7 @@ def start_projections(
         TrainingError: if there are too few of them.
     """
     state = processes()
-    if not hasattr(samples, "__len__"):
-        raise RecipeError("projection_start=cca needs samples that can be read twice: leave it out for a stream.")
+    _check_read_twice(samples, "projection_start=cca")
     with in_precision_of(args):
         align_projections(
             model.to(state.device),

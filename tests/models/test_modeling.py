@@ -953,7 +953,7 @@ def test_matching_by_contrast_finds_each_text_and_image_among_all_of_the_batch(n
     model = stir(TCLForPreTraining(small_patches(text_config=text_config, **fields))).train()
     batch = {name: value for name, value in training_batch().items() if not name.startswith("mlm")}
     batch["image_ids"] = torch.tensor([5, 6, 5, -100])
-    model.teacher.forward = None  # no teacher is needed
+    model.teacher.tcl = None  # no teacher is needed
     output = model(**batch)
     states = model.tcl.encode_image(batch["pixel_values"])
     texts = model.tcl.encode_text(batch["input_ids"], batch["attention_mask"])

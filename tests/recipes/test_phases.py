@@ -399,10 +399,10 @@ def test_a_later_phase_starts_its_fusion_from_the_similarity(data, tmp_path):
 
 def test_what_a_recipe_names_outside_its_phases_starts_the_first_one_only(data, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(pretrain, "start_fusion", lambda data_args, args, *rest: started.append(args.output_dir))
+    monkeypatch.setattr(pretrain, "start_fusion", lambda data_args, model, *rest: started.append(model.name_or_path))
     options = {"fusion_start": "similarity", "config": with_heads()}
     run(tmp_path, data, phases=[{}, {"seed": 2}, {"fusion_start": "similarity"}], **options)
-    assert started == [str(tmp_path / "run" / "phase-1"), str(tmp_path / "run")]
+    assert started == ["", str(tmp_path / "run" / "phase-2")]  # a new model, and that of the second phase
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -18,7 +18,7 @@ from tcl_hf.models.configuration_tcl import TCLConfig
 from tcl_hf.training.operations import empty_model
 
 ROOT = Path(__file__).resolve().parents[1]
-WAYS = {"kept states": [], "pixels": ["--kept_views", "0"]}
+WAYS = {"kept states": [], "pixels": ["--kept_views", "0", "--plain_view", "false"]}
 FLOAT = 4
 
 

@@ -1,30 +1,6 @@
 """Share a model or a run on the Hub: `python scripts/push_to_hub.py FOLDER user/name`."""
 
-import argparse
-from collections.abc import Sequence
-
-from tcl_hf.recipes.command_line import command
-from tcl_hf.sharing.hub import push
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", help="folder of a model or a run")
-    parser.add_argument("repo_id", help="user/name; created if it does not exist")
-    parser.add_argument("--training-state", action="store_true", help="include teacher, queues and newest checkpoint")
-    parser.add_argument("--with-code", action="store_true", help="include the code, to open it without tcl_hf")
-    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--revision", help="branch; created if it does not exist")
-    parser.add_argument("--create-pr", action="store_true", help="open a pull request")
-    parser.add_argument("--commit-message", help="title of the commit; made from the folder's name if not given")
-    parser.add_argument("--max-shard-size", default="5GB", help="limit of the size of a file of weights")
-    parser.add_argument("--base-model", help="for LoRA adapters: the repository of the model that they belong to")
-    parser.add_argument("--token", help="token; the one saved by `hf auth login` if not given")
-    args = parser.parse_args(argv)
-    commit = push(**vars(args))
-    print(commit.pr_url or commit.commit_url)
-
+from tcl_hf.cli.push import main
 
 if __name__ == "__main__":
     main()

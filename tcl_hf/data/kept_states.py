@@ -338,7 +338,7 @@ def _plan(
     if config.lock is False:
         raise DataError(
             f"kept_views={num_views} keeps the states of locked layers, but no layer of the vision encoder is locked: "
-            "set lock_vision in the config, or kept_views to 0."
+            "set lock_vision in the config, or leave out kept_views and plain_view."
         )
     pixels = processor.image_processor
     # As plain numbers, because a processor that was saved and reopened has other types.
@@ -440,7 +440,7 @@ def _encode_into(states: Tensor, batch: list[tuple[int, int, Tensor]], encode: E
     if not encoded.isfinite().all():
         raise DataError(
             "The states of an image are too large for half precision: lock more layers, so that the states are "
-            "normalised, or set kept_views to 0."
+            "normalised, or leave out kept_views and plain_view."
         )
     states[torch.tensor(images), torch.tensor(views)] = encoded
 

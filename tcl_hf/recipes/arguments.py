@@ -78,10 +78,19 @@ class TrainingDataArguments(DataArguments):
     flip: bool = option(True, "Mirror half of the views, chosen at random.")
     num_operations: int = option(2, "Number of further random image operations for a view.")
     kept_views: int = option(
-        0, "Views of each image whose states of the locked vision layers are kept on disk; 0 to read pixels."
+        0,
+        "Augmented views of each image whose states of the locked vision layers are kept on disk. Pixels are read if "
+        "it is 0 and plain_view is false.",
     )
-    plain_view: bool = option(False, "With kept_views, train on the image as it is evaluated too, as on another view.")
+    plain_view: bool = option(
+        False, "Train on kept states of the image as it is evaluated, beside its kept_views or alone."
+    )
     kept_states_dir: str = option("runs/kept_states", "Folder of kept states, which runs may share.")
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether training reads kept states in place of pixels."""
+        return self.kept_views != 0 or self.plain_view
 
 
 @dataclass
@@ -157,7 +166,9 @@ class FinetuningDataArguments(TaskArguments, TrainingDataArguments):
 class EvaluationArguments:
     """An evaluation without training."""
 
-    results: str | None = option(None, "Folder for the results; the folder of the model if None.")
+    results: str | None = option(
+        None, "Folder for the results; that of the model if None, or runs/NAME for a model on the Hub."
+    )
     shuffle_images: bool = option(False, "Give each record the image of another, to measure what texts alone allow.")
 
 

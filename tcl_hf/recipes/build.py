@@ -5,7 +5,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
@@ -36,13 +35,13 @@ from .arguments import (
     RecipeError,
     TaskArguments,
 )
+from .model_folder import ANSWERS, file_of
 from .tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
 Pairs: TypeAlias = Dataset | IterableDataset | MixedStreams
 
-ANSWERS = "answers.json"  # beside a model that chooses among answers
 MAX_NAMED = 10  # records that cannot be used and are named in warnings; the others are counted
 
 # Fields of a config that a checkpoint decides; within them, dropout may be chosen anew.
@@ -147,7 +146,7 @@ def candidate_answers(args: TaskArguments, records: Dataset | None, folder: str 
 
     Args:
         records: the training data; None if it is not at hand.
-        folder: the model's.
+        folder: the folder of the model, or its name on the Hub.
 
     Raises:
         RecipeError: if the task needs answers and there are none.
@@ -156,8 +155,9 @@ def candidate_answers(args: TaskArguments, records: Dataset | None, folder: str 
         return []
     if args.answer_list is not None:
         return read_answer_list(args.answer_list)
-    if folder is not None and (Path(folder) / ANSWERS).exists():
-        return read_answer_list(str(Path(folder) / ANSWERS))
+    file = None if folder is None else file_of(folder, ANSWERS)
+    if file is not None:
+        return read_answer_list(str(file))
     if records is None:
         raise RecipeError("There are no answers to choose from: name a JSON list of them with --answer_list.")
     counts = Counter(answer for answers in records.select_columns(["answers"])["answers"] for answer in answers)

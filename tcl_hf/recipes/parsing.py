@@ -5,6 +5,7 @@ ignored silently; only a recipe for training may also be given to commands that 
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -27,8 +28,10 @@ from .arguments import (
     RecipeError,
     TaskArguments,
     json_object,
+    name_of,
 )
 from .hints import hint, names_of
+from .model_folder import TASK, read_task
 from .tasks import TASKS, ignored_options, readers_of
 
 RECIPES = Path(__file__).parent
@@ -37,17 +40,18 @@ PHASES = "phases"  # the argument of a recipe that lists what its phases change
 
 @dataclass(frozen=True)
 class Command:
-    """A module of this package that is run: `scripts/<name>.py`, or `python -m tcl_hf.recipes.<name>`.
+    """A command that reads a recipe: `tcl-hf <name>`, or `scripts/<name>.py`.
 
     Args:
-        recipe: the recipe used where the command line names neither a recipe nor a task.
+        recipe: the recipe of the embedded data, used where the command line names neither a recipe nor a task nor a
+            model nor other data; None for a command that reads a model's own `task.json` instead.
         types: dataclasses of all arguments that a recipe for this command may hold; the first is of the data.
         reads: the arguments among them that the command reads.
         helps: help texts of arguments that mean something else here.
     """
 
     name: str
-    recipe: str
+    recipe: str | None
     types: tuple[type[Any], ...]
     reads: frozenset[str]
     helps: dict[str, str] = field(default_factory=dict)
@@ -62,12 +66,12 @@ _PRECISION_HELPS = {
 }
 _EVALUATED = names_of(TaskArguments, CheckpointArguments, EvaluationArguments) | {"seed", "bf16", "fp16"}
 _PLANNED = names_of(CheckpointArguments, PlanArguments) | {
-    *("vocab_size", "fusion_layer", "num_fusion_layers", "max_tokens", "kept_views"),
+    *("vocab_size", "fusion_layer", "num_fusion_layers", "max_tokens", "kept_views", "plain_view"),
     *("per_device_train_batch_size", "num_train_epochs", "bf16", "fp16"),
 }
 PRETRAIN = Command("pretrain", "openmoji", _PRETRAINING, names_of(*_PRETRAINING))
 FINETUNE = Command("finetune", "easy_vqa", _FINETUNING, names_of(*_FINETUNING))
-EVALUATE = Command("evaluate", "easy_vqa", (*_FINETUNING, EvaluationArguments), _EVALUATED, _PRECISION_HELPS)
+EVALUATE = Command("evaluate", None, (*_FINETUNING, EvaluationArguments), _EVALUATED, _PRECISION_HELPS)
 PLAN = Command("plan", "tcl_4m", (*_PRETRAINING, PlanArguments), _PLANNED, _PRECISION_HELPS)
 COMMANDS = (PRETRAIN, FINETUNE, EVALUATE, PLAN)
 
@@ -117,13 +121,17 @@ class Given:
         """Read a command line, that of the process if None, and the recipe that it names."""
         argv = list(sys.argv[1:] if argv is None else argv)
         chosen = _chosen(argv)
-        path = None if chosen.task and not chosen.recipe else recipe_file(chosen.recipe or command.recipe)
+        path = recipe_file(chosen.recipe) if chosen.recipe else _recipe_of_data(command, chosen)
         place = f"{path}: " if path is not None else ""
         recipe = _read_recipe(path) if path is not None else {}
         phases = recipe.pop(PHASES, None)
+        if command is EVALUATE:
+            recipe.pop("eval_images", None)  # a limit for quick looks in training
+            if chosen.model and path is None:
+                place, recipe = f"{chosen.model}/{TASK}: ", _brought_by_model(chosen)
         check_names(command, place, recipe, names_of(*command.types))
         recipe = _filled(recipe)
-        options = _options_in(argv, _parser(command))
+        options = _options_in(argv, parser_of(command))
         check_names(command, "--", options, command.reads | {"help", "recipe"})
         task = chosen.task or recipe.get("task")
         check_task(command, task, {place: recipe, "--": options})
@@ -134,18 +142,60 @@ class Given:
         """One object of each of the command's types; `changes` override the recipe, and the command line both."""
         changes = changes or {}
         recipe = _filled(self.recipe | changes)
+        recipe = _defaults(self.command, recipe, self.argv) | recipe
         argv = [*_as_argv({name: value for name, value in recipe.items() if name not in OBJECTS}), *self.argv]
         for name in OBJECTS:
             of_recipe = [] if name in changes and changes[name] is None else [self.recipe.get(name)]
             values = [*of_recipe, changes.get(name), *self.objects[name]]
             given = [value for value in values if value is not None]
             argv += [f"--{name}", json.dumps(_merged(name, given))] if given else []
-        *parsed, _, rest = _parser(self.command).parse_args_into_dataclasses(
+        *parsed, _, rest = parser_of(self.command).parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True
         )
         if rest:
             raise RecipeError(f"'{rest[0]}' does not belong to any option: write options as --name value.")
         return tuple(parsed)
+
+
+def _recipe_of_data(command: Command, chosen: argparse.Namespace) -> Path | None:
+    """The file of the recipe that embedded data brings; None if the command line names something else."""
+    if command.recipe is None or chosen.task or (chosen.model and not chosen.data):
+        return None
+    path = recipe_file(command.recipe)
+    return path if not chosen.data or chosen.data == _read_recipe(path).get("data") else None
+
+
+def _brought_by_model(chosen: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that the model of a command line brings for its evaluation."""
+    if chosen.task:
+        return {}
+    return read_task(chosen.model, names_data=bool(chosen.data or chosen.validation_data))
+
+
+def _defaults(command: Command, recipe: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """Defaults that depend on other arguments: a run has a folder named after its data, and evaluation has no limit."""
+    chosen = _chosen(argv)
+    defaults: dict[str, Any] = {}
+    if "output_dir" in command.reads:
+        task = chosen.task or recipe.get("task")
+        data = chosen.data or recipe.get("data")
+        if data:
+            name = name_of(data if isinstance(data, list) else [data])
+            defaults["output_dir"] = f"runs/{name}_{task}" if task else f"runs/{name}"
+    if command is EVALUATE:
+        defaults["eval_images"] = 0
+    return defaults
+
+
+def recipe_names() -> list[str]:
+    """The names of the package's recipes."""
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
+def recipe_summary(name: str) -> str:
+    """The first sentence of the comment at the top of one of the package's recipes."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), recipe_file(name).read_text("utf-8").splitlines())
+    return " ".join(line.lstrip("# ") for line in lines).split(". ")[0].rstrip(".")
 
 
 def recipe_file(name: str) -> Path:
@@ -154,15 +204,17 @@ def recipe_file(name: str) -> Path:
     return ours if ours.exists() else Path(name)
 
 
-class _Parser(HfArgumentParser):
+class RecipeParser(HfArgumentParser):
+    """A parser whose errors are exceptions."""
+
     def error(self, message: str):
         raise RecipeError(f"{message[0].upper()}{message[1:]} (--help lists the options).")
 
 
-def _parser(command: Command) -> _Parser:
+def parser_of(command: Command) -> RecipeParser:
     """A parser of all arguments of a command, whose help lists those that the command reads."""
-    parser = _Parser(command.types, prog=f"{command.name}.py", allow_abbrev=False)
-    parser.add_argument("--recipe", default=command.recipe, help="Name of a recipe of the package, or a YAML file.")
+    parser = RecipeParser(command.types, prog=f"tcl-hf {command.name}", allow_abbrev=False)
+    parser.add_argument("--recipe", default=None, help="Name of a recipe of the package, or a YAML file.")
     for action in parser._actions:
         action.help = command.helps.get(action.dest, action.help)
         if action.dest not in command.reads | {"help", "recipe"}:
@@ -172,9 +224,12 @@ def _parser(command: Command) -> _Parser:
 
 def _chosen(argv: Sequence[str]) -> argparse.Namespace:
     """The recipe, the task and the objects that a command line names."""
-    parser = _Parser((), add_help=False, allow_abbrev=False)
+    parser = RecipeParser((), add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe")
     parser.add_argument("--task")
+    parser.add_argument("--model")
+    parser.add_argument("--data", nargs="*")
+    parser.add_argument("--validation_data", "--validation-data", nargs="*")
     for name in OBJECTS:
         parser.add_argument(f"--{name}", action="append", default=[])
     return parser.parse_known_args(argv)[0]
@@ -185,7 +240,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError as error:
-        names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        names = ", ".join(recipe_names())
         raise RecipeError(f"There is no recipe {path}: name a YAML file, or one of {names}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path} could not be read as YAML: {error}") from error
@@ -208,7 +263,7 @@ def _as_argv(recipe: dict[str, Any]) -> list[str]:
     return argv
 
 
-def _options_in(argv: Sequence[str], parser: _Parser) -> list[str]:
+def _options_in(argv: Sequence[str], parser: RecipeParser) -> list[str]:
     """The names of the options on a command line; those that the parser lacks as they are written."""
     options = [text.partition("=")[0] for text in argv if text.startswith("--")]
     actions = parser._option_string_actions
@@ -225,9 +280,9 @@ def check_names(command: Command, place: str, names: Iterable[str], known: froze
         RecipeError: with the commands that read the argument, or a hint for its name.
     """
     for name in (name.replace("-", "_") for name in names if name not in known):
-        readers = [f"{other.name}.py" for other in COMMANDS if name in other.reads]
+        readers = [other.name for other in COMMANDS if name in other.reads]
         if readers:
-            raise RecipeError(f"{place}{name} is read by {_listed(readers)} only: leave it out of {command.name}.py.")
+            raise RecipeError(f"{place}{name} is read by {_listed(readers)} only: leave it out of {command.name}.")
         missing = f"There is no option --{name}" if place == "--" else f"{place}there is no argument '{name}'"
         raise RecipeError(f"{missing}{hint(name, command.reads)}.")
 

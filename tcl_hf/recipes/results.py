@@ -1,6 +1,7 @@
 """The results of an evaluation: the protocol they were measured by, and the files that hold them."""
 
 import json
+import logging
 from pathlib import Path
 
 from ..evaluation.protocol import EvaluationProtocol
@@ -8,6 +9,8 @@ from ..evaluation.shares import Evaluation
 from ..models.configuration_tcl import TCLConfig
 from .arguments import DataArguments
 from .tasks import TASKS
+
+logger = logging.getLogger(__name__)
 
 _FACTS = {
     "k": "eval_k",
@@ -58,12 +61,20 @@ def evaluation_protocol(
     )
 
 
-def write_results(folder: Path, evaluation: Evaluation, protocol: EvaluationProtocol) -> None:
-    """Write `evaluation.json`, `predictions.json`, and the task's result files for a server."""
+def write_results(folder: Path, evaluation: Evaluation, protocol: EvaluationProtocol, is_cut: bool = False) -> None:
+    """Write `evaluation.json`, `predictions.json`, and the task's result files for a server.
+
+    Args:
+        is_cut: the evaluation had a limit of samples, so that nothing is written for a server.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content = protocol.to_dict() | {"images_shuffled": protocol.images_shuffled, "metrics": evaluation.metrics}
     (folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
     if evaluation.predictions:
         (folder / "predictions.json").write_text(json.dumps(evaluation.predictions) + "\n")
+    if is_cut and TASKS[protocol.task].result_files:
+        names = ", ".join(TASKS[protocol.task].result_files)
+        logger.warning("%s is not written, because eval_images limits the evaluation: leave it out.", names)
+        return
     for name, content_of in TASKS[protocol.task].result_files.items():
         (folder / name).write_text(json.dumps(content_of(evaluation.predictions)) + "\n")

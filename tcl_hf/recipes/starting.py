@@ -23,22 +23,25 @@ logger = logging.getLogger(__name__)
 
 
 def check_kept_views(data_args: TrainingDataArguments, config: TCLConfig) -> None:
-    """Refuse `kept_views` that cannot be kept of a model with this config.
+    """Refuse to keep states that cannot be kept of a model with this config.
 
     Raises:
-        RecipeError: if their number is negative, no vision layer is locked, or the samples are a stream.
+        RecipeError: if the number of views is negative, no vision layer is locked, or the samples are a stream.
     """
     kept_views = data_args.kept_views
     if kept_views < 0:
         raise RecipeError(f"kept_views={kept_views} is negative: name a number of views, or 0 to read pixels.")
-    if kept_views and config.lock_vision is False:
+    if not data_args.keeps_states:
+        return
+    argument = f"kept_views={kept_views}" if kept_views else "plain_view=true"
+    if config.lock_vision is False:
         raise RecipeError(
-            f"kept_views={kept_views} keeps the states of locked layers, and lock_vision is false: set lock_vision in "
-            "the config, or kept_views to 0."
+            f"{argument} keeps the states of locked layers, and lock_vision is false: set lock_vision in the config, "
+            f"or leave out {argument.split('=')[0]}."
         )
-    if kept_views and getattr(data_args, "streaming", False):
+    if getattr(data_args, "streaming", False):
         raise RecipeError(
-            "kept_views needs samples that can be read again, and a stream cannot: leave out one of both."
+            f"{argument} needs samples that can be read again, and a stream cannot: leave out one of both."
         )
 
 
@@ -66,7 +69,7 @@ def with_kept_states(
     check_kept_views(data_args, model.config)
     if not hasattr(samples, "select_columns") or not hasattr(samples, "__len__"):
         raise RecipeError(
-            "kept_views needs samples that can be read again, and a stream cannot: leave out one of both."
+            "Kept states need samples that can be read again, and a stream cannot: leave out kept_views and plain_view."
         )
     vision_model = model.tcl.vision_model.to(state.device).eval()
 

@@ -15,6 +15,7 @@ from ..training.agreement import processes
 from ..training.arguments import TCLTrainingArguments
 from ..training.loop import TrainingRun
 from .arguments import TrainingDataArguments
+from .model_folder import write_task
 from .phases import Phase
 from .tasks import TASKS, choose_rerank_weight_on
 
@@ -49,6 +50,9 @@ def train_task(
     """
     task, phase = TASKS[data_args.task], phase or Phase((data_args, None, args))
     phase.check_following(model)
+    if processes().is_main_process:  # before training, so that a run that is stopped has it too
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_task(Path(args.output_dir), data_args)
     history, step = model.config.trained_on or [], {"task": data_args.task, "data": data_args.dataset_names}
     if phase.number == 1 or step not in history:
         model.config.trained_on = [*history, step]
@@ -86,9 +90,11 @@ def command_line(name: str, argv: Sequence[str] | None) -> str:
     """The command line of a run, for its card.
 
     Args:
-        name: the module of this package that was run.
-        argv: the arguments that it was given; None for those of the process.
+        name: the subcommand of `tcl-hf` that was run.
+        argv: the arguments that it was given; None for those of a script.
     """
-    is_module = argv is not None or Path(sys.argv[0]).resolve() == Path(__file__).with_name(f"{name}.py").resolve()
-    program = f"-m {__package__}.{name}" if is_module else sys.argv[0]
-    return f"accelerate launch {program} {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip()
+    if argv is None:
+        return f"accelerate launch {shlex.join(sys.argv)}"
+    number = processes().num_processes
+    launched = f"accelerate launch --num_processes {number} -m tcl_hf" if number > 1 else "tcl-hf"
+    return f"{launched} {name} {shlex.join(argv)}".rstrip()

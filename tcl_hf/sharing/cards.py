@@ -212,7 +212,7 @@ def plain_card(
         result_type="",
         datasets=datasets,
         summary=f"A model of {METHOD}. {origin}{learned}".strip(),
-        results="Nothing was measured here. `scripts/evaluate.py` measures it and adds the results to this card.",
+        results="Nothing was measured here. `tcl-hf evaluate` measures it and adds the results to this card.",
         training="How the model was trained is not recorded here.",
         adapter_of=adapter_of,
         limits=_LIMITS_OF_OTHERS,

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import CommitInfo, HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -32,10 +31,15 @@ from .cards import CARD, EXAMPLE, mark_as_adapter, plain_card
 from .convert import class_of, open_saved
 from .original_files import CheckpointError
 
+try:  # the client of huggingface_hub, which comes with it
+    from httpx2 import TransportError
+except ImportError:
+    from httpx import TransportError  # type: ignore[assignment, no-redef, import-not-found]
+
 logger = logging.getLogger(__name__)
 
 # The files beside the weights that are shared; nothing else of a folder leaves it.
-SHARED_FILES = (CARD, "LICENSE", "*.png", "answers.json", "evaluation.json", "metrics.jsonl")
+SHARED_FILES = (CARD, "LICENSE", "*.png", "answers.json", "task.json", "evaluation.json", "metrics.jsonl")
 
 # Shards, and files of a whole model or of adapters, where an earlier push of a repository sent the other.
 _OF_EARLIER_PUSHES = ["model*.safetensors", "model.safetensors.index.json", "config.json"]
@@ -303,7 +307,7 @@ def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turn the exceptions of the Hub's client into a `HubError` of one sentence."""
     try:
         yield
-    except (HfHubHTTPError, httpx2.TransportError, OSError, RuntimeError) as error:
+    except (HfHubHTTPError, TransportError, OSError, RuntimeError) as error:
         raise HubError(_reason(error, repo_id, revision)) from error
 
 
@@ -319,7 +323,7 @@ def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
             )
         case RevisionNotFoundError():
             return f"{repo_id} has no revision '{revision}': choose one of its branches, tags or commits."
-        case OfflineModeIsEnabled() | LocalEntryNotFoundError() | httpx2.TransportError():
+        case OfflineModeIsEnabled() | LocalEntryNotFoundError() | TransportError():
             return f"The Hub cannot be reached for {repo_id}: check the connection, or unset HF_HUB_OFFLINE."
         case HfHubHTTPError():
             return _refusal(repo_id, error)

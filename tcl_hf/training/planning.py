@@ -122,7 +122,7 @@ def describe(
     mixed_precision: str,
     epochs: int,
     plan: PlanArguments,
-    kept_views: int = 0,
+    kept_views: int | None = None,
 ) -> str:
     """Return the plan as Markdown tables, with those of `operations_tables` if `plan` asks for them.
 
@@ -131,14 +131,14 @@ def describe(
         num_tokens: tokens of each text.
         mixed_precision: "no", "bf16" or "fp16".
         epochs: passes over `plan.num_samples`.
-        kept_views: views of each image whose states of the locked vision layers are kept, and read in place of images;
-            0 to read images.
+        kept_views: augmented views of each image whose states of the locked vision layers are kept, beside the image
+            itself, and read in place of images; None to read images.
     """
     model = empty_model(config)
     parameters = count_parameters(model)
     lines = ["| part | parameters |", "|---|---:|"]
     lines += [f"| {part} | {number:,} |" for part, number in parameters.items()]
-    run: Any = partial(run_step, config, batch_size, num_tokens, mixed_precision, from_states=bool(kept_views))
+    run: Any = partial(run_step, config, batch_size, num_tokens, mixed_precision, from_states=kept_views is not None)
     step, checkpointed = run(), run(checkpointing=True).activations
     columns = [
         memory_per_gpu(model, activations, plan.num_gpus, sharded)
@@ -158,7 +158,7 @@ def describe(
     lines += ["", "| on disk | GB |", "|---|---:|"]
     lines += [f"| {file} | {size / 1e9:.2f} |" for file, size in bytes_on_disk(model).items()]
     rate = throughput(step, batch_size, plan)
-    if kept_views:
+    if kept_views is not None:
         lines += ["", *_states_lines(config, kept_views, plan, rate * step.flops / batch_size)]
     lines += ["", f"A sample takes {step.flops / batch_size / 1e9:.0f} GFLOP."]
     if rate:

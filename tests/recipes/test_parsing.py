@@ -1,6 +1,7 @@
 """Recipes and command line: the paper's numbers, overrides, and clear refusals."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from helpers import ROOT
@@ -30,14 +31,40 @@ def test_a_recipe_for_training_is_also_one_for_what_comes_before_and_after_it(re
     """A plan reads recipes of pre-training, an evaluation those of fine-tuning."""
     other = PLAN if command_of(recipe) is PRETRAIN else EVALUATE
     data, *_ = parse_recipe(other, ["--recipe", recipe.stem])
-    assert data == parse_recipe(command_of(recipe), ["--recipe", recipe.stem])[0]
+    expected = parse_recipe(command_of(recipe), ["--recipe", recipe.stem])[0]
+    assert data == (replace(expected, eval_images=0) if other is EVALUATE else expected)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
-def test_every_command_has_a_default_recipe_and_reads_only_what_it_takes(command):
+def test_every_command_reads_only_what_it_takes_and_parses_an_empty_command_line(command):
     known = {name for one in command.types for name in one.__dataclass_fields__}
     assert command.reads <= known
     parse_recipe(command, [])
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "data", "fusion_layers"),
+    [
+        (PRETRAIN, [], ["openmoji"], 1),
+        (PRETRAIN, ["--data", "openmoji"], ["openmoji"], 1),
+        (PRETRAIN, ["--data", "photos"], ["photos"], 6),
+        (PRETRAIN, ["--recipe", "openmoji", "--data", "photos"], ["photos"], 1),
+    ],
+)
+def test_only_the_embedded_data_brings_a_recipe(command, argv, data, fusion_layers):
+    data_args, model_args, args = parse_recipe(command, argv)
+    assert (data_args.data, model_args.num_fusion_layers) == (data, fusion_layers)
+    if fusion_layers == 6:  # The defaults of an own run.
+        assert model_args.image_size is None and data_args.max_tokens == MAX_TOKENS and not model_args.config_fields
+        assert args.output_dir == "runs/photos"
+
+
+def test_a_run_without_a_recipe_has_a_folder_of_its_own():
+    argv = ["--data", "my/statements_train.jsonl", "--task", "visual_entailment", "--model", "x"]
+    data_args, _, args = parse_recipe(FINETUNE, argv)
+    assert args.output_dir == "runs/statements_visual_entailment" and data_args.validation_split == "validation"
+    assert parse_recipe(FINETUNE, [*argv, "--output_dir", "here"])[2].output_dir == "here"
+    assert parse_recipe(FINETUNE, ["--recipe", "easy_vqa", *argv[:2]])[2].output_dir == "runs/easy_vqa"
 
 
 @pytest.mark.parametrize(
@@ -208,30 +235,30 @@ def test_mistakes_are_named(tmp_path, text, argv, message):
 @pytest.mark.parametrize(
     ("command", "option", "readers"),
     [
-        (FINETUNE, "streaming", "pretrain.py"),
-        (FINETUNE, "data_weights", "pretrain.py"),
-        (FINETUNE, "vision_model", "pretrain.py"),
-        (FINETUNE, "vocab_size", "pretrain.py and plan.py"),
-        (PRETRAIN, "task", "finetune.py and evaluate.py"),
-        (PRETRAIN, "share_images", "finetune.py"),
-        (PRETRAIN, "shuffle_images", "evaluate.py"),
-        (EVALUATE, "learning_rate", "pretrain.py and finetune.py"),
-        (EVALUATE, "max_tokens", "pretrain.py, finetune.py and plan.py"),
-        (EVALUATE, "share_images", "finetune.py"),
-        (EVALUATE, "split", "pretrain.py and finetune.py"),
-        (PLAN, "save_steps", "pretrain.py and finetune.py"),
-        (PLAN, "vision_model", "pretrain.py"),
+        (FINETUNE, "streaming", "pretrain"),
+        (FINETUNE, "data_weights", "pretrain"),
+        (FINETUNE, "vision_model", "pretrain"),
+        (FINETUNE, "vocab_size", "pretrain and plan"),
+        (PRETRAIN, "task", "finetune and evaluate"),
+        (PRETRAIN, "share_images", "finetune"),
+        (PRETRAIN, "shuffle_images", "evaluate"),
+        (EVALUATE, "learning_rate", "pretrain and finetune"),
+        (EVALUATE, "max_tokens", "pretrain, finetune and plan"),
+        (EVALUATE, "share_images", "finetune"),
+        (EVALUATE, "split", "pretrain and finetune"),
+        (PLAN, "save_steps", "pretrain and finetune"),
+        (PLAN, "vision_model", "pretrain"),
     ],
 )
 def test_an_option_that_the_command_ignores_is_refused_with_those_that_read_it(command, option, readers):
-    message = f"^--{option} is read by {readers} only: leave it out of {command.name}.py.$"
+    message = f"^--{option} is read by {readers} only: leave it out of {command.name}.$"
     for argv in ([f"--{option}", "1"], [f"--{option}=1"], [f"--{option.replace('_', '-')}", "1"]):
         with pytest.raises(RecipeError, match=message):
             parse_recipe(command, argv)
 
 
 def test_the_other_way_to_write_a_boolean_is_refused_too():
-    with pytest.raises(RecipeError, match=r"--two_views is read by pretrain\.py and finetune\.py only"):
+    with pytest.raises(RecipeError, match=r"--two_views is read by pretrain and finetune only"):
         parse_recipe(EVALUATE, ["--no_two_views"])
 
 

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 from helpers import free_port, in_two_processes, losses, tiny, tiny_records, write_json
 
 from tcl_hf import TCLConfig, TCLForPreTraining
+from tcl_hf.cli import finetune, pretrain
 from tcl_hf.models.processing_tcl import MAX_TOKENS
-from tcl_hf.recipes import finetune, pretrain
 from tcl_hf.recipes.arguments import RecipeError
 from tcl_hf.recipes.parsing import FINETUNE, PLAN, PRETRAIN, parse_recipe
 from tcl_hf.recipes.phases import FINISHED, parse_phases

@@ -4,8 +4,8 @@ import pytest
 from helpers import small_patches
 
 from tcl_hf import TCLConfig
+from tcl_hf.cli.plan import main, planned_config
 from tcl_hf.recipes.arguments import ModelArguments, RecipeError
-from tcl_hf.recipes.plan import main, planned_config
 
 
 def test_encoders_count_at_the_sizes_of_the_config_and_else_at_the_paper_s():
@@ -54,6 +54,9 @@ def test_each_phase_has_a_plan_of_its_own(tmp_path, capsys):
     first, second = capsys.readouterr().out.split("## Phase ")[1:]
     assert first.startswith('1 of 2: config: {"itm_weight": 0}\n') and "kept states" not in first
     assert second.startswith('2 of 2: kept_views: 2, config: {"lock_vision": true}\n') and "kept states" in second
+    main(["--recipe", str(recipe), "--plain_view", "true", "--config", '{"lock_vision": true}'])
+    first, second = capsys.readouterr().out.split("## Phase ")[1:]
+    assert ": 1 views of" in first and ": 3 views of" in second
     recipe.write_text(f"model: {tmp_path}\nphases: [{{}}, {{kept_views: 2}}]")
     with pytest.raises(SystemExit, match=r"recipe\.yaml: phases\[2\]: kept_views=2 keeps the states of locked layers"):
         main(["--recipe", str(recipe)])

@@ -1,20 +1,28 @@
 """The frame of a command: its log, and its errors as one sentence."""
 
+import argparse
 import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
 
 from ..data.pairs import DataError
+from ..recipes.arguments import RecipeError
 from ..sharing.hub import HubError
 from ..sharing.original_files import CheckpointError
 from ..training.arguments import TrainingError
 from ..training.checkpoints import CheckpointWriteError
 from ..training.guard import NonFiniteError
-from .arguments import RecipeError
 
 ERRORS = (CheckpointError, CheckpointWriteError, DataError, HubError, NonFiniteError, RecipeError, TrainingError)
 CHATTY = ("accelerate", "httpx", "httpx2")  # libraries of whose log only warnings are shown
+
+
+def argument_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """A parser of the options of a subcommand that has no recipe; `text` describes it."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    return argparse.ArgumentParser(prog=f"tcl-hf {name}", description=text, formatter_class=formatter)
+
 
 Main = Callable[[Sequence[str] | None], None]
 

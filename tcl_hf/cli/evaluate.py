@@ -1,9 +1,11 @@
-"""Evaluate TCL on a task: `accelerate launch -m tcl_hf.recipes.evaluate --model FOLDER --task NAME --data SOURCE ...`.
+"""Evaluate TCL on a task: `tcl-hf evaluate --model FOLDER [--data SOURCE] [--name value ...]`.
 
-`--recipe NAME` takes task, data and limits from a recipe of fine-tuning, and passes over what only training reads. With
-`--bf16` or `--fp16` the forward passes are in that precision, else in float32.
+The model brings its task, its answers and the arguments of its evaluation. `--recipe NAME` takes task and data from a
+recipe of fine-tuning instead, and passes over what only training reads. With `--bf16` or `--fp16` the forward passes
+are in that precision, else in float32.
 """
 
+import argparse
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +14,21 @@ from accelerate import Accelerator
 from transformers import set_seed
 
 from ..data.annotations.classification import class_names_of
+from ..recipes.arguments import RecipeError
+from ..recipes.build import add_words, candidate_answers, load_evaluation_data, open_model
+from ..recipes.model_folder import results_folder
+from ..recipes.parsing import EVALUATE, parse_recipe, parser_of
+from ..recipes.report import PREDICTIONS, prediction_sheet, task_table
+from ..recipes.results import evaluation_protocol, write_results
+from ..recipes.tasks import TASKS
 from ..sharing.cards import add_results
 from ..training.precision import in_precision_of
-from .arguments import RecipeError
-from .build import add_words, candidate_answers, load_evaluation_data, open_model
 from .command_line import command
-from .parsing import EVALUATE, parse_recipe
-from .report import PREDICTIONS, prediction_sheet, task_table
-from .results import evaluation_protocol, write_results
-from .tasks import TASKS
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    return parser_of(EVALUATE)
 
 
 @command
@@ -44,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         evaluation = task.evaluate(model.to(accelerator.device), processor, records, data_args, answers)
     if accelerator.is_main_process:
         protocol = evaluation_protocol(data_args, model.config, len(records), args.shuffle_images, len(classes))
-        folder = Path(args.results or checkpoint_args.model)
-        write_results(folder, evaluation, protocol)
+        folder = Path(args.results) if args.results else results_folder(str(checkpoint_args.model))
+        write_results(folder, evaluation, protocol, is_cut=data_args.eval_images > 0)
         if not args.shuffle_images:
             add_results(folder, task.result_type, evaluation.metrics, protocol)
         if evaluation.predictions:
@@ -61,7 +69,3 @@ def shuffle_images(records: Sequence[dict], seed: int = 0) -> list[dict]:
     neighbour = dict(zip(order, [*order[1:], *order[:1]], strict=True))
     column = "images" if "images" in records[0] else "image"
     return [record | {column: records[neighbour[row]][column]} for row, record in enumerate(records)]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
-"""Pre-train TCL: `accelerate launch -m tcl_hf.recipes.pretrain [--recipe NAME] [--name value ...]`."""
+"""Pre-train TCL: `tcl-hf pretrain [--recipe NAME] [--name value ...]`."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,22 @@ from typing import Any
 from transformers import set_seed
 
 from ..data.pairs import captions_of
+from ..recipes.baselines import measure_baselines
+from ..recipes.build import build_model, cut_off_tuning_data, load_pretraining_data
+from ..recipes.parsing import PRETRAIN, parser_of
+from ..recipes.phases import Phase, run_phases
+from ..recipes.report import Run, write_pretraining_report
+from ..recipes.results import evaluation_protocol
+from ..recipes.starting import check_fusion_start, start_fusion, start_projections, with_kept_states
+from ..recipes.train import command_line, train_task
 from ..training.adapters import describe_lora
 from ..training.agreement import processes
-from .baselines import measure_baselines
-from .build import build_model, cut_off_tuning_data, load_pretraining_data
 from .command_line import command
-from .parsing import PRETRAIN
-from .phases import Phase, run_phases
-from .report import Run, write_pretraining_report
-from .results import evaluation_protocol
-from .starting import check_fusion_start, start_fusion, start_projections, with_kept_states
-from .train import command_line, train_task
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    return parser_of(PRETRAIN)
 
 
 @command
@@ -37,7 +43,7 @@ def _train(phase: Phase, started_by: str) -> None:
         pairs, tuning = cut_off_tuning_data(data_args, pairs)
     model, processor = build_model(model_args, captions_of(pairs))
     check_fusion_start(model_args, model)
-    if data_args.kept_views:
+    if data_args.keeps_states:
         pairs, records, tuning = with_kept_states(data_args, args, model, processor, pairs, records, tuning)
     if model_args.projection_start == "cca" and not args.resume:
         start_projections(data_args, args, model, processor, pairs, model_args.projection_ridge)
@@ -59,7 +65,3 @@ def _train(phase: Phase, started_by: str) -> None:
         texts, others = data_args.free_texts, [tuning or [], [] if data_args.streaming else pairs]
         print(write_pretraining_report(run, model, processor, records, metrics, baselines, num_tuning, texts, others))
     print(f"Model, processor, metrics and card are in {args.output_dir}")
-
-
-if __name__ == "__main__":
-    main()

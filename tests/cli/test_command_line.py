@@ -3,14 +3,15 @@
 import logging
 import runpy
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT
 
+from tcl_hf.cli.command_line import command
 from tcl_hf.data.pairs import DataError
 from tcl_hf.recipes import train
 from tcl_hf.recipes.arguments import RecipeError
-from tcl_hf.recipes.command_line import command
 from tcl_hf.recipes.parsing import COMMANDS
 from tcl_hf.training.arguments import TrainingError
 from tcl_hf.training.checkpoints import CheckpointWriteError
@@ -53,20 +54,21 @@ def test_a_command_keeps_chatty_libraries_out_of_its_log():
     assert logging.getLogger("httpx").level == logging.WARNING
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # the module is imported and then run as a program
 @pytest.mark.parametrize("name", [command.name for command in COMMANDS])
-def test_scripts_and_modules_run_the_same_command(name, monkeypatch):
+def test_scripts_and_the_command_run_the_same(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--nonsense"])
     with pytest.raises(SystemExit, match=r"^error: There is no option --nonsense"):
         runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["tcl-hf", name, "--nonsense"])
     with pytest.raises(SystemExit, match=r"^error: There is no option --nonsense"):
-        runpy.run_module(f"tcl_hf.recipes.{name}", run_name="__main__")
+        runpy.run_module("tcl_hf", run_name="__main__")
 
 
 def test_a_card_names_the_command_line_that_starts_the_run_again(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scripts/pretrain.py", "--config", '{"alpha": 0}'])
     expected = "accelerate launch scripts/pretrain.py --config '{\"alpha\": 0}'"
     assert train.command_line("pretrain", None) == expected
-    assert train.command_line("pretrain", ["--seed", "1"]) == "accelerate launch -m tcl_hf.recipes.pretrain --seed 1"
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "tcl_hf" / "recipes" / "finetune.py")])
-    assert train.command_line("finetune", None) == "accelerate launch -m tcl_hf.recipes.finetune"
+    assert train.command_line("pretrain", ["--seed", "1"]) == "tcl-hf pretrain --seed 1"
+    monkeypatch.setattr(train, "processes", lambda: SimpleNamespace(num_processes=8))
+    started = train.command_line("finetune", ["--data", "a b"])
+    assert started == "accelerate launch --num_processes 8 -m tcl_hf finetune --data 'a b'"

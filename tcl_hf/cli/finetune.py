@@ -1,5 +1,6 @@
-"""Fine-tune TCL for a task: `accelerate launch -m tcl_hf.recipes.finetune --recipe NAME [--name value ...]`."""
+"""Fine-tune TCL for a task: `tcl-hf finetune [--recipe NAME] [--name value ...]`."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,18 +8,24 @@ from pathlib import Path
 from transformers import set_seed
 
 from ..data.sampling import SharedImages
+from ..recipes.arguments import RecipeError
+from ..recipes.build import add_words, candidate_answers, load_evaluation_data, load_split, open_model
+from ..recipes.model_folder import ANSWERS, replace_file
+from ..recipes.parsing import FINETUNE, parser_of
+from ..recipes.phases import Phase, run_phases
+from ..recipes.report import Run, write_finetuning_report
+from ..recipes.results import evaluation_protocol
+from ..recipes.starting import with_kept_states
+from ..recipes.tasks import TASKS
+from ..recipes.train import command_line, train_task
 from ..training.adapters import describe_lora
 from ..training.agreement import processes
-from .arguments import RecipeError
-from .build import ANSWERS, add_words, candidate_answers, load_evaluation_data, load_split, open_model
 from .command_line import command
-from .parsing import FINETUNE
-from .phases import Phase, run_phases
-from .report import Run, write_finetuning_report
-from .results import evaluation_protocol
-from .starting import with_kept_states
-from .tasks import TASKS
-from .train import command_line, train_task
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    return parser_of(FINETUNE)
 
 
 @command
@@ -32,7 +39,7 @@ def _train(phase: Phase, started_by: str) -> None:
     data_args, checkpoint_args, args = phase.arguments
     task, output_dir = TASKS[data_args.task], Path(args.output_dir)
     if task.batches is None:
-        raise RecipeError(f"The task {data_args.task} is evaluated without training: run evaluate.py for it.")
+        raise RecipeError(f"The task {data_args.task} is evaluated without training: run `tcl-hf evaluate` for it.")
     set_seed(args.seed)
     model, processor = open_model(checkpoint_args, task.model_class)
     samples = load_split(data_args, data_args.data, data_args.split)
@@ -42,8 +49,8 @@ def _train(phase: Phase, started_by: str) -> None:
     answers = candidate_answers(data_args, samples)
     if answers and processes().is_main_process:  # before training, so that a run that is stopped has them too
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / ANSWERS).write_text(json.dumps(answers, ensure_ascii=False) + "\n")
-    if data_args.kept_views:
+        replace_file(output_dir / ANSWERS, json.dumps(answers, ensure_ascii=False) + "\n")
+    if data_args.keeps_states:
         samples, records = with_kept_states(data_args, args, model, processor, samples, records)
     visited = SharedImages(samples) if data_args.share_images else samples
     metrics = train_task(data_args, args, model, processor, visited, records, answers, phase=phase)
@@ -54,7 +61,3 @@ def _train(phase: Phase, started_by: str) -> None:
         run = Run(data_args, amount, phase.base_models, started_by, output_dir, protocol, **lora, phase=phase)
         print(write_finetuning_report(run, metrics, args.metric_for_best_model, records))
         print(f"Model, processor, metrics and card are in {output_dir}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Plan a pre-training run: `python -m tcl_hf.recipes.plan [--recipe NAME] [--num_gpus 8] [--name value ...]`.
+"""Plan a pre-training run: `tcl-hf plan [--recipe NAME] [--num_gpus 8] [--name value ...]`.
 
 It prints parameters, memory on each GPU, the size of checkpoints and, given the speed of the GPUs, the time; with
 `--operations true` also operations, bytes and activations by part. Each phase of a run has a plan of its own. It reads
@@ -6,17 +6,23 @@ nothing but the recipe: encoders that a run starts from count at the sizes that 
 the paper's.
 """
 
+import argparse
 from collections.abc import Sequence
 
 from ..models.configuration_tcl import TCLConfig
+from ..recipes.arguments import ModelArguments, PretrainingDataArguments, RecipeError
+from ..recipes.build import config_of_checkpoint
+from ..recipes.parsing import PLAN, parser_of
+from ..recipes.phases import parse_phases
+from ..recipes.starting import check_kept_views
 from ..training.arguments import TCLTrainingArguments
 from ..training.planning import PlanArguments, describe
-from .arguments import ModelArguments, PretrainingDataArguments, RecipeError
-from .build import config_of_checkpoint
 from .command_line import command
-from .parsing import PLAN
-from .phases import parse_phases
-from .starting import check_kept_views
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    return parser_of(PLAN)
 
 
 @command
@@ -37,7 +43,7 @@ def _plan_of(
     config = planned_config(model_args)
     check_kept_views(data_args, config)
     batch_size, precision = args.per_device_train_batch_size, args.mixed_precision or "no"
-    kept_views = data_args.kept_views
+    kept_views = data_args.kept_views if data_args.keeps_states else None
     return describe(config, batch_size, data_args.max_tokens, precision, args.num_train_epochs, plan, kept_views)
 
 
@@ -59,7 +65,3 @@ def planned_config(args: ModelArguments) -> TCLConfig:
         return TCLConfig(**args.config_fields | {"text_config": text, "vision_config": vision})
     except (ValueError, TypeError, OSError) as error:
         raise RecipeError(f"The model cannot be planned: {error}") from error
-
-
-if __name__ == "__main__":
-    main()

@@ -9,8 +9,8 @@ from helpers import png, tiny, write_json
 from huggingface_hub import ModelCard
 
 from tcl_hf import TCLForImageTextRetrieval, TCLForTextAssignment
-from tcl_hf.recipes.evaluate import main, shuffle_images
-from tcl_hf.recipes.finetune import main as finetune
+from tcl_hf.cli.evaluate import main, shuffle_images
+from tcl_hf.cli.finetune import main as finetune
 
 
 def test_shuffled_images_are_those_of_other_records():

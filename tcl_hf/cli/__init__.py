@@ -1,0 +1,1 @@
+"""The command `tcl-hf`: its subcommands, and the frame that they share."""

@@ -1,0 +1,56 @@
+"""The command `tcl-hf`: it finds the subcommand that is named, and runs it.
+
+A subcommand is a module of this package with a function `main(argv)`. It is imported only when it runs, so that the
+list of them appears at once.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+
+SUBCOMMANDS = {
+    "demo": "train on embedded pictures from embedded encoders, in minutes",
+    "pretrain": "pre-train on images with captions",
+    "finetune": "fine-tune a checkpoint for a task",
+    "evaluate": "evaluate a checkpoint on a task",
+    "data": "look at data: what was recognised, what would be skipped, and samples",
+    "recipes": "list the recipes of the package, or print one",
+    "plan": "memory, disk and time of a pre-training run, before it starts",
+    "convert": "convert a checkpoint of the original code, or back",
+    "push": "share a model or a run on the Hub",
+    "completion": "print a script that completes commands and options in your shell",
+}
+
+
+def usage() -> str:
+    """The text of `tcl-hf --help`."""
+    width = max(map(len, SUBCOMMANDS)) + 2
+    lines = [f"  {name:{width}}{text}" for name, text in SUBCOMMANDS.items()]
+    return (
+        "usage: tcl-hf COMMAND [--name value ...]\n\nTCL for Hugging Face: vision-language pre-training with triple "
+        "contrastive learning.\n\n" + "\n".join(lines) + "\n\n`tcl-hf COMMAND --help` lists the options of a command. "
+        "In several processes: `accelerate launch -m tcl_hf COMMAND ...`."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the subcommand that a command line names; that of the process if `argv` is None.
+
+    An unknown one is refused with exit code 2, as by argparse.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    name = given[0] if given else "--help"
+    if name in ("--help", "-h", "help"):
+        print(usage())
+    elif name in ("--version", "-V"):
+        print(f"tcl-hf {__version__}")
+    elif name not in SUBCOMMANDS:
+        close = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
+        meant = f" (did you mean '{close[0]}'?)" if close else ""
+        print(f"error: There is no command '{name}'{meant}: `tcl-hf --help` lists them.", file=sys.stderr)
+        sys.exit(2)
+    else:
+        importlib.import_module(f".{name}", __package__).main(given[1:])

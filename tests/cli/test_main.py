@@ -1,0 +1,69 @@
+"""The command `tcl-hf`: its subcommands, its list of recipes, and the completion of shells."""
+
+import importlib
+import subprocess
+
+import pytest
+
+import tcl_hf
+from tcl_hf.cli import main as program
+from tcl_hf.recipes.parsing import RECIPES, parse_recipe, recipe_names, recipe_summary
+
+
+def run(capsys, *argv: str) -> str:
+    program.main(list(argv))
+    return capsys.readouterr().out
+
+
+def test_it_lists_its_subcommands_and_says_its_version(capsys):
+    text = run(capsys)
+    assert text == run(capsys, "--help") == run(capsys, "-h")
+    assert all(f"\n  {name} " in text for name in program.SUBCOMMANDS)
+    assert run(capsys, "--version") == f"tcl-hf {tcl_hf.__version__}\n"
+
+
+@pytest.mark.parametrize("name", program.SUBCOMMANDS)
+def test_every_subcommand_has_a_help_that_names_it(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        program.main([name, "--help"])
+    expected = "pretrain" if name == "demo" else name
+    assert stopped.value.code == 0 and f"usage: tcl-hf {expected} " in capsys.readouterr().out
+
+
+def test_an_unknown_subcommand_is_refused_with_a_hint(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["fine-tune", "--recipe", "easy_vqa"])
+    message = "error: There is no command 'fine-tune' (did you mean 'finetune'?): `tcl-hf --help` lists them.\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err == message
+
+
+def test_recipes_are_listed_with_a_line_each(capsys):
+    lines = run(capsys, "recipes").splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names() == sorted(f.stem for f in RECIPES.glob("*.yaml"))
+    assert recipe_summary("tcl_4m").startswith("The paper's pre-training (Yang et al., CVPR 2022")
+    assert all(len(recipe_summary(name)) > 30 for name in recipe_names())
+
+
+def test_a_printed_recipe_is_one_to_start_from(capsys, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(run(capsys, "recipes", "tcl_snli_ve"))
+    command = importlib.import_module("tcl_hf.recipes.parsing").FINETUNE
+    assert parse_recipe(command, ["--recipe", str(mine)]) == parse_recipe(command, ["--recipe", "tcl_snli_ve"])
+    assert run(capsys, "recipes", "tcl_snli_ve", "--path").strip() == str(RECIPES / "tcl_snli_ve.yaml")
+    with pytest.raises(SystemExit, match=r"^error: There is no recipe nonsense: choose one of daquar, "):
+        program.main(["recipes", "nonsense"])
+
+
+def test_the_completion_is_a_script_that_bash_reads(capsys):
+    script = run(capsys, "completion", "bash")
+    assert "--learning_rate" in script and "'pretrain'" in script
+    checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert checked.returncode == 0 and not checked.stderr
+
+
+def test_the_demo_is_the_recipe_of_the_embedded_data(monkeypatch):
+    demo, pretrain = (importlib.import_module(f"tcl_hf.cli.{name}") for name in ("demo", "pretrain"))
+    given = []
+    monkeypatch.setattr(pretrain, "main", given.append)
+    demo.main(["--max_steps", "3"])
+    assert given == [["--recipe", "openmoji", "--max_steps", "3"]]

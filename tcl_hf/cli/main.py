@@ -8,8 +8,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
-
-from .. import __version__
+from importlib.metadata import version
 
 SUBCOMMANDS = {
     "demo": "train on embedded pictures from embedded encoders, in minutes",
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name in ("--help", "-h", "help"):
         print(usage())
     elif name in ("--version", "-V"):
-        print(f"tcl-hf {__version__}")
+        print(f"tcl-hf {version('tcl_hf')}")
     elif name not in SUBCOMMANDS:
         close = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
         meant = f" (did you mean '{close[0]}'?)" if close else ""

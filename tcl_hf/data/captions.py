@@ -6,17 +6,31 @@ from ..models.processing_tcl import MAX_WORDS
 from ..models.tokenization_tcl import clean_caption
 
 MAX_CHARACTERS = 10_000  # Longer captions are cut. The model reads far less of one: its first 30 words.
+# Names of columns, of fields of tars, and of keys in JSON that hold captions; further ones stand behind.
+CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "sentence", "json")
+TEXT_COLUMNS = (*CAPTION_COLUMNS, "caption_text", "comment", "description", "raw", "title", "alt_text", "alt")
 NOT_UTF8 = "\ufffd"  # Readers put this character where they could not decode the bytes of a caption.
 
 
 def caption_texts(value: Any) -> list[str]:
-    """The texts of a caption column's value: a text, a list of texts, or a list of objects that hold one.
+    """The texts of a caption column's value: a text, a list of texts, or objects that hold one or several.
 
-    img2dataset writes `{"caption": text}`, Karpathy's splits `{"raw": text}`.
+    img2dataset writes `{"caption": text}`, Karpathy's splits `{"raw": text}`; the key may be any of `TEXT_COLUMNS`.
     """
-    captions = list(value) if isinstance(value, list | tuple) else [value]
-    texts = [text.get("caption", text.get("raw")) if isinstance(text, dict) else text for text in captions]
-    return [text[:MAX_CHARACTERS] for text in texts if isinstance(text, str)]
+    texts: list[Any] = []
+    for one in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(one, dict):
+            one = next((one[key] for key in TEXT_COLUMNS if one.get(key)), None)
+        texts += one if isinstance(one, list | tuple) else [one]
+    texts = [text.get("raw") if isinstance(text, dict) else text for text in texts]
+    return [_encodable(text[:MAX_CHARACTERS]) for text in texts if isinstance(text, str)]
+
+
+def _encodable(text: str) -> str:
+    """A text whose halves of characters, which JSON can hold and UTF-8 cannot, are joined or become U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def usable_captions(record: dict, clean: bool) -> list[str]:

@@ -1,13 +1,12 @@
-"""Records of JSON files: ALBEF-style lists of images with captions, and Karpathy's splits."""
+"""Rows of JSON files: ALBEF-style lists of images with captions, Karpathy's splits, and COCO's captions."""
 
 import itertools
 import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
-from .captions import caption_texts
 from .records import DataError
 
 _PIECE = 2**20  # characters that are read at once
@@ -15,47 +14,22 @@ _LONGEST_ROW = 2**26  # characters; if these do not hold a complete row, the fil
 _WHITE_SPACE = re.compile(r"\s*")
 
 
-def json_records(
-    files: Sequence[str],
-    split_names: Sequence[str],
-    image_root: str | None,
-    stamps: Sequence[tuple[int, int]] = (),
-) -> Iterator[dict]:
-    """The records of JSON lists, one after another.
-
-    A row without an image or a caption stays in: it is skipped and listed when a collator comes to it.
+def json_rows(stream: TextIO, split_names: Sequence[str], file: str) -> Iterator[dict]:
+    """The objects of a JSON list, one by one, or the images of some of Karpathy's splits, or COCO's captions.
 
     Args:
-        files: paths of the files.
+        stream: the text of the file.
         split_names: which of Karpathy's splits to read; lists have no splits.
-        image_root: folder that the images' paths start from; None for the folder of each file.
-        stamps: sizes and times of the files. They are not read: `datasets` makes the name of its cache of them.
+        file: the file's name, for errors.
 
     Raises:
-        DataError: if a file is neither such a list nor has Karpathy's format.
+        DataError: if the file has none of these forms.
     """
-    for file in files:
-        root = image_root if image_root is not None else os.path.dirname(file)
-        for number, row in enumerate(_rows(file, split_names)):
-            path = row.get("image")
-            yield {
-                "image": {"bytes": None, "path": os.path.join(root, path)} if path else None,
-                "captions": caption_texts(row.get("caption")),
-                "image_id": str(row.get("image_id", path or f"{file}:{number}")),
-            }
-
-
-def _rows(file: str, split_names: Sequence[str]) -> Iterator[dict]:
-    """The objects of a JSON list, one by one, or the images of some of Karpathy's splits.
-
-    Bytes that are not UTF-8 become U+FFFD, so that one bad caption does not spoil the whole file.
-    """
-    with open(file, encoding="utf-8-sig", errors="replace") as stream:
-        pieces = _Pieces(stream)
-        if pieces.peek() == "[":
-            yield from _list_rows(pieces, file)
-        else:
-            yield from _karpathy_rows(pieces, split_names, file)
+    pieces = _Pieces(stream)
+    if pieces.peek() == "[":
+        yield from _list_rows(pieces, file)
+    else:
+        yield from _object_rows(pieces, split_names, file)
 
 
 class _Pieces:
@@ -113,14 +87,17 @@ def _list_rows(pieces: _Pieces, file: str) -> Iterator[dict]:
             raise DataError(f"{file} is not a JSON list: row {number}: {error}.") from error
 
 
-def _karpathy_rows(pieces: _Pieces, split_names: Sequence[str], file: str) -> Iterator[dict]:
-    """The images of some of Karpathy's splits, as rows of an ALBEF-style list."""
+def _object_rows(pieces: _Pieces, split_names: Sequence[str], file: str) -> Iterator[dict]:
+    """The images of some of Karpathy's splits, or of COCO's captions, as rows of an ALBEF-style list."""
     try:
         content = json.loads(pieces.text + pieces.stream.read())
     except json.JSONDecodeError as error:
         raise DataError(f"{file} is not a JSON list: {error}.") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise DataError(f"{file} is not a list of objects with 'image' and 'caption'.")
+    if isinstance(content.get("annotations"), list):
+        yield from _coco_rows(content, file)
+        return
     for number, image in enumerate(content["images"], 1):
         try:
             if image["split"] in split_names:
@@ -133,3 +110,18 @@ def _karpathy_rows(pieces: _Pieces, split_names: Sequence[str], file: str) -> It
                 f"{file}, image {number}, is not as in Karpathy's splits "
                 f"({type(error).__name__}: {error}): it needs 'filename', 'split' and 'sentences' with 'raw'."
             ) from error
+
+
+def _coco_rows(content: dict, file: str) -> Iterator[dict]:
+    """The images of COCO's `captions_*.json` with all their captions, as rows of an ALBEF-style list."""
+    captions: dict[Any, list[str]] = {}
+    try:
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        for image in content["images"]:
+            yield {"image": image["file_name"], "caption": captions.get(image["id"], []), "image_id": image["id"]}
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} is not as COCO's captions ({type(error).__name__}: {error}): 'images' need 'id' and 'file_name', "
+            "'annotations' need 'image_id' and 'caption'."
+        ) from error

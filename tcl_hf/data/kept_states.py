@@ -309,10 +309,11 @@ def _images_of(dataset: Any) -> list[str]:
             "States are kept of map-style records with one image each, and these have the columns "
             f"{', '.join(columns) or 'of a stream'}: leave kept_views out."
         )
-    return [_identity(row["image"]) for row in tqdm(dataset.select_columns(["image"]), "Hashing images", leave=False)]
+    return [identity_of(row["image"]) for row in tqdm(dataset.select_columns(["image"]), "Hashing images", leave=False)]
 
 
-def _identity(image: dict[str, Any] | None) -> str:
+def identity_of(image: dict[str, Any] | None) -> str:
+    """A hash of the image of a record: of its bytes, or of its path with the file's size and time of change."""
     if image is None:
         return "missing"
     if image.get("bytes") is not None:

@@ -1,19 +1,20 @@
 """Image-text pairs as a data set: `load_pairs` loads every kind of source as records, map-style or as a stream."""
 
-import glob
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 from datasets import Dataset, IterableDataset
 
+from .captions import CAPTION_COLUMNS, TEXT_COLUMNS
 from .embedded.openmoji import load_openmoji
-from .json_lists import json_records
-from .records import CAPTION_COLUMNS, FEATURES, IMAGE_COLUMNS, DataError, as_records, find_column
+from .records import FEATURES, IMAGE_COLUMNS, PATH_COLUMNS, DataError, as_records, find_column
+from .sources import find_files, has_pattern, is_remote
+from .tables import column_names, list_records
 from .webdataset import fields_of, tar_records
 
 _VALIDATION = ("validation", "val", "dev")
@@ -39,17 +40,17 @@ def load_pairs(
     Args:
         source: the data to load, or a list of sources. A source is one of these:
             "openmoji", the embedded default;
-            an ALBEF-style JSON list of `{"image": path, "caption": text or list of texts}`;
-            the JSON file of Karpathy's splits;
-            WebDataset tars or parquet files: a file, a pattern, or a folder of them;
-            a folder of images with `metadata.csv` or `metadata.jsonl`;
+            a list of images and captions: CSV, TSV, JSON lines, an ALBEF-style JSON list, Flickr's `.token` file,
+            COCO's `captions_*.json`, or Karpathy's splits;
+            WebDataset tars or parquet files: a file, an address of fsspec, a pattern such as `{000..123}.tar`, or a
+            folder of them;
+            a folder of images with such a list (`metadata.csv`, `captions.txt`, ...);
             a folder saved by `datasets`;
-            the name of a data set on the Hub.
-        split: the split to load. In a folder, these are the files whose names begin with it; if none does, "train"
-            is all files whose names do not begin with the name of another split. A single file has no splits, except
-            Karpathy's: there "train" includes "restval", and "validation", "val" and "dev" mean the same.
+            the name of a data set on the Hub, `name` or `name:configuration`.
+        split: the split to load, see `sources.find_files`. A single file has no splits, except Karpathy's: there
+            "train" includes "restval", and "validation", "val" and "dev" mean the same.
         streaming: read the data while training instead of before.
-        image_root: folder that the paths in a JSON list start from; None for the folder of the list.
+        image_root: folder that the paths of images start from; None for the folder of the list, or one in it.
         image_column, caption_column: names of the columns, if they are not among the usual ones.
 
     Raises:
@@ -66,51 +67,85 @@ def load_pairs(
     if source == "openmoji":
         dataset = load_openmoji(split)
         return _as_stream(dataset) if streaming else dataset
-    tars = [file for file in _files(source, split) if file.endswith(".tar")]
-    if tars:
-        with _load_errors(source, split):
-            return _read_tars(source, tars, streaming, **options)
-    dataset = open_source(source, split, streaming=streaming, image_root=image_root)
+    with _load_errors(source, split):
+        files = find_files(source, split)
+        if files is not None and files.kind == "tar":
+            return _read_tars(source, files.paths, streaming, **options)
+        if files is not None and files.kind in ("json", "table"):
+            dataset = _read_lists(files.paths, split, streaming, image_root=image_root, **options)
+            if isinstance(dataset, Dataset) and len(dataset) == 0:
+                raise DataError(f"{source} holds no pairs in its split '{split}': name another split or source.")
+            return dataset
+    dataset = open_source(source, split, streaming=streaming)
     if isinstance(dataset, Dataset) and len(dataset) == 0:
         raise DataError(f"{source} holds no pairs in its split '{split}': name another split or source.")
     if dataset.features == FEATURES and image_column is None and caption_column is None:
-        return dataset  # These are records already, for instance those of a JSON list.
-    return as_records(dataset, source, **options)
+        return dataset  # These are records already.
+    root = image_root
+    if root is None and files is not None:
+        root = os.path.dirname(files.paths[0])
+    return as_records(dataset, source, image_root=root, **options)
 
 
-def open_source(
-    source: str, split: str, *, streaming: bool = False, image_root: str | None = None
-) -> Dataset | IterableDataset:
+def open_source(source: str, split: str, *, streaming: bool = False) -> Dataset | IterableDataset:
     """Open files, a folder or a data set on the Hub, with the columns that it has.
 
     Raises:
         DataError: if the source does not exist or cannot be read.
     """
     with _load_errors(source, split):
-        files = _files(source, split)
-        kinds = {Path(file).suffix for file in files}
         is_folder = os.path.isdir(source)
-        dataset: Dataset | None = None
-        if kinds == {".json"}:
-            names = SPLIT_NAMES.get(split, (split,))
-            dataset = _read(json_records, files, False, split_names=names, image_root=image_root)
-        elif is_folder and os.path.exists(os.path.join(source, "dataset_dict.json")):
+        if is_folder and os.path.exists(os.path.join(source, "dataset_dict.json")):
             dataset = datasets.load_from_disk(source)[split]
-        elif is_folder and os.path.exists(os.path.join(source, "state.json")):
-            dataset = datasets.load_from_disk(source)
-        if dataset is not None:
             return _as_stream(dataset) if streaming else dataset
-        for kind, builder in ((".tar", "webdataset"), (".parquet", "parquet")):
-            if kinds == {kind}:
-                return datasets.load_dataset(builder, data_files={split: files}, split=split, streaming=streaming)
+        if is_folder and os.path.exists(os.path.join(source, "state.json")):
+            dataset = datasets.load_from_disk(source)
+            return _as_stream(dataset) if streaming else dataset
+        files = find_files(source, split)
+        if files is not None and files.kind == "json":
+            return _read_lists(files.paths, split, streaming)
+        for kind, builder in (("tar", "webdataset"), ("parquet", "parquet")):
+            if files is not None and files.kind == kind:
+                paths = list(files.paths)
+                return datasets.load_dataset(builder, data_files={split: paths}, split=split, streaming=streaming)
         if is_folder:
             return datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
-        if os.path.exists(source) or glob.has_magic(source) or source.startswith((".", "/", "~")):
+        if os.path.exists(source) or has_pattern(source) or source.startswith((".", "/", "~")):
             raise DataError(
-                f"{source} cannot be read as data: give a JSON list, tar or parquet files, a folder of them, or the "
-                "name of a data set on the Hub."
+                f"{source} cannot be read as data: give a CSV, TSV or JSON list, tar or parquet files, a folder of "
+                "them, or the name of a data set on the Hub."
             )
-        return datasets.load_dataset(source, split=split, streaming=streaming)
+        name, _, config = source.partition(":")
+        return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+
+
+def recognised_columns(
+    source: str, split: str, image_column: str | None = None, caption_column: str | None = None
+) -> dict[str, str]:
+    """The columns of a source, or the fields or keys, from which images and captions are read.
+
+    Args:
+        source, split, image_column, caption_column: as for `load_pairs`.
+
+    Raises:
+        DataError: as `load_pairs`.
+    """
+    if source == "openmoji":
+        return {"image": "image", "caption": "captions"}
+    with _load_errors(source, split):
+        files = find_files(source, split)
+        if files is not None and files.kind in ("json", "table"):
+            names = SPLIT_NAMES.get(split, (split,))
+            columns = column_names(files.paths[0], names, image_column, caption_column)
+        elif files is not None and files.kind == "tar":
+            columns = fields_of(files.paths[0])
+        else:
+            dataset = open_source(source, split)
+            columns = list(dataset.column_names or next(iter(dataset)))
+    return {
+        "image": find_column(columns, image_column, PATH_COLUMNS, "image", source),
+        "caption": find_column(columns, caption_column, TEXT_COLUMNS, "caption", source),
+    }
 
 
 def captions_of(dataset: Any) -> Iterator[str]:
@@ -124,7 +159,7 @@ def _load_errors(source: str, split: str) -> Iterator[None]:
     """Turn errors of loading into a `DataError` of one sentence."""
     try:
         yield
-    except (OSError, KeyError, ValueError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, KeyError, ValueError, ImportError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
         cause = error
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
             cause = error.__cause__
@@ -134,26 +169,14 @@ def _load_errors(source: str, split: str) -> Iterator[None]:
         raise DataError(f"{source} could not be loaded (split '{split}'): {reason}") from error
 
 
-def _files(source: str, split: str) -> list[str]:
-    """The files that a source names: a file, those that match a pattern, or the tars or parquet files of a folder."""
-    if os.path.isfile(source):
-        return [source]
-    if glob.has_magic(source):
-        return sorted(glob.glob(source))
-    for pattern in ("*.tar", "*.parquet"):
-        found = sorted(glob.glob(os.path.join(glob.escape(source), pattern)))
-        chosen = [file for file in found if Path(file).name.startswith(split)]
-        if not chosen and split == "train":
-            chosen = [file for file in found if not Path(file).name.startswith(("val", "dev", "test"))]
-        if found and not chosen:
-            raise DataError(f"{source} has no files of a split '{split}': their names must begin with it.")
-        if chosen:
-            return chosen
-    return []
+def _read_lists(files: Sequence[str], split: str, streaming: bool, **options: Any) -> Dataset | IterableDataset:
+    """Read CSV, TSV and JSON lists with our own reader, which finds their columns and their images."""
+    options = {"image_root": None, **options}
+    return _read(list_records, list(files), streaming, split_names=SPLIT_NAMES.get(split, (split,)), **options)
 
 
 def _read_tars(
-    source: str, files: list[str], streaming: bool, image_column: str | None, caption_column: str | None
+    source: str, files: Sequence[str], streaming: bool, image_column: str | None, caption_column: str | None
 ) -> Dataset | IterableDataset:
     """Read WebDataset tars with our own reader.
 
@@ -165,7 +188,7 @@ def _read_tars(
     find_column(fields, caption_column, CAPTION_COLUMNS, "caption", source)
     image_fields = (image_column,) if image_column is not None else IMAGE_COLUMNS
     caption_fields = (caption_column,) if caption_column is not None else CAPTION_COLUMNS
-    return _read(tar_records, files, streaming, image_fields=image_fields, caption_fields=caption_fields)
+    return _read(tar_records, list(files), streaming, image_fields=image_fields, caption_fields=caption_fields)
 
 
 def _read(generator: Callable[..., Iterator[dict]], files: list[str], streaming: bool, **options: Any):
@@ -173,11 +196,22 @@ def _read(generator: Callable[..., Iterator[dict]], files: list[str], streaming:
     if streaming:
         return IterableDataset.from_generator(generator, features=FEATURES, gen_kwargs={"files": files, **options})
     # With sizes and times in the name of the cache, a file that has changed is read again.
-    stamps = tuple((stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, files))
-    options = {"files": tuple(map(os.path.abspath, files)), "stamps": stamps, **options}
+    stamps = tuple(map(_stamp, files))
+    files = [file if is_remote(file) else os.path.abspath(file) for file in files]
+    options = {"files": tuple(files), "stamps": stamps, **options}
     if next(generator(**options), None) is None:
         return Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
     return Dataset.from_generator(generator, features=FEATURES, gen_kwargs=options)
+
+
+def _stamp(file: str) -> tuple:
+    """The size of a file and the time of its last change, or what an address says of it."""
+    if is_remote(file):
+        system, path = fsspec.core.url_to_fs(file)
+        information = system.info(path)
+        return tuple(str(information.get(name)) for name in ("size", "ETag", "etag", "LastModified", "mtime"))
+    status = os.stat(file)
+    return (status.st_size, status.st_mtime_ns)
 
 
 def _as_stream(dataset: Dataset) -> IterableDataset:

@@ -3,15 +3,22 @@
 The image is not decoded yet: it is a dictionary with its bytes, its path, or both. The captions are a list.
 """
 
+import os
 from functools import partial
 
 import datasets
 from datasets import Dataset, IterableDataset
 
-from .captions import caption_texts
+from .captions import TEXT_COLUMNS, caption_texts
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img", "pixel_values")
-CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "sentence", "json")
+# Further names, of columns that hold the paths of images, and of texts in lists.
+PATH_COLUMNS = (
+    *IMAGE_COLUMNS,
+    *("file_name", "filename", "image_path", "img_path", "image_file", "filepath", "file_path", "image_name", "path"),
+    *("file", "photo", "picture"),
+)
+URL_COLUMNS = ("url", "image_url", "img_url", "photo_url", "imageurl")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
 ID_COLUMNS = ("image_id", "__key__", "id", "key", "cocoid", "imgid", "filename")
 FEATURES = datasets.Features(
@@ -40,23 +47,68 @@ def find_column(columns: list[str], name: str | None, usual_names: tuple[str, ..
         DataError: if there is no such column.
     """
     candidates = (name,) if name is not None else usual_names
+    in_lower_case = {column.strip().lower(): column for column in reversed(columns)}
     for candidate in candidates:
         if candidate in columns:
             return candidate
+        if candidate.lower() in in_lower_case:
+            return in_lower_case[candidate.lower()]
     raise DataError(
         f"{source} has no {kind} column among {', '.join(columns)} (looked for {', '.join(candidates)}): "
         f"name it with {kind}_column."
     )
 
 
+def check_addresses(columns: list[str], image_column: str | None, source: str) -> None:
+    """Refuse a source that has addresses of images and no images, as CC3M, SBU and LAION do.
+
+    Raises:
+        DataError: with the command that downloads them.
+    """
+    names = {name.strip().lower(): name for name in columns}
+    urls = [names[name] for name in URL_COLUMNS if name in names]
+    if image_column is None and urls and not names.keys() & {*PATH_COLUMNS}:
+        raise only_addresses(source, f"the column {urls[0]}", urls[0])
+
+
+def only_addresses(source: str, place: str, column: str = "url") -> DataError:
+    """The error of a source that has addresses of images and no images, with the command that downloads them.
+
+    Args:
+        place: where the addresses are.
+        column: the column of the addresses.
+    """
+    kinds = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "jsonl", ".parquet": "parquet"}
+    kind = kinds.get(os.path.splitext(source)[1].lower(), "parquet" if os.path.isdir(source) else "tsv")
+    return DataError(
+        f"{source} holds addresses of images ({place}), and no images: download them once with `pip install "
+        f"img2dataset` and `img2dataset --url_list {source} --input_format {kind} --url_col {column} --caption_col "
+        "caption --output_format webdataset --output_folder FOLDER`, and name FOLDER as the data."
+    )
+
+
 def as_records(
-    dataset: Dataset | IterableDataset, source: str, image_column: str | None, caption_column: str | None
+    dataset: Dataset | IterableDataset,
+    source: str,
+    image_column: str | None,
+    caption_column: str | None,
+    image_root: str | None = None,
 ) -> Dataset | IterableDataset:
-    """Rename the columns of a data set to those of a record, leave images undecoded, and make captions lists."""
+    """Rename the columns of a data set to those of a record, leave images undecoded, and make captions lists.
+
+    Args:
+        image_root: folder that images start from where they are paths.
+
+    Raises:
+        DataError: if there are no such columns, or addresses in place of images.
+    """
     # A stream may learn its columns from its first row.
     columns = list(next(iter(dataset))) if dataset.column_names is None else dataset.column_names
-    image = find_column(columns, image_column, IMAGE_COLUMNS, "image", source)
-    caption = find_column(columns, caption_column, CAPTION_COLUMNS, "caption", source)
+    check_addresses(columns, image_column, source)
+    image = find_column(columns, image_column, PATH_COLUMNS, "image", source)
+    caption = find_column(columns, caption_column, TEXT_COLUMNS, "caption", source)
+    if image_root is not None and _holds_paths(dataset, image):
+        dataset = dataset.map(partial(_below, column=image, root=image_root), features=dataset.features)
     image_id = next((name for name in ID_COLUMNS if name in columns), None)
     record_of = partial(_record_of, image=image, caption=caption, image_id=image_id)
     dataset = dataset.cast_column(image, datasets.Image(decode=False))
@@ -74,6 +126,24 @@ def as_records(
     )
     images = dataset.select_columns([image]).rename_columns({image: "image"})
     return datasets.concatenate_datasets([images, texts], axis=1)
+
+
+def _holds_paths(dataset: Dataset | IterableDataset, image: str) -> bool:
+    """Whether a column is one of texts, which are then paths of images."""
+    kind = (dataset.features or {}).get(image)
+    return isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
+
+
+def _below(row: dict, column: str, root: str) -> dict:
+    """A row whose image is a path, with the path below a root.
+
+    Raises:
+        DataError: if it is an address.
+    """
+    path = row[column]
+    if isinstance(path, str) and path.lower().startswith(("http://", "https://")):
+        raise only_addresses(path, f"the column {column}", column)
+    return {column: os.path.join(root, path) if path else None}
 
 
 def _record_of(row: dict, number: int, image: str, caption: str, image_id: str | None, number_mark: str = "") -> dict:

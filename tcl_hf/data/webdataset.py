@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import datasets
 
 from .captions import caption_texts
+from .sources import is_remote
 
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]*)\.(?P<field>[^/]*)", re.DOTALL)
 
@@ -64,6 +66,9 @@ def _samples(file: str, wanted: set[str] | None) -> Iterator[dict[str, Any]]:
     Args:
         wanted: the fields to read; None for all.
     """
+    if not is_remote(file) and not _is_in_order(file):
+        yield from _samples_out_of_order(file, wanted)
+        return
     members = datasets.StreamingDownloadManager().iter_archive(file)
     named = ((match, member) for name, member in members if (match := _MEMBER.fullmatch(name)))
     for key, group in groupby(named, key=lambda pair: pair[0]["key"]):
@@ -73,3 +78,26 @@ def _samples(file: str, wanted: set[str] | None) -> Iterator[dict[str, Any]]:
             if wanted is None or field in wanted:
                 sample[field] = member.read()
         yield sample
+
+
+def _is_in_order(file: str) -> bool:
+    """Whether the files of each sample of a tar stand one after another, as its headers say."""
+    try:
+        with tarfile.open(file) as tar:
+            keys = [match["key"] for member in tar if (match := _MEMBER.fullmatch(member.name))]
+    except (tarfile.TarError, OSError):
+        return True  # It breaks off, and the samples before that are read one after another.
+    return len([key for key, _ in groupby(keys)]) == len(set(keys))
+
+
+def _samples_out_of_order(file: str, wanted: set[str] | None) -> Iterator[dict[str, Any]]:
+    """The samples of a tar whose files are sorted in another way, such as by their endings."""
+    with tarfile.open(file) as tar:
+        members: dict[str, dict[str, tarfile.TarInfo]] = {}
+        for member in tar:
+            match = _MEMBER.fullmatch(member.name)
+            if match and member.isfile() and (wanted is None or match["field"].lower() in wanted):
+                members.setdefault(match["key"], {})[match["field"].lower()] = member
+        for key, fields in members.items():
+            contents = {field: tar.extractfile(member) for field, member in fields.items()}
+            yield {"__key__": key, **{field: content.read() for field, content in contents.items() if content}}

@@ -1,4 +1,4 @@
-"""What a model's folder says about its task: `task.json`, which a run leaves, and `answers.json`."""
+"""The files in a model's folder that say how it is evaluated: `task.json`, which a run leaves, and `answers.json`."""
 
 import json
 import logging
@@ -100,9 +100,9 @@ def _task_of_class(model: str) -> str:
     except (ValueError, TypeError, OSError) as error:
         raise RecipeError(f"{model} cannot be opened: {error}") from error
     tasks = [task for task, row in TASKS.items() if row.evaluate and row.is_downstream]
+    if {"TCLModel", "TCLForPreTraining", "TCLForMaskedLM"}.intersection(names):
+        return "retrieval"
     for task in tasks:
         if TASKS[task].model_class.__name__ in names:
             return task
-    if {"TCLModel", "TCLForPreTraining", "TCLForMaskedLM"}.intersection(names):
-        return "retrieval"
     raise RecipeError(f"{model} does not say for which task it was made: name one with --task ({', '.join(tasks)}).")

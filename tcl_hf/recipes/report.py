@@ -90,6 +90,20 @@ class Run:
         ).write(self.output_dir)
 
 
+def sample_sheet(records: Sequence[dict], path: Path, columns: int = 5) -> None:
+    """Draw the images of records with their first captions as a PNG, five in a row."""
+    rows = -(-len(records) // columns)
+    figure, axes = _subplots((2.4 * columns, 2.9 * rows), rows, columns)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, record in zip(axes.flat, records, strict=False):
+        axis.imshow(open_image(record["image"]).convert("RGB"))
+        axis.set_title(
+            textwrap.shorten(textwrap.fill(record["captions"][0], 26), 78, placeholder="..."), fontsize=8, wrap=True
+        )
+    figure.savefig(path, dpi=90)
+
+
 def results_table(
     metrics: dict[str, float], num_images: int, k: int, baselines: dict[str, dict[str, float]] | None = None
 ) -> str:

@@ -159,6 +159,6 @@ def test_mistakes_of_classification_are_named(folder, pictures, argv, message):
 
 def test_classification_is_not_fine_tuned(folder, pictures):
     with pytest.raises(
-        SystemExit, match=r"^error: The task classification is evaluated without training: run evaluate\.py"
+        SystemExit, match=r"^error: The task classification is evaluated without training: run `tcl-hf evaluate`"
     ):
         finetune(["--task", "classification", "--model", str(folder), "--data", pictures])

@@ -56,7 +56,7 @@ def test_a_printed_recipe_is_one_to_start_from(capsys, tmp_path):
 
 def test_the_completion_is_a_script_that_bash_reads(capsys):
     script = run(capsys, "completion", "bash")
-    assert "--learning_rate" in script and "'pretrain'" in script
+    assert "--learning_rate" in script and "(demo pretrain " in script
     checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
     assert checked.returncode == 0 and not checked.stderr
 

@@ -72,12 +72,12 @@ def test_folder_of_images_with_metadata(tmp_path):
 
 
 def test_dataset_saved_to_disk_and_unusual_columns(tmp_path):
-    table = {"picture": [{"bytes": png(0), "path": None}], "words": ["hello"]}
-    features = datasets.Features({"picture": datasets.Image(), "words": datasets.Value("string")})
+    table = {"snapshot": [{"bytes": png(0), "path": None}], "words": ["hello"]}
+    features = datasets.Features({"snapshot": datasets.Image(), "words": datasets.Value("string")})
     datasets.Dataset.from_dict(table, features=features).save_to_disk(tmp_path)
-    with pytest.raises(DataError, match="no image column among picture, words"):
+    with pytest.raises(DataError, match="no image column among snapshot, words"):
         load_pairs(str(tmp_path))
-    dataset = load_pairs(str(tmp_path), image_column="picture", caption_column="words")
+    dataset = load_pairs(str(tmp_path), image_column="snapshot", caption_column="words")
     assert_records(dataset, [["hello"]])
 
 

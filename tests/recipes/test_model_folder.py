@@ -1,4 +1,4 @@
-"""What a model's folder says about its task, and how an evaluation reads it."""
+"""An evaluation reads the task and its arguments from the folder of the model."""
 
 import json
 

@@ -7,6 +7,7 @@ import pytest
 from helpers import ROOT
 
 from tcl_hf import TCLConfig
+from tcl_hf.models.processing_tcl import MAX_TOKENS
 from tcl_hf.recipes.arguments import RecipeError
 from tcl_hf.recipes.parsing import COMMANDS, EVALUATE, FINETUNE, PLAN, PRETRAIN, parse_recipe
 from tcl_hf.recipes.tasks import TASKS

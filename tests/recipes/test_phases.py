@@ -319,7 +319,7 @@ def test_checkpoints_of_which_none_is_whole_are_named(data, tmp_path):
         ([{}, 3], r"phases\[2\]: this is not a mapping of arguments, but 3"),
         ([{}, None], r"phases\[2\]: this is not a mapping of arguments, but None"),
         ([{}, {"batchsize": 3}], r"phases\[2\]: there is no argument 'batchsize' \(did you mean"),
-        ([{"share_images": True}], r"phases\[1\]: share_images is read by finetune\.py only"),
+        ([{"share_images": True}], r"phases\[1\]: share_images is read by finetune only"),
         ([{"queue_size": 3}], r"phases\[1\]: there is no argument 'queue_size' \(it is a field of the model"),
         ([{"phases": []}], r"phases\[1\]: there is no argument 'phases'"),
         ([{}, {"output_dir": "x"}], r"phases\[2\]: output_dir belongs to the whole run: set it outside the phases"),

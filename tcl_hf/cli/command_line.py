@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..data.pairs import DataError
+from ..evaluation.metrics import NotFiniteError
 from ..recipes.arguments import RecipeError
 from ..sharing.hub import HubError
 from ..sharing.original_files import CheckpointError
@@ -14,7 +15,10 @@ from ..training.arguments import TrainingError
 from ..training.checkpoints import CheckpointWriteError
 from ..training.guard import NonFiniteError
 
-ERRORS = (CheckpointError, CheckpointWriteError, DataError, HubError, NonFiniteError, RecipeError, TrainingError)
+ERRORS = (
+    *(CheckpointError, CheckpointWriteError, DataError, HubError, NonFiniteError, NotFiniteError, RecipeError),
+    TrainingError,
+)
 CHATTY = ("accelerate", "httpx", "httpx2")  # libraries of whose log only warnings are shown
 
 

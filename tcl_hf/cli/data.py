@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _other_splits(source: list[str], split: str, options: dict) -> dict[str, int]:
     """The number of samples of other splits, for a source that distinguishes them."""
-    counts = {}
+    counts: dict[str, int] = {}
     if all(Path(one).is_file() for one in source):
         return counts
     for name in SPLITS:

@@ -9,7 +9,7 @@ from transformers import set_seed
 
 from ..data.sampling import SharedImages
 from ..recipes.arguments import RecipeError
-from ..recipes.build import add_words, candidate_answers, load_evaluation_data, load_split, open_model
+from ..recipes.build import add_words, candidate_answers, load_split, open_model, with_held_out
 from ..recipes.model_folder import ANSWERS, replace_file
 from ..recipes.parsing import FINETUNE, parser_of
 from ..recipes.phases import Phase, run_phases
@@ -43,7 +43,7 @@ def _train(phase: Phase, started_by: str) -> None:
     set_seed(args.seed)
     model, processor = open_model(checkpoint_args, task.model_class)
     samples = load_split(data_args, data_args.data, data_args.split)
-    records = load_evaluation_data(data_args) if data_args.validation_split and task.evaluate else None
+    samples, records = with_held_out(data_args, samples) if task.evaluate else (samples, None)
     if data_args.add_words:
         add_words(model, processor, samples)
     answers = candidate_answers(data_args, samples)

@@ -5,10 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
-from datasets import Dataset
+from datasets import Dataset, Features, concatenate_datasets
 
-from .records import DataError
+from .kept_states import identity_of
+from .records import FEATURES, DataError
 
+CAPTIONS = FEATURES["captions"]
 CUT_SEED = 1  # not that of OpenMoji's split, so that the two orders of groups are independent
 
 
@@ -48,3 +50,43 @@ def cut_off(dataset: Dataset, number: int) -> tuple[Dataset, Dataset]:
         if group in chosen:
             first_rows.setdefault(ids[row], row)
     return dataset.select(rest), dataset.select(list(first_rows.values()))
+
+
+def hold_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Split a data set into the samples to train on and a share of them to evaluate on, by image.
+
+    Whole groups are held out, as in `cut_off`, with all rows of their images. The second part is empty if the share is
+    less than one image.
+    """
+    column = "group" if "group" in dataset.column_names else "image_id"
+    if column not in dataset.column_names:
+        return dataset, dataset.select([])
+    groups = [str(group) for group in dataset.select_columns([column])[column]]
+    chosen = held_out_groups(groups, int(share * len(groups)), CUT_SEED)
+    rows: dict[bool, list[int]] = {True: [], False: []}
+    for row, group in enumerate(groups):
+        rows[group in chosen].append(row)
+    if not rows[False]:
+        return dataset, dataset.select([])
+    return dataset.select(rows[False]), dataset.select(rows[True])
+
+
+def one_record_per_image(dataset: Dataset) -> Dataset:
+    """Join the records of an image to one with all their captions, in the place of the first.
+
+    Records belong together if their `image_id` and their image are the same. Where an image stood in several records,
+    its copies would be mistaken for one another in an evaluation.
+    """
+    ids = dataset.select_columns(["image_id"])["image_id"]
+    repeated = {one for one, times in Counter(ids).items() if times > 1}
+    if not repeated:
+        return dataset
+    firsts: dict[tuple[str, str], int] = {}
+    captions: dict[int, list[str]] = {}
+    for row, image_id in enumerate(ids):
+        image = identity_of(dataset[row]["image"]) if image_id in repeated else ""
+        first = firsts.setdefault((image_id, image), row)
+        captions.setdefault(first, []).extend(dataset[row]["captions"] or ())
+    joined = Dataset.from_dict({"captions": list(captions.values())}, features=Features(captions=CAPTIONS))
+    others = dataset.select(list(captions)).remove_columns("captions")
+    return concatenate_datasets([others, joined], axis=1).select_columns(dataset.column_names)

@@ -133,7 +133,9 @@ def _csv_rows(stream: TextIO, file: str, image_column: str | None, caption_colum
     delimiter, names = _header(first, image_column, caption_column)
     csv.field_size_limit(_LONGEST_FIELD)
     lines = (line.replace("\0", "") for line in stream)
-    quoting = csv.QUOTE_MINIMAL if delimiter in (",", ";") else csv.QUOTE_NONE  # a text may begin with an inch mark
+    quoting: Any = (
+        csv.QUOTE_MINIMAL if delimiter in (",", ";") else csv.QUOTE_NONE
+    )  # a text may begin with an inch mark
     try:
         for fields in csv.reader(lines, delimiter=delimiter, quoting=quoting):
             if fields:

@@ -10,8 +10,10 @@ from ..data.collators import TCLTaskCollator
 from ..models.encoders import eval_mode
 from ..models.modeling_tcl_tasks import TCLForQuestionAnswering
 from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_QUESTION_WORDS, TCLProcessor
-from .metrics import normalize_answer, vqa_accuracies
+from .metrics import check_finite, normalize_answer, vqa_accuracies, vqa_accuracy
 from .shares import Evaluation, collated_batches, gather_results
+
+NUM_PEOPLE = 10  # human answers to a question for which the official evaluation is defined
 
 
 @torch.no_grad()
@@ -50,9 +52,12 @@ def evaluate_answers(
             options: dict[str, Any] = {"candidate_ids": candidate_ids, "candidate_mask": candidate_mask, "k": k}
             ranked: Any = model.rank_answers(**batch | options)
             results += zip(ranked.indices[:, 0].tolist(), ranked.probabilities[:, 0].tolist(), strict=True)
+    results = gather_results(results, len(records))
+    scores = torch.tensor([score for _, score in results])
+    check_finite(scores, "probabilities of answers", [record["question_id"] for record in records])
     predictions = [
         {"question_id": record["question_id"], "answer": candidates[index], "score": score}
-        for record, (index, score) in zip(records, gather_results(results, len(records)), strict=True)
+        for record, (index, score) in zip(records, results, strict=True)
     ]
     return Evaluation(answer_metrics(predictions, records, candidates), predictions)
 
@@ -62,15 +67,16 @@ def answer_metrics(
 ) -> dict[str, float]:
     """Accuracy in percent of answers to questions; empty if the records have no answers, as those of a test split.
 
-    Questions with several human answers are scored as in the official VQA evaluation. Otherwise an answer is right if
-    it equals the true one after the official normalisation; answers that are lists, with commas, must have the same
-    items in any order. In that case `most_frequent_answer` is the accuracy of always giving the most frequent answer,
-    and `answer_is_a_candidate` the share of questions whose true answer is among the candidates.
+    Each question is scored by its own answers. With ten human answers, as in VQA, that is the official evaluation.
+    Otherwise an answer is right if it equals one of the true ones after the official normalisation; answers that are
+    lists, with commas, must have the same items in any order. If each question has one true answer,
+    `most_frequent_answer` is the accuracy of always giving the most frequent one, and `answer_is_a_candidate` the share
+    of questions whose true answer is among the candidates.
     """
     true_answers = [record["answers"] for record in records]
     if not all(true_answers):
         return {}
-    if any(len(given) > 1 for given in true_answers):
+    if all(len(given) == NUM_PEOPLE for given in true_answers):
         annotations = [
             {"question_id": r["question_id"], "answers": [{"answer": given} for given in r["answers"]]}
             | {name: r[name] for name in ("answer_type", "question_type") if r.get(name)}
@@ -78,14 +84,22 @@ def answer_metrics(
         ]
         official = vqa_accuracies({p["question_id"]: p["answer"] for p in predictions}, annotations)
         return {"accuracy": official.pop("overall"), **official}
+    scores = [_score(p["answer"], given) for p, given in zip(predictions, true_answers, strict=True)]
+    metrics = {"accuracy": 100 * sum(scores) / len(scores)}
+    if any(len(given) > 1 for given in true_answers):
+        return metrics
     true = [_items(given[0]) for given in true_answers]
-    right = [_items(p["answer"]) == items for p, items in zip(predictions, true, strict=True)]
     known = {_items(answer) for answer in candidates}
-    return {
-        "accuracy": 100 * sum(right) / len(right),
-        "most_frequent_answer": 100 * Counter(true).most_common(1)[0][1] / len(true),
-        "answer_is_a_candidate": 100 * sum(items in known for items in true) / len(true),
-    }
+    metrics["most_frequent_answer"] = 100 * Counter(true).most_common(1)[0][1] / len(true)
+    metrics["answer_is_a_candidate"] = 100 * sum(items in known for items in true) / len(true)
+    return metrics
+
+
+def _score(answer: str, given: list[str]) -> float:
+    """The score of an answer to one question, from 0 to 1."""
+    if len(given) == NUM_PEOPLE:
+        return vqa_accuracy(answer, given)
+    return float(any(_items(answer) == _items(one) for one in given))
 
 
 def _items(answer: str) -> frozenset[str]:

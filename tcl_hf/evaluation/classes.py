@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ..data.collators import TCLTaskCollator
 from ..models.encoders import eval_mode
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
-from .metrics import accuracy, consistency, majority_share, per_label_scores
+from .metrics import accuracy, check_finite, consistency, majority_share, per_label_scores
 from .shares import Evaluation, collated_batches, gather_results
 
 
@@ -32,7 +32,7 @@ def evaluate_classes(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if a record cannot be read, or its label is not one of the model's.
+        ValueError: if a record cannot be read, its label is not one of the model's, or a logit is not finite.
     """
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     collator = TCLTaskCollator(processor, max_tokens=max_tokens, label2id=model.config.label2id)
@@ -42,6 +42,7 @@ def evaluate_classes(
             labels = batch.pop("labels")
             results += zip(model(**batch).logits.float().softmax(-1).tolist(), labels.tolist(), strict=True)
     probabilities, numbers = zip(*gather_results(results, len(records)), strict=True)
+    check_finite(torch.tensor(probabilities), "probabilities of labels", [record["image_id"] for record in records])
     predicted, true = torch.tensor(probabilities).argmax(-1), torch.tensor(numbers)
     metrics = {"accuracy": accuracy(predicted, true), "most_frequent_label": majority_share(true)}
     metrics |= per_label_scores(predicted, true, names)

@@ -11,7 +11,7 @@ from ..inference.grounding import heat_point, phrase_heat_maps, rank_boxes, slid
 from ..models.encoders import eval_mode
 from ..models.modeling_tcl import TCLForImageTextRetrieval
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
-from .metrics import phrase_recall, pointing_accuracy
+from .metrics import check_finite, phrase_recall, pointing_accuracy
 from .shares import Evaluation, gather_results, in_batches, process_share
 
 CANDIDATES_KEPT = 10  # the largest k of the recalls
@@ -85,6 +85,10 @@ def _locate(
     heat_maps = phrase_heat_maps(
         model, processor, pixel_values, texts, spans, heat, layer, max_tokens, skip_unread=True
     )
+    for (record, _, _), maps in zip(captions, heat_maps, strict=True):
+        for heat_map in maps:
+            if heat_map is not None:
+                check_finite(heat_map[None], "heat maps", [f"of image {record['image_id']}"])
     results: list[list[dict]] = []
     for (record, _, phrases), text, image, maps in zip(captions, texts, images, heat_maps, strict=True):
         size = image.size

@@ -5,12 +5,37 @@ Shapes: I images, T texts, N samples, G true boxes and K candidate boxes of a ph
 """
 
 import re
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Literal
 
 import torch
 import torchvision
 from torch import Tensor
+
+
+class NotFiniteError(ValueError):
+    """Scores that are NaN or infinite, of which no metric can be made; the message says how many, and the first."""
+
+
+def check_finite(values: Tensor, what: str, names: Sequence[object] | None = None) -> None:
+    """Refuse features, logits or scores that are not finite: comparisons with NaN would count as hits.
+
+    Args:
+        values: one row for each sample (N, ...).
+        what: the plural of a row, for the message.
+        names: the name of each row; its number if None.
+
+    Raises:
+        NotFiniteError: with the number of such rows, and the first.
+    """
+    bad = (~values.detach().isfinite()).reshape(len(values), -1).any(1).nonzero().flatten().tolist()
+    if bad:
+        first = bad[0] if names is None else names[bad[0]]
+        raise NotFiniteError(
+            f"{len(bad)} of {len(values)} {what} are not finite, the first of them {first}: the weights are damaged or "
+            "have diverged, or half precision overflows. Evaluate another checkpoint, or in float32."
+        )
+
 
 # --- Retrieval ---------------------------------------------------------------------------------------------------
 
@@ -25,7 +50,12 @@ def retrieval_ranks(image_scores: Tensor, text_scores: Tensor, image_of_text: Te
 
     Returns:
         The rank, from 0, of the best text of each image (I,), and of the image of each text (T,).
+
+    Raises:
+        NotFiniteError: if a score is NaN.
     """
+    for scores, what in ((image_scores, "rows of scores of images"), (text_scores.mT, "rows of scores of texts")):
+        check_finite(scores.masked_fill(scores.isinf(), 0), what)
     right = image_of_text == torch.arange(len(image_scores), device=image_scores.device)[:, None]  # (I, T)
     best_text = image_scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # (I, 1)
     image_ranks = ((image_scores >= best_text) & ~right).sum(1)

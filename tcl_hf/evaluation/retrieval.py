@@ -24,7 +24,7 @@ from ..models.encoders import eval_mode
 from ..models.losses import similarity as scaled_similarity
 from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval, log_odds_of
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
-from .metrics import retrieval_metrics
+from .metrics import check_finite, retrieval_metrics
 from .shares import gather_results, in_batches, process_share
 
 NOT_SCORED = -100.0  # the score of pairs outside the top k, as in the paper's code
@@ -149,16 +149,23 @@ def encode_samples(
         text_states += kept(states).unbind()
         bar.update(len(rows))
     bar.close()
-    return EncodedSamples(
+    image_features = torch.stack(gather_results(image_embeds, len(records)))
+    text_features = torch.stack(gather_results(text_embeds, len(texts)))
+    check_finite(image_features, "features of images", [record.get("image_id") for record in records])
+    check_finite(text_features, "features of texts", [repr(text[:60]) for text in texts])
+    encoded = EncodedSamples(
         image_rows=image_rows,
         image_states=torch.stack(image_states),
         text_states=torch.stack(gather_results(text_states, len(texts))),
         attention_mask=tokens["attention_mask"].to(device),
-        image_embeds=torch.stack(gather_results(image_embeds, len(records))),
-        text_embeds=torch.stack(gather_results(text_embeds, len(texts))),
+        image_embeds=image_features,
+        text_embeds=text_features,
         image_of_text=image_of_text.to(device),
         texts=texts,
     )
+    check_finite(encoded.image_states, "states of images")
+    check_finite(encoded.text_states, "states of texts")
+    return encoded
 
 
 def can_match(config: TCLConfig) -> bool:
@@ -199,7 +206,9 @@ def matching_logits(
             found[row, group] = logits.float()
             bar.update(len(group))
     bar.close()
-    return torch.stack(gather_results([found[row] for row in encoded.image_rows], len(found)))
+    logits = torch.stack(gather_results([found[row] for row in encoded.image_rows], len(found)))
+    check_finite(logits, "rows of matching logits of images")
+    return logits
 
 
 def matching_scores(

@@ -11,7 +11,7 @@ from ..data.images import open_image
 from ..models.encoders import TCLPreTrainedModel, eval_mode
 from ..models.losses import similarity
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
-from .metrics import accuracy, majority_share, mean_per_class_accuracy, top_k_accuracy
+from .metrics import accuracy, check_finite, majority_share, mean_per_class_accuracy, top_k_accuracy
 from .shares import Evaluation, gather_results, in_batches, process_share
 
 PLACE = "{}"  # where a template takes the name of a class
@@ -164,6 +164,7 @@ def evaluate_zero_shot(
             bar.update(len(batch))
         bar.close()
     probabilities, ranked = zip(*gather_results(results, len(ids)), strict=True)
+    check_finite(torch.tensor(probabilities), "probabilities of classes", ids)
     predictions = []
     for image_id, best_of_one, scores in zip(ids, ranked, probabilities, strict=True):
         names = [classes[number] for number in best_of_one]

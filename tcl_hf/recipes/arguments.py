@@ -71,6 +71,12 @@ class TrainingDataArguments(DataArguments):
     """The data, and how training samples are made of it."""
 
     split: str = option("train", "Split to train on.")
+    validation_share: float = option(
+        0.02, "Share of the images to hold out for evaluation, where the data has no validation split; 0 for none."
+    )
+    held_out: str = field(
+        default="", init=False
+    )  # how the records to evaluate on were held out; empty if they were not
     max_tokens: int = option(MAX_TOKENS, "Longest text in training, [CLS] included; the paper pre-trains with 25.")
     two_views: bool = option(True, "Make a second view of each image for the teacher (ALBEF does not).")
     crop_scale: list[float] = option([0.2, 1.0], "Smallest and largest share of an image's area that a view shows.")
@@ -86,6 +92,13 @@ class TrainingDataArguments(DataArguments):
         False, "Train on kept states of the image as it is evaluated, beside its kept_views or alone."
     )
     kept_states_dir: str = option("runs/kept_states", "Folder of kept states, which runs may share.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.validation_share < 1:
+            raise RecipeError(
+                f"validation_share={self.validation_share} is not a share: choose a number from 0 to below 1."
+            )
 
     @property
     def keeps_states(self) -> bool:

@@ -1,6 +1,5 @@
 """The parts of a run that its arguments describe: data, answers, model and processor."""
 
-import glob
 import logging
 import os
 from collections import Counter
@@ -14,9 +13,10 @@ from transformers import PreTrainedModel
 
 from ..data.annotations.questions import read_answer_list
 from ..data.embedded.encoders import encoder_folder
-from ..data.held_out import cut_off
+from ..data.held_out import cut_off, hold_out, one_record_per_image
 from ..data.images import why_unusable
-from ..data.pairs import DataError
+from ..data.pairs import DataError, load_pairs
+from ..data.sources import has_pattern
 from ..data.streams import MixedStreams
 from ..data.tokenizer import train_tokenizer
 from ..models.configuration_tcl import TCLConfig
@@ -34,6 +34,7 @@ from .arguments import (
     PretrainingDataArguments,
     RecipeError,
     TaskArguments,
+    TrainingDataArguments,
 )
 from .model_folder import ANSWERS, file_of
 from .tasks import TASKS
@@ -75,12 +76,17 @@ def load_evaluation_data(args: DataArguments) -> Dataset:
     names = TASKS[args.task].load_options
     options = {name: value for name in names if (value := getattr(args, f"validation_{name}", None))}
     records = load_split(args, sources, args.validation_split, **options)
-    if args.eval_images:
-        records = records.select(range(min(args.eval_images, len(records))))
-    records = usable_records(records)
+    records = usable_records(_limited(args, records))
     if not len(records):
         raise DataError(f"No record of the split '{args.validation_split}' of {', '.join(sources)} can be evaluated.")
     return records
+
+
+def _limited(args: DataArguments, records: Dataset) -> Dataset:
+    """At most `eval_images` of the records to evaluate on; of image-text pairs, each image is one of them."""
+    if TASKS[args.task].load is load_pairs:
+        records = one_record_per_image(records)
+    return records.select(range(min(args.eval_images or len(records), len(records))))
 
 
 def usable_records(records: Dataset) -> Dataset:
@@ -99,8 +105,7 @@ def usable_records(records: Dataset) -> Dataset:
 def load_pretraining_data(args: PretrainingDataArguments) -> tuple[Pairs, Dataset | None]:
     """Load the pairs to train on, which may be a stream, and the records to evaluate on.
 
-    A run for which no validation data is named evaluates on the validation split of its data. If there is none, the
-    run does not evaluate, and a warning says so.
+    The records are those of `with_held_out`.
     """
     pairs: Pairs
     if args.data_weights and not args.streaming:
@@ -110,18 +115,48 @@ def load_pretraining_data(args: PretrainingDataArguments) -> tuple[Pairs, Datase
         pairs = MixedStreams(streams, args.data_weights)
     else:
         pairs = load_split(args, args.data, args.split, streaming=args.streaming)
+    return with_held_out(args, pairs)
+
+
+def with_held_out(args: TrainingDataArguments, samples: Any) -> tuple[Any, Dataset | None]:
+    """The samples to train on, and the records to evaluate on; None for no evaluation.
+
+    They are those of the validation data or split. Where the data has none, a share of its images is held out, and
+    `args.held_out` says so. A stream, or a data set of which the share is less than an image, is not evaluated on, and
+    a warning says that.
+
+    Raises:
+        DataError: if validation data was named and cannot be used.
+    """
     if not args.validation_split:
-        return pairs, None
-    if not args.validation_data and any(os.path.isfile(source) or glob.has_magic(source) for source in args.data):
-        logger.warning("Files have no validation split: nothing is evaluated unless you name --validation_data.")
-        return pairs, None
-    try:
-        return pairs, load_evaluation_data(args)
-    except DataError as error:
-        if args.validation_data:
-            raise
-        logger.warning("Nothing is evaluated: %s", error)
-        return pairs, None
+        return samples, None
+    reason = "files have no splits"
+    if args.validation_data or not any(map(_has_no_splits, args.data)):
+        try:
+            return samples, load_evaluation_data(args)
+        except DataError as error:
+            if args.validation_data:
+                raise
+            reason = str(error)
+    if args.validation_share and isinstance(samples, Dataset):
+        rest, held_out = hold_out(samples, args.validation_share)
+        records = usable_records(_limited(args, held_out))
+        if len(records):
+            args.held_out = f"{args.validation_share:.3g} of {args.split}"
+            logger.info("%d images are held out for evaluation (validation_share), because %s", len(records), reason)
+            return rest, records
+    logger.warning("Nothing is evaluated, because %s: name --validation_data, or a larger validation_share.", reason)
+    return samples, None
+
+
+def _has_no_splits(source: str) -> bool:
+    """Whether a source is a file, or several, without the splits that Karpathy's file has."""
+    files = [source] if os.path.isfile(source) else []
+    if len(files) == 1 and source.lower().endswith(".json"):
+        with open(source, encoding="utf-8-sig", errors="replace") as file:
+            start = file.read(2**20).lstrip()
+        return not (start.startswith("{") and '"split"' in start)
+    return bool(files) or has_pattern(source)
 
 
 def cut_off_tuning_data(args: PretrainingDataArguments, pairs: Dataset) -> tuple[Dataset, Dataset | None]:

@@ -51,7 +51,7 @@ def evaluation_protocol(
     return EvaluationProtocol(
         task=task,
         dataset=dataset,
-        split=args.validation_split,
+        split=getattr(args, "held_out", "") or args.validation_split,
         records=num_records,
         protocol=protocol_name(config, task, dataset),
         resolution=config.vision_config.image_size,

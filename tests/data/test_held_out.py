@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from helpers import picture
 
-from tcl_hf.data.held_out import cut_off, held_out_groups
+from tcl_hf.data.held_out import cut_off, held_out_groups, hold_out, one_record_per_image
 from tcl_hf.data.records import DataError
 
 GROUPS = ["a", "b", "c", "b", "d", "b", "e", "e", "f"]
@@ -47,3 +47,31 @@ def test_rows_of_one_image_stay_together_and_the_image_is_tuned_on_once():
 def test_something_is_left_to_train_on():
     with pytest.raises(DataError, match="tuning_images=9 leaves nothing of 9 samples"):
         cut_off(rows_of(GROUPS), 9)
+
+
+@pytest.mark.parametrize(("share", "number"), [(0.0, 0), (0.1, 0), (0.3, 3), (0.5, 5)])
+def test_a_share_of_the_images_is_held_out_with_all_their_rows(share, number):
+    """Of 10 rows of 10 images; a tenth of the 9 rows of the groups would be less than one."""
+    ids = [str(n) for n in range(10 if share != 0.1 else 9)]
+    rest, held_out = hold_out(rows_of(ids), share)
+    assert len(held_out) == number
+    assert not set(rest["image_id"]) & set(held_out["image_id"])
+    ids = ["x", "y", "x", "z", "y", "x"]
+    rest, held_out = hold_out(rows_of(["all"] * 6, ids, column="split"), 0.2)
+    assert sorted([*rest["image_id"], *held_out["image_id"]]) == sorted(ids)
+    assert not set(rest["image_id"]) & set(held_out["image_id"]) and len(held_out)
+
+
+def test_the_rows_of_an_image_become_one_record_and_ids_that_collide_do_not():
+    rows = [
+        {"image": picture(0), "captions": ["a"], "image_id": "0"},
+        {"image": picture(1), "captions": ["b"], "image_id": "1"},
+        {"image": picture(0), "captions": ["c", "d"], "image_id": "0"},
+        {"image": picture(2), "captions": ["e"], "image_id": "0"},  # of another source, whose numbers begin again
+    ]
+    joined = one_record_per_image(Dataset.from_list(rows))
+    assert joined["captions"] == [["a", "c", "d"], ["b"], ["e"]]
+    assert [record["image"]["bytes"] for record in joined] == [picture(n)["bytes"] for n in range(3)]
+    assert joined["image_id"] == ["0", "1", "0"] and joined.column_names == ["image", "captions", "image_id"]
+    distinct = Dataset.from_list(rows[:2])
+    assert one_record_per_image(distinct) is distinct

@@ -79,3 +79,15 @@ def test_several_answers_are_scored_by_the_official_rule():
     # With one answer left out, 1 "red" remains 2 of 10 times, and 2 remain 8 times: (2 * 1/3 + 8 * 2/3) / 10.
     assert metrics["accuracy"] == pytest.approx(60.0)
     assert answer_metrics([{"question_id": "7", "answer": "red"}], [{"question_id": "7", "answers": []}], []) == {}
+
+
+def test_each_question_is_scored_by_its_own_answers():
+    """One question with two answers changes the score of no other; ten answers are scored by the official rule."""
+    single = [{"question_id": n, "answers": [answer]} for n, answer in enumerate(("red", "blue", "2"))]
+    given = [{"question_id": n, "answer": answer} for n, answer in enumerate(("red", "green", "two", "a cup"))]
+    assert answer_metrics(given[:3], single, ["red"])["accuracy"] == pytest.approx(200 / 3)
+    several = [*single, {"question_id": 3, "answers": ["cup", "mug"]}]
+    assert answer_metrics(given, several, ["red"]) == {"accuracy": 75.0}
+    people = [*single, {"question_id": 3, "answers": ["cup"] * 2 + ["mug"] * 8}]
+    # Each of the two is left out in turn, and then one agrees; else both agree: (2 * 1/3 + 8 * 2/3) / 10.
+    assert answer_metrics(given, people, ["red"])["accuracy"] == pytest.approx((200 + 60) / 4)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from helpers import png, questions, tiny
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
-from tcl_hf import TCLForQuestionAnswering, TCLProcessor
+from tcl_hf import TCLConfig, TCLForQuestionAnswering, TCLProcessor
 from tcl_hf.data.annotations.questions import QUESTION_FEATURES
 from tcl_hf.data.pairs import DataError
 from tcl_hf.data.tokenizer import train_tokenizer
@@ -23,6 +23,7 @@ from tcl_hf.recipes.build import (
     load_pretraining_data,
 )
 from tcl_hf.recipes.parsing import PRETRAIN, parse_recipe
+from tcl_hf.recipes.results import evaluation_protocol
 from tcl_hf.recipes.tasks import TASKS
 
 TINY = [
@@ -145,9 +146,27 @@ def test_a_run_without_a_validation_split_says_that_it_does_not_evaluate(tmp_pat
     pairs, records = load_pretraining_data(PretrainingDataArguments(data=[file]))
     assert len(pairs) == 1
     assert records is None
-    assert "nothing is evaluated" in caplog.text
+    assert "Nothing is evaluated, because files have no splits: name --validation_data" in caplog.text
     _, records = load_pretraining_data(PretrainingDataArguments(data=[file], validation_data=[file]))
     assert records[0]["captions"] == ["a dog"]
+
+
+def test_a_share_of_the_images_is_held_out_where_the_data_has_no_validation_split(tmp_path):
+    rows = [{"image": "0.png", "caption": f"text {n}", "image_id": n // 2} for n in range(120)]  # two of each image
+    args = PretrainingDataArguments(data=[write_pairs(tmp_path, rows)], validation_share=0.1)
+    pairs, records = load_pretraining_data(args)
+    assert len(pairs) == 108 and len(records) == 6 and all(len(one["captions"]) == 2 for one in records)
+    assert not set(pairs["image_id"]) & set(records["image_id"])
+    protocol = evaluation_protocol(args, TCLConfig(), len(records))
+    assert protocol.split == args.held_out == "0.1 of train"
+    again = PretrainingDataArguments(data=args.data, validation_share=0.1)
+    assert load_pretraining_data(again)[1]["captions"] == records["captions"]
+    for nothing in ({"validation_share": 0.0}, {"validation_split": ""}):
+        args = PretrainingDataArguments(data=args.data, **nothing)
+        pairs, records = load_pretraining_data(args)
+        assert (len(pairs), records, args.held_out) == (120, None, "")
+    with pytest.raises(RecipeError, match=r"validation_share=1\.5 is not a share"):
+        PretrainingDataArguments(validation_share=1.5)
 
 
 def test_held_out_samples_that_cannot_be_used_are_named_and_left_out(tmp_path, caplog):
@@ -169,7 +188,7 @@ def test_many_samples_that_cannot_be_used_are_counted(tmp_path, caplog):
 
 
 def test_at_most_eval_images_are_evaluated_and_0_means_all(tmp_path):
-    file = write_pairs(tmp_path, [{"image": "0.png", "caption": "a dog"}] * 5)
+    file = write_pairs(tmp_path, [{"image": "0.png", "caption": "a dog", "image_id": n} for n in range(5)])
     for limit, number in ((3, 3), (0, 5), (9, 5)):
         for args in (TaskArguments(data=[file]), PretrainingDataArguments(data=[file])):
             args.eval_images = limit

@@ -2,24 +2,13 @@
 
 import io
 import os
-import struct
 import warnings
 
-import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
+
+from ..models.image_processing_tcl import upright
 
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-# The transpositions that put an image upright, by its EXIF orientation. Pillow's `ImageOps.exif_transpose` is not used,
-# because it decodes every image first.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def open_image(image: object) -> Image.Image:
@@ -36,7 +25,7 @@ def open_image(image: object) -> Image.Image:
             twice that number it is a `DecompressionBombError`. Both are raised before anything is decoded.
     """
     if isinstance(image, Image.Image):
-        return image.copy()  # A copy, because callers close what they get and may shrink it while decoding.
+        return upright(image.copy())  # A copy, because callers close what they get and may shrink it while decoding.
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if image == b"":
@@ -55,30 +44,7 @@ def open_image(image: object) -> Image.Image:
             opened.load()
     except RuntimeError as error:  # Only AVIF raises it; for a damaged file of another format Pillow raises OSError.
         raise OSError(str(error)) from error
-    if opened.mode in ("I", "F"):
-        raise ValueError(f"an image of mode {opened.mode}, whose range of values is not known")
-    turn = _TURNS.get(_orientation(opened))
-    return _in_8_bit(opened) if turn is None else _in_8_bit(opened).transpose(turn)
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image, from 1 to 8.
-
-    It is 1 (upright) if the EXIF data cannot be read, because the image itself can be good.
-    """
-    if "exif" not in image.info:
-        return 1
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
-        return 1
-
-
-def _in_8_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits, because Pillow would clip it; return other images as they are."""
-    if not image.mode.startswith("I;16"):
-        return image
-    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return upright(opened)
 
 
 def why_unusable(record: dict) -> str | None:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import Array, Value
+from multiprocessing import get_context
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .records import DataError
 from .sampling import Visit
 
 _WORKERS, _NOTE_BYTES = 128, 256  # Workers whose samples are noted, and the bytes of a note.
+_SHARED = get_context("spawn")  # so that its objects reach a process however it is started
 _Visited = tuple[str, int, int]  # image id, epoch, index; several samples may share one, as texts about an image do
 
 
@@ -40,9 +42,22 @@ class SkippedSamples:
     last: str = field(default="none yet", init=False)
     # The visits that were listed before this run was resumed, and whether its checkpoint has counted them.
     _listed: dict[_Visited | None, bool] = field(default_factory=dict, init=False, repr=False)
-    _seen: Any = field(default_factory=lambda: Value("q", 0), repr=False)
-    _skipped: Any = field(default_factory=lambda: Value("q", 0), repr=False)
-    _begun: Any = field(default_factory=lambda: Array("c", _WORKERS * _NOTE_BYTES, lock=False), repr=False)
+    _seen: Any = field(default_factory=lambda: _SHARED.Value("q", 0), repr=False)
+    _skipped: Any = field(default_factory=lambda: _SHARED.Value("q", 0), repr=False)
+    _begun: Any = field(default_factory=lambda: _SHARED.Array("c", _WORKERS * _NOTE_BYTES, lock=False), repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker that is being started, the counts themselves; for a copy, their values."""
+        state = dict(self.__dict__)
+        if get_spawning_popen() is None:
+            state |= {"_seen": self._seen.value, "_skipped": self._skipped.value, "_begun": None}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["_begun"] is None:
+            state |= {"_seen": _SHARED.Value("q", state["_seen"]), "_skipped": _SHARED.Value("q", state["_skipped"])}
+            state["_begun"] = _SHARED.Array("c", _WORKERS * _NOTE_BYTES, lock=False)
+        self.__dict__.update(state)
 
     @property
     def count(self) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,14 +90,37 @@ class TCLProcessor(ProcessorMixin):
 
         Args:
             images: one image or several: PIL, array, tensor, path or URL.
-            text: one text or several.
+            text: one text or several. [MASK] stays as it is.
             kwargs: `return_tensors="pt"`, and arguments of the tokenizer and the image processor; by default texts are
                 padded, and truncated to 30 tokens.
+
+        Raises:
+            ValueError: if there is no text, or one of them is not a text.
         """
-        if text is not None and self.clean_text:
-            one = isinstance(text, str)
-            text = clean_caption(text, MAX_WORDS) if one else [clean_caption(each, MAX_WORDS) for each in text]
+        if text is not None:
+            texts = self._cleaned([text] if isinstance(text, str) else text)
+            text = texts[0] if isinstance(text, str) else texts
         return super().__call__(images=images, text=text, **kwargs)
+
+    def _cleaned(self, texts: Any) -> list[str]:
+        """Texts that can be encoded, cleaned if this processor cleans texts, with [MASK] between what is cleaned."""
+        if not isinstance(texts, list | tuple) and not hasattr(texts, "__iter__"):
+            raise ValueError(f"text is {texts!r}: give one text, or a list of texts.")
+        texts = list(texts)
+        if not texts:
+            raise ValueError("text is an empty list: give at least one text.")
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"text {number} is {text!r}, of type {type(text).__name__}: give texts in one list.")
+        # Halves of characters, which cannot be encoded, are joined or become U+FFFD.
+        texts = [
+            text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            for text in texts
+        ]
+        if not self.clean_text:
+            return texts
+        mask = str(self.tokenizer.mask_token)
+        return [f" {mask} ".join(clean_caption(part, MAX_WORDS) for part in text.split(mask)).strip() for text in texts]
 
     def clean_question(self, question: str, max_words: int = MAX_QUESTION_WORDS) -> str:
         """A question as the model reads it: cleaned as the original does if this processor cleans texts.

@@ -1,6 +1,8 @@
 """The tokenizer of TCL: BERT's WordPiece with [CLS] in front and no [SEP], and the original's text clean-up."""
 
+import os
 import re
+import threading
 
 from tokenizers import Regex, normalizers, processors
 from transformers import BatchEncoding, BertTokenizer
@@ -54,6 +56,20 @@ def _first_words(text: str, max_words: int) -> str:
     return " ".join(words[:max_words]) if len(words) > max_words else text
 
 
+MAX_LENGTH = 512  # positions of a BERT
+_encoding = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """Give a forked process a lock of its own, because another thread of its parent may hold the old one."""
+    global _encoding
+    _encoding = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 class TCLTokenizer(BertTokenizer):
     """BERT's tokenizer without [SEP]: the input of TCL is `[CLS] tokens`, from texts that are cleaned as captions are.
 
@@ -79,6 +95,7 @@ class TCLTokenizer(BertTokenizer):
         clean_up_text: bool = True,
         **kwargs,
     ):
+        kwargs.setdefault("model_max_length", MAX_LENGTH)
         super().__init__(vocab, *args, add_sep_token=add_sep_token, clean_up_text=clean_up_text, **kwargs)
         self.add_sep_token = add_sep_token
         sep = f" {self.sep_token}" if add_sep_token else ""
@@ -105,13 +122,14 @@ class TCLTokenizer(BertTokenizer):
         self._tokenizer.normalizer = normalizers.Sequence([*steps, self._normalizer_of_bert])
 
     def _encode_plus(self, *args, clean_up_text: bool | None = None, **kwargs) -> BatchEncoding:
-        if clean_up_text in (None, self.clean_up_text):
-            return super()._encode_plus(*args, **kwargs)
-        self.clean_up_text = clean_up_text
-        try:
-            return super()._encode_plus(*args, **kwargs)
-        finally:
-            self.clean_up_text = not clean_up_text
+        with _encoding:  # Truncation, padding and the normalizer are settings of one object, which threads would mix.
+            if clean_up_text in (None, self.clean_up_text):
+                return super()._encode_plus(*args, **kwargs)
+            self.clean_up_text = clean_up_text
+            try:
+                return super()._encode_plus(*args, **kwargs)
+            finally:
+                self.clean_up_text = not clean_up_text
 
 
 __all__ = ["TCLTokenizer", "clean_caption", "clean_caption_with_origins", "clean_question"]

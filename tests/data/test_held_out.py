@@ -67,7 +67,7 @@ def test_the_rows_of_an_image_become_one_record_and_ids_that_collide_do_not():
         {"image": picture(0), "captions": ["a"], "image_id": "0"},
         {"image": picture(1), "captions": ["b"], "image_id": "1"},
         {"image": picture(0), "captions": ["c", "d"], "image_id": "0"},
-        {"image": picture(2), "captions": ["e"], "image_id": "0"},  # of another source, whose numbers begin again
+        {"image": picture(2), "captions": ["e"], "image_id": "0"},  # another source begins its numbers again
     ]
     joined = one_record_per_image(Dataset.from_list(rows))
     assert joined["captions"] == [["a", "c", "d"], ["b"], ["e"]]

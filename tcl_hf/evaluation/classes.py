@@ -1,5 +1,6 @@
 """Entailment and reasoning: the accuracy of a head with classes."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -8,8 +9,10 @@ from transformers import PreTrainedModel
 from ..data.collators import TCLTaskCollator
 from ..models.encoders import eval_mode
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
-from .metrics import accuracy, check_finite, consistency, majority_share, per_label_scores
+from .metrics import accuracy, check_finite, consistency, is_pair_id, majority_share, per_label_scores
 from .shares import Evaluation, collated_batches, gather_results
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -23,7 +26,8 @@ def evaluate_classes(
 ) -> Evaluation:
     """Accuracy in percent of a head with classes, the share of the most frequent label, and scores by label.
 
-    Records with a `pair_id` also give NLVR2's consistency. Each prediction has `image_id`, `label` and `scores`.
+    Records with a `pair_id` of NLVR2's form also give its consistency. Each prediction has `image_id`, `label` and
+    `scores`.
 
     Args:
         records: an image or two, a caption and a label each.
@@ -48,7 +52,16 @@ def evaluate_classes(
     metrics |= per_label_scores(predicted, true, names)
     pair_ids = [pair_id for record in records if (pair_id := record.get("pair_id"))]
     if model.images_per_text > 1 and len(pair_ids) == len(records):
-        metrics["consistency"] = consistency(predicted, true, pair_ids)
+        unknown = [pair_id for pair_id in pair_ids if not is_pair_id(pair_id)]
+        if unknown:
+            logger.warning(
+                "The consistency is left out, because %d identifiers are not of NLVR2's form split-set-pair-sentence, "
+                "the first of them %r.",
+                len(unknown),
+                unknown[0],
+            )
+        else:
+            metrics["consistency"] = consistency(predicted, true, pair_ids)
     predictions = [
         {"image_id": record["image_id"], "label": names[number], "scores": dict(zip(names, scores, strict=True))}
         for record, number, scores in zip(records, predicted.tolist(), probabilities, strict=True)

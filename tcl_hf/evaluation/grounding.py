@@ -92,7 +92,8 @@ def _locate(
     results: list[list[dict]] = []
     for (record, _, phrases), text, image, maps in zip(captions, texts, images, heat_maps, strict=True):
         size = image.size
-        proposals = torch.tensor(record["proposals"]) if record.get("proposals") else sliding_boxes(size)
+        scale = _scale_of_boxes(record, size)
+        proposals = torch.tensor(record["proposals"]) * scale if record.get("proposals") else sliding_boxes(size)
         results.append(
             [
                 {
@@ -101,7 +102,7 @@ def _locate(
                     "phrase": text[phrase["start"] : phrase["end"]],
                     "point": heat_point(heat_map, size),
                     "ranked": proposals[rank_boxes(heat_map, proposals, size)[:CANDIDATES_KEPT]],
-                    "boxes": torch.tensor(phrase["boxes"]),
+                    "boxes": torch.tensor(phrase["boxes"]) * scale,
                     "types": phrase["types"],
                     "size": size,
                 }
@@ -110,6 +111,23 @@ def _locate(
             ]
         )
     return results
+
+
+def _scale_of_boxes(record: dict, size: tuple[int, int]) -> Tensor:
+    """Factors (4,) from the boxes of a record to the pixels of its image, whose file may have been resized.
+
+    Raises:
+        ValueError: if the image has other proportions than the boxes were drawn on.
+    """
+    width, height = record.get("width") or size[0], record.get("height") or size[1]
+    across, down = size[0] / width, size[1] / height
+    # A resized side is rounded to a whole pixel.
+    if abs(width * down - size[0]) > 1 + down and abs(height * across - size[1]) > 1 + across:
+        raise ValueError(
+            f"The image {record['image_id']} has {size[0]} x {size[1]} pixels, but its boxes were drawn on {width} x "
+            f"{height}, which are other proportions: give the image that they belong to."
+        )
+    return torch.tensor([across, down, across, down])
 
 
 def _grounding_metrics(located: list[dict]) -> dict[str, float]:

@@ -267,6 +267,14 @@ def majority_share(labels: Tensor) -> float:
     return 100 * labels.unique(return_counts=True)[1].max().item() / len(labels)
 
 
+_PAIR_ID = re.compile(r"([^-]+)-(\d+)-\d+-(\d+)")
+
+
+def is_pair_id(pair_id: object) -> bool:
+    """Whether an identifier has the form of NLVR2's, of which `consistency` can be computed."""
+    return isinstance(pair_id, str) and _PAIR_ID.fullmatch(pair_id) is not None
+
+
 def consistency(predictions: Tensor, labels: Tensor, pair_ids: list[str]) -> float:
     """NLVR2's consistency: percent of sentences whose label is predicted right for all their pairs of images.
 
@@ -282,7 +290,7 @@ def consistency(predictions: Tensor, labels: Tensor, pair_ids: list[str]) -> flo
     _check_lengths(labels=labels, pair_ids=pair_ids)
     sentence_right: dict[tuple[str, ...], bool] = {}
     for pair_id, right in zip(pair_ids, (predictions == labels).tolist(), strict=True):
-        form = re.fullmatch(r"([^-]+)-(\d+)-\d+-(\d+)", pair_id)
+        form = _PAIR_ID.fullmatch(pair_id)
         if form is None:
             raise ValueError(f'{pair_id!r} is not of the form split-set-pair-sentence, as "dev-850-0-0" is.')
         sentence_right[form.groups()] = sentence_right.get(form.groups(), True) and right

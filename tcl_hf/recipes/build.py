@@ -211,6 +211,7 @@ def add_words(model: PreTrainedModel, processor: TCLProcessor, records: Dataset)
             texts = [record[column]] if isinstance(record[column], str) else record[column]
             for text in texts:
                 words.update((clean_question(text) if column == "question" else clean_caption(text)).split())
+    words = {word for word in words if _is_visible(word, processor.tokenizer)}
     pieces = {word: processor.tokenizer.tokenize(word) for word in words}
     unknown = processor.tokenizer.unk_token
     new = sorted(word for word, parts in pieces.items() if len(parts) != 1 or parts[0] == unknown)
@@ -220,6 +221,16 @@ def add_words(model: PreTrainedModel, processor: TCLProcessor, records: Dataset)
     resized = (name for name, parameter in model.named_parameters() if shapes[name] != parameter.shape)
     model.new_weights = model.new_weights.union(resized)
     return new
+
+
+def _is_visible(word: str, tokenizer: TCLTokenizer) -> bool:
+    """Whether something of a word is left when the tokenizer has normalised it.
+
+    Of zero-width marks, variation selectors or combining marks alone nothing is left, and a tokenizer that has such a
+    word among its own finds it everywhere: it never ends.
+    """
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return bool(normalizer.normalize_str(word).strip())
 
 
 def config_of_checkpoint(args: CheckpointArguments, to_train: bool = True) -> TCLConfig:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickletools
 import re
 import zipfile
 from dataclasses import dataclass, field
@@ -76,16 +77,37 @@ def _load(path: Path) -> tuple[Any, tuple[str, ...]]:
         # A zip archive is mapped, so that the states of an optimizer stay on the disk. Older files cannot be mapped.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=not notes), notes
     except Exception as error:  # a damaged pickle can raise any exception
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        wanted = found[1].rstrip(".,") if found else _called_in(path)
         if wanted:
             raise CheckpointError(
-                f"{path} needs '{wanted[1].rstrip('.,')}' to be read, which is more than tensors and plain values. "
+                f"{path} needs '{wanted}' to be read, which is more than tensors and plain values. "
                 "It is refused, because such a file can run code: open it where you trust it, and save its state dict."
             ) from error
         # torch puts advice to load the file unsafely before the reason.
         detail = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
         reason = (detail[1] if detail else str(error).strip().split("\n")[0])[:160] or type(error).__name__
         raise CheckpointError(f"{path} is damaged or is not a checkpoint ({reason}): get the file again.") from error
+
+
+def _called_in(path: Path) -> str:
+    """The first function or class that a plain pickle names, read without running it; empty if there is none.
+
+    `torch.load` reads pickles of protocol 2 only, and calls others damaged.
+    """
+    texts: list[str] = []
+    try:
+        with path.open("rb") as file:
+            for operation, argument, _ in pickletools.genops(file):
+                if operation.name in ("GLOBAL", "INST"):
+                    return str(argument).replace(" ", ".")
+                if operation.name == "STACK_GLOBAL":
+                    return ".".join(texts[-2:])
+                if isinstance(argument, str):
+                    texts.append(argument)
+    except Exception:  # It is no pickle, or a damaged one.
+        return ""
+    return ""
 
 
 def _verify_archive(path: Path) -> tuple[str, ...]:

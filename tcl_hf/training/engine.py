@@ -55,6 +55,7 @@ class Engine:
         self.agreement = Agreement()
         self.device = self.accelerator.device
         self.accumulation_steps: int = self.accelerator.gradient_accumulation_steps
+        self._forwards = 0  # since the last optimizer step
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -153,17 +154,25 @@ class Engine:
     def backward(self, loss: Tensor) -> Tensor | None:
         """Compute gradients, and clip them at the last forward of an optimizer step.
 
+        The gradient of a step is the mean over its forwards, of which the last step of an epoch may have fewer.
+
         Returns:
             The norm of the whole gradient before clipping; None before the last forward, and where DeepSpeed has none.
         """
         self.accelerator.backward(loss)
+        self._forwards += 1
         if not self.is_last_forward:
             return None
+        forwards, self._forwards = self._forwards, 0
         max_norm = self.args.max_grad_norm
         # With DeepSpeed, the call above has clipped and updated already.
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
             return None if norm is None else torch.tensor(float(norm), device=self.device)
+        if forwards < self.accumulation_steps:  # At the end of an epoch. Each loss was divided by the whole number.
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self.accumulation_steps / forwards)
         if max_norm > 0:
             return whole(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
         self.accelerator.unscale_gradients()

@@ -22,3 +22,16 @@ def test_a_trained_tokenizer_knows_the_words_and_is_the_same_each_time():
 def test_a_tokenizer_without_captions_is_refused():
     with pytest.raises(DataError, match="no captions"):
         train_tokenizer([])
+
+
+@pytest.mark.parametrize("size", [20, 100, 300])
+def test_the_size_is_a_limit_whatever_the_script(size):
+    """A thousand ideographs, each of which is a word of its own, beside Latin letters."""
+    captions = [chr(0x4E00 + number) * (1 + number % 3) + " a cat" for number in range(1000)]
+    tokenizer = train_tokenizer(captions, size)
+    assert len(tokenizer) <= size
+    assert tokenizer.tokenize("\u4e02\u4e02 a") == ["\u4e02", "\u4e02", "a"]  # one of the most frequent
+    assert tokenizer.tokenize(chr(0x4E00 + 999)) == ["[UNK]"]
+    assert not any(piece.startswith("##\u4e02") for piece in tokenizer.get_vocab())
+    large = train_tokenizer(captions, 2000)
+    assert large.tokenize("\u4e00 cat") == ["\u4e00", "cat"]

@@ -49,3 +49,13 @@ def test_two_image_reasoning_is_scored_by_sentence_too():
     right = [row["label"] == p["label"] for row, p in zip(rows, found.predictions, strict=True)]
     whole = [right[i] and right[i + 1] for i in (0, 2, 4)]
     assert found.metrics["consistency"] == pytest.approx(100 * sum(whole) / 3)
+
+
+def test_own_identifiers_leave_out_the_consistency_and_nothing_else(caplog):
+    model, processor = tiny(TCLForVisualReasoning)
+    rows = [
+        row | {"pair_id": f"mine/{number}"} for number, row in enumerate(statements(("True", "False"), 6, images=2))
+    ]
+    found = evaluate_classes(model, processor, rows)
+    assert "accuracy" in found.metrics and "consistency" not in found.metrics and len(found.predictions) == 6
+    assert "6 identifiers are not of NLVR2's form split-set-pair-sentence, the first of them 'mine/0'" in caplog.text

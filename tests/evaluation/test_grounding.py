@@ -75,3 +75,21 @@ def test_phrases_that_the_model_does_not_read_are_not_counted(heat):
     located = [prediction["phrase"] for prediction in evaluated.predictions]
     assert located[1:] == ([] if heat == "matching" else ["red car"])
     assert evaluated.metrics["phrases"] == len(located)
+
+
+def test_boxes_follow_an_image_that_was_resized_and_other_proportions_are_refused():
+    model, processor = tiny(TCLForImageTextRetrieval)
+    records = phrases()
+    expected = evaluate_grounding(model, processor, records)
+    for record in records:  # The boxes were drawn on an image twice as large.
+        with open_image(record["image"]) as image:
+            width, height = image.size
+        record |= {"width": 2 * width, "height": 2 * height}
+        for phrase in record["phrases"]:
+            phrase["boxes"] = [[2 * edge for edge in box] for box in phrase["boxes"]]
+        record["proposals"] = [[2 * edge for edge in box] for box in record["proposals"]]
+    found = evaluate_grounding(model, processor, records)
+    assert found.metrics == expected.metrics and found.predictions == expected.predictions
+    records[1]["height"] *= 2
+    with pytest.raises(ValueError, match=r"^The image 1 has \d+ x \d+ pixels, but its boxes were drawn on \d+ x \d+"):
+        evaluate_grounding(model, processor, records)

@@ -249,6 +249,17 @@ def test_new_words_become_one_token_each_and_survive_saving(tmp_path):
     assert torch.equal(embeddings[:80], before)
 
 
+@pytest.mark.parametrize("invisible", ["\u200b", "\ufe0f", "\u00ad", "\u0301", "\u200d\u200d", "\U000e0001"])
+def test_words_of_which_nothing_is_seen_are_not_added(invisible):
+    """A tokenizer that has one of them among its words never ends."""
+    model, processor = tiny(TCLForQuestionAnswering)
+    rows = [row | {"answer_type": None, "question_type": None} for row in questions(1)]
+    rows[0] |= {"question": f"zebra {invisible} ostrich", "answers": [invisible]}
+    new = add_words(model, processor, Dataset.from_list(rows, features=QUESTION_FEATURES))
+    assert new == ["ostrich", "zebra"]
+    assert len(processor(text=[f"zebra {invisible} ostrich"])["input_ids"][0]) == 3
+
+
 def test_texts_end_with_sep_where_the_recipe_asks_for_it(tmp_path):
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"]))

@@ -184,6 +184,19 @@ def test_gradient_accumulation_moves_the_teacher_once_per_optimizer_step(tmp_pat
     assert len(updates) == 4
 
 
+def test_the_last_step_of_an_epoch_has_the_mean_gradient_of_its_forwards(tmp_path):
+    """Of five batches, four are accumulated, and the fifth is a step alone: its gradient is that of its batch."""
+    norms = {}
+    for number in (1, 4):
+        rates = {"learning_rate": 0.0, "min_learning_rate": 0.0, "warmup_learning_rate": 0.0, "warmup_steps": 0}
+        options = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "max_grad_norm": 0.0}
+        folder = tmp_path / str(number)
+        tiny_run(folder, tiny_records(10), gradient_accumulation_steps=number, alpha_ramp=False, **options, **rates)
+        norms[number] = [line["gradient_norm"] for line in read_metrics(folder / "metrics.jsonl")]
+    assert (len(norms[1]), len(norms[4])) == (5, 2)
+    assert norms[4][1] == pytest.approx(norms[1][4], rel=1e-5)
+
+
 def test_evaluation_is_logged_every_eval_steps_and_at_the_end(tmp_path):
     seen = []
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -213,9 +214,10 @@ def push(
     with tempfile.TemporaryDirectory() as unpacked:
         contents: Any = {"training_state": training_state, "with_code": with_code, "max_shard_size": max_shard_size}
         export(folder, unpacked, **contents, base_model=base_model)
-        card = Path(unpacked) / CARD  # the widget needs its picture's address on the Hub
+        card = Path(unpacked) / CARD  # the widget needs its picture's address on the Hub, and the code the model's name
         address = f"{api.endpoint}/{repo_id}/resolve/main/{EXAMPLE}"
         text = card.read_text(encoding="utf-8").replace(f"src: {EXAMPLE}\n", f"src: {address}\n")
+        text = re.sub(r'\b(from_pretrained|config_of|open_checkpoint)\("[^"\n]*"', rf'\1("{repo_id}"', text)
         card.write_text(text, encoding="utf-8")
         with _hub_errors(repo_id, revision):
             if not create_pr:  # a pull request may come from an account that cannot create this repository

@@ -47,13 +47,20 @@ class CheckpointPusher(Protocol):
 
 
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, limit: int, agreement: Agreement, spared: Path | None = None
+    accelerator: Accelerator,
+    output_dir: Path,
+    step: int,
+    limit: int,
+    agreement: Agreement,
+    spared: Path | None = None,
+    order: dict[str, Any] | None = None,
 ) -> Path:
     """Save the state of all processes as the checkpoint of a step, and remove the oldest beyond `limit`.
 
     Args:
         agreement: of all processes, which call this together.
         spared: a checkpoint that is still needed, and is not removed.
+        order: facts that the order of the samples follows from, for the manifest.
 
     Raises:
         CheckpointWriteError: if it cannot be written, for example to a full disk; earlier ones are as they were.
@@ -74,7 +81,8 @@ def save_checkpoint(
     is_saved = not agreement.any(failure is not None)
     if accelerator.is_main_process and is_saved:
         try:
-            _write_manifest(unfinished, {"step": step, "num_processes": accelerator.num_processes})
+            facts = {"step": step, "num_processes": accelerator.num_processes, "order": order or {}}
+            _write_manifest(unfinished, facts)
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             _flush(final.parent)
@@ -159,5 +167,5 @@ def what_is_damaged(checkpoint: Path) -> str | None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """`step`, `num_processes` and `files` of a checkpoint."""
+    """`step`, `num_processes`, `order` and `files` of a checkpoint."""
     return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))

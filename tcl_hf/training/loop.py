@@ -141,7 +141,9 @@ class TrainingRun:
             raise TrainingError(
                 f"There is no whole checkpoint to resume from in {self.output_dir / CHECKPOINTS}: {remedy}."
             )
-        writers = read_manifest(checkpoint)["num_processes"]
+        manifest = read_manifest(checkpoint)
+        self._check_order(checkpoint, manifest.get("order", {}))
+        writers = manifest["num_processes"]
         if writers != self.accelerator.num_processes:
             raise TrainingError(
                 f"{checkpoint} was written by {writers} processes, and this run has {self.accelerator.num_processes}: "
@@ -158,6 +160,32 @@ class TrainingRun:
                 "raise num_train_epochs or max_steps."
             )
         logger.info("Resumed from %s at step %d.", checkpoint, self.progress.step)
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """The facts that the order of the samples follows from: a run that goes on must have the same."""
+        names = (
+            *("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy"),
+            "dataloader_drop_last",
+        )
+        facts = {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}
+        return facts | ({"samples": len(self.dataset)} if hasattr(self.dataset, "__len__") else {})
+
+    def _check_order(self, checkpoint: Path, order: dict[str, Any]) -> None:
+        """Refuse to go on with samples in another order: some would be missed, and others seen twice.
+
+        Raises:
+            TrainingError: naming what differs, and what to do.
+        """
+        for name, before in order.items():
+            now = self.order.get(name)
+            if now != before:
+                what = "the data has" if name == "samples" else f"{name} is"
+                unit = " samples" if name == "samples" else ""
+                raise TrainingError(
+                    f"{checkpoint} was written when {what} {before}{unit}, and now {what} {now}{unit}: the order of "
+                    "samples would not go on. Set it as it was, or start a new run from the weights with --model."
+                )
 
     @property
     def is_done(self) -> bool:
@@ -289,7 +317,9 @@ class TrainingRun:
         self.guard.check(newest_checkpoint(self.output_dir))
         step, limit, pusher = self.progress.step, self.args.save_total_limit, self.push_checkpoint
         spared = pusher.on_its_way if pusher else None
-        checkpoint = save_checkpoint(self.accelerator, self.output_dir, step, limit, self.engine.agreement, spared)
+        checkpoint = save_checkpoint(
+            self.accelerator, self.output_dir, step, limit, self.engine.agreement, spared, self.order
+        )
         if pusher:
             pusher.start(checkpoint)
         self.meter.restart_clock()

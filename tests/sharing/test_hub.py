@@ -25,6 +25,7 @@ from tcl_hf import (
     TCLProcessor,
 )
 from tcl_hf.models.checksums import checksum
+from tcl_hf.sharing.cards import plain_card
 from tcl_hf.sharing.convert import open_saved
 from tcl_hf.sharing.hub import CODE, HubError, export, pull, push
 from tcl_hf.training.adapters import add_lora, config_of, open_checkpoint, save_adapted
@@ -329,6 +330,16 @@ def test_a_folder_without_a_card_gets_one_and_a_widget_gets_its_address(hub, rep
     push(tmp_path / "run", repo)
     text = hub.repos[repo].find("main").files["README.md"].content.decode()
     assert f"src: {hub.endpoint}/{repo}/resolve/main/example.png\n" in text
+
+
+def test_a_pushed_card_opens_the_model_by_its_name_on_the_hub(hub, repo, processor, tmp_path):
+    save(TCLForImageTextRetrieval, tmp_path / "run", processor)
+    plain_card("run", TCLForImageTextRetrieval, None).write(tmp_path / "run")
+    push(tmp_path / "run", repo)
+    card = hub.repos[repo].find("main").files["README.md"].content.decode()
+    assert f'TCLForImageTextRetrieval.from_pretrained("{repo}", use_momentum_teacher=False)' in card
+    assert f'TCLProcessor.from_pretrained("{repo}")' in card and "`pip install tcl_hf`" in card
+    assert '("run"' not in card and '("run"' in (tmp_path / "run/README.md").read_text()
 
 
 def test_links_to_files_outside_of_the_folder_are_not_followed(processor, tmp_path):

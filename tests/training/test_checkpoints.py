@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import losses, small_patches, tiny_run
+from helpers import losses, small_patches, tiny_records, tiny_run
 
 from tcl_hf import TCLForPreTraining
 from tcl_hf.training.arguments import TrainingError
@@ -161,3 +161,27 @@ def test_the_number_of_workers_may_change_between_runs(reference, tmp_path, work
         tiny_run(tmp_path, save_steps=2, evaluate=kill, eval_steps=4, dataloader_num_workers=workers[0])
     resumed(tmp_path, dataloader_num_workers=workers[1])
     assert losses(tmp_path) == losses(reference)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"per_device_train_batch_size": 3},
+            "when per_device_train_batch_size is 4, and now .* is 3: the order",
+        ),
+        (
+            {"gradient_accumulation_steps": 2},
+            "when gradient_accumulation_steps is 1, and now .* is 2: the order",
+        ),
+        ({"seed": 5}, "written when seed is 0, and now seed is 5"),
+        ({"records": tiny_records(11)}, "written when the data has 12 samples, and now the data has 11 samples"),
+    ],
+)
+def test_a_run_does_not_go_on_with_samples_in_another_order(tmp_path, change, sentence):
+    """Some samples would be missed in the epoch, and others seen twice."""
+    tiny_run(tmp_path, save_steps=4)
+    with pytest.raises(TrainingError, match=sentence):
+        resumed(tmp_path, num_train_epochs=3, **change)
+    resumed(tmp_path, num_train_epochs=3, learning_rate=5e-4)  # What the order does not follow from may change.
+    assert len(losses(tmp_path)) == 9

@@ -7,6 +7,7 @@ import warnings
 from PIL import Image
 
 from ..models.image_processing_tcl import upright
+from .captions import usable_captions
 
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -57,6 +58,8 @@ def why_unusable(record: dict) -> str | None:
         return f"{type(error).__name__}: {error}"
     if "question" in record:
         return None if (record["question"] or "").strip() else "no question"
-    if not any(isinstance(text, str) and text.strip() for text in record.get("captions") or ()):
-        return "no caption"
+    try:
+        usable_captions(record, clean=True)  # of "..." or "?" nothing is left
+    except ValueError as error:
+        return str(error)
     return None

@@ -116,7 +116,13 @@ def open_source(source: str, split: str, *, streaming: bool = False) -> Dataset 
                 "them, or the name of a data set on the Hub."
             )
         name, _, config = source.partition(":")
-        return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+        try:
+            return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+        except (FileNotFoundError, ConnectionError) as error:
+            raise DataError(
+                f"There is no file or folder {source}, and it could not be loaded from the Hub (split '{split}'): "
+                + " ".join(str(error).split())
+            ) from error
 
 
 def recognised_columns(

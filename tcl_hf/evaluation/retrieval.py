@@ -9,6 +9,7 @@ are log-ratios of probabilities, and so they add. The log-odds are used and not 
 leaves the sum of both logits undetermined: adding a number to both changes no probability, but would change the order.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.captions import usable_captions
 from ..data.kept_states import plain_view_of
 from ..models.attention import KeyValue
 from ..models.configuration_tcl import TCLConfig
@@ -27,7 +29,10 @@ from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .metrics import check_finite, retrieval_metrics
 from .shares import gather_results, in_batches, process_share
 
+logger = logging.getLogger(__name__)
+
 NOT_SCORED = -100.0  # the score of pairs outside the top k, as in the paper's code
+_MAX_NAMED = 5  # images in a warning
 NO_RECORD = -1  # the image of a text that belongs to no record
 RERANK_WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # the weights that are tried; 0 ranks by similarity alone
 MAX_PADDING = 1 / 8  # largest share of padding in a group; a smaller one makes groups too small for fast products
@@ -124,7 +129,7 @@ def encode_samples(
         return states if states_dtype is None else states.to("cpu", states_dtype)
 
     if texts is None:
-        captions = [record["captions"][:captions_per_image] for record in records]
+        captions = [usable_captions(record, processor.clean_text)[:captions_per_image] for record in records]
         texts = [text for of_image in captions for text in of_image]
         image_of_text = torch.tensor([row for row, of_image in enumerate(captions) for _ in of_image])
     else:
@@ -166,6 +171,30 @@ def encode_samples(
     check_finite(encoded.image_states, "states of images")
     check_finite(encoded.text_states, "states of texts")
     return encoded
+
+
+def with_captions(records: Sequence[dict], processor: TCLProcessor) -> Sequence[dict]:
+    """The records that have a caption which the model can read; the others are left out, and a warning names them.
+
+    An image without a caption cannot be right, and would count as a miss.
+    """
+    rows, bad = [], []
+    for row, record in enumerate(records):
+        try:
+            usable_captions(record, processor.clean_text)
+            rows.append(row)
+        except ValueError as error:
+            bad.append(f"{record.get('image_id')} ({error})")
+    if not bad:
+        return records
+    logger.warning(
+        "%d of %d images are left out, because they have no caption that can be read: %s",
+        len(bad),
+        len(records),
+        ", ".join(bad[:_MAX_NAMED]),
+    )
+    select = getattr(records, "select", None)
+    return select(rows) if select is not None else [records[row] for row in rows]
 
 
 def can_match(config: TCLConfig) -> bool:
@@ -322,6 +351,7 @@ def tune_rerank_weight(
 
     Arguments as in `evaluate_retrieval`.
     """
+    records = with_captions(records, processor)
     with eval_mode(model):
         encoded = encode_samples(
             model, processor, records, captions_per_image, batch_size, states_dtype, progress, max_tokens
@@ -363,6 +393,7 @@ def evaluate_retrieval(
         rerank_weight: weight of matching in the combined score; that of the model's config if None.
     """
     rerank_weight = model.config.rerank_weight if rerank_weight is None else rerank_weight
+    records = with_captions(records, processor)
     with eval_mode(model):
         encoded = encode_samples(
             model, processor, records, captions_per_image, batch_size, states_dtype, progress, max_tokens

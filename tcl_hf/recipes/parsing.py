@@ -177,7 +177,7 @@ def _defaults(command: Command, recipe: dict[str, Any], argv: Sequence[str]) -> 
     chosen = _chosen(argv)
     defaults: dict[str, Any] = {}
     if "output_dir" in command.reads:
-        task = chosen.task or recipe.get("task")
+        task = chosen.task or recipe.get("task") or (command.types[0].task if "task" in command.reads else None)
         data = chosen.data or recipe.get("data")
         if data:
             name = name_of(data if isinstance(data, list) else [data])

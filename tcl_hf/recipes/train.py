@@ -14,7 +14,7 @@ from ..sharing.hub import BackgroundPush
 from ..training.agreement import processes
 from ..training.arguments import TCLTrainingArguments
 from ..training.loop import TrainingRun
-from .arguments import TrainingDataArguments
+from .arguments import RecipeError, TrainingDataArguments
 from .model_folder import write_task
 from .phases import Phase
 from .tasks import TASKS, choose_rerank_weight_on
@@ -45,10 +45,16 @@ def train_task(
         The last line of `metrics.jsonl`.
 
     Raises:
-        RecipeError: if a phase after this one could not be trained.
+        RecipeError: if a phase after this one could not be trained, or the run would replace what it starts from.
         NonFiniteError, Preempted, CheckpointWriteError, TrainingError, DataError: as in `TrainingRun.train`.
     """
     task, phase = TASKS[data_args.task], phase or Phase((data_args, None, args))
+    source = getattr(phase.start, "model", None)
+    if source and Path(source).resolve() == Path(args.output_dir).resolve():
+        raise RecipeError(
+            f"output_dir={args.output_dir} is the folder of the model that the run starts from, which would be lost: "
+            "choose another output_dir."
+        )
     phase.check_following(model)
     if processes().is_main_process:  # before training, so that a run that is stopped has it too
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)

@@ -325,3 +325,14 @@ def test_a_search_works_for_a_model_that_does_not_match_and_for_few_images():
     for model in (no_fusion_layers(), tiny(TCLForImageTextRetrieval, itm_weight=0, rerank_weight=0.5)[0]):
         found = search_images(model, tiny_processor(), tiny_records(3), ["a dog"], number=6, k=2)
         assert sorted(found[0].tolist()) == [0, 1, 2]
+
+
+def test_images_and_captions_of_which_nothing_can_be_read_are_left_out(caplog):
+    """They are no misses and no queries: the metrics are those of the others."""
+    model, processor = tiny(TCLForImageTextRetrieval)
+    good = tiny_records(6)
+    expected = evaluate_retrieval(model, processor, good, k=3)
+    bad = [good[0] | {"captions": captions, "image_id": f"bad {n}"} for n, captions in enumerate(([], ["...", "?"]))]
+    several = [record | {"captions": ["", "!", *record["captions"], "\ufffd"]} for record in good]
+    assert evaluate_retrieval(model, processor, [*bad, *several], k=3) == expected
+    assert "2 of 8 images are left out, because they have no caption that can be read: bad 0 (no cap" in caplog.text

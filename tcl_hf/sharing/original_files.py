@@ -105,7 +105,7 @@ def _called_in(path: Path) -> str:
                     return ".".join(texts[-2:])
                 if isinstance(argument, str):
                     texts.append(argument)
-    except Exception:  # It is no pickle, or a damaged one.
+    except Exception:  # Not a pickle, or a damaged one.
         return ""
     return ""
 

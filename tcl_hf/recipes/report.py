@@ -1,9 +1,11 @@
 """The report of a run: tables of results, curves, sheets of pictures, and the model card."""
 
+import functools
+import logging
 import math
 import random
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +28,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+
 CURVES = "training.png"
 SHEET, FREE_SHEET = "retrieved.png", "free_texts.png"
 NUM_FOUND = 6  # pictures beside each text
 MAX_SEARCHED = 10_000  # because their states stay in memory while they are ranked
 PREDICTIONS = "predictions.png"
 SHEET_SIDE, FRAME = 160, 2  # side of a picture on the sheet of predictions and width of its frame, in pixels
+
+
+def _or_warn(draw: Callable[..., None]) -> Callable[..., None]:
+    """Make a function that draws one that warns where it fails: a picture that cannot be drawn loses no card."""
+
+    @functools.wraps(draw)
+    def try_to_draw(*args: Any, **kwargs: Any) -> None:
+        try:
+            draw(*args, **kwargs)
+        except Exception as error:  # matplotlib and Pillow raise any kind
+            logger.warning("%s failed, and its picture is left out: %s", draw.__name__, error)
+
+    return try_to_draw
 
 
 @dataclass(frozen=True)
@@ -83,13 +100,14 @@ class Run:
             metrics=metrics,
             protocol=self.protocol,
             base_models=self.base_models,
-            pictures=pictures,
+            pictures=[(file, caption) for file, caption in pictures if (self.output_dir / file).exists()],
             example=example,
             tags=["lora"] if self.lora else [],
             adapter_of=(phase.former or self.base_models[0]) if self.lora and self.lora_save == "adapter" else None,
         ).write(self.output_dir)
 
 
+@_or_warn
 def sample_sheet(records: Sequence[dict], path: Path, columns: int = 5) -> None:
     """Draw the images of records with their first captions as a PNG, five in a row."""
     rows = -(-len(records) // columns)
@@ -98,9 +116,8 @@ def sample_sheet(records: Sequence[dict], path: Path, columns: int = 5) -> None:
         axis.axis("off")
     for axis, record in zip(axes.flat, records, strict=False):
         axis.imshow(open_image(record["image"]).convert("RGB"))
-        axis.set_title(
-            textwrap.shorten(textwrap.fill(record["captions"][0], 26), 78, placeholder="..."), fontsize=8, wrap=True
-        )
+        text = textwrap.shorten(record["captions"][0], 78, placeholder="...")
+        axis.set_title(textwrap.fill(text, 26), fontsize=8, parse_math=False)
     figure.savefig(path, dpi=90)
 
 
@@ -137,6 +154,7 @@ def _scored_by(score: str, metrics: dict[str, float]) -> dict[str, float]:
     return {name.removeprefix(f"{score}_"): v for name, v in metrics.items() if name.startswith(f"{score}_")}
 
 
+@_or_warn
 def plot_training(lines: list[dict[str, float]], path: Path) -> None:
     """Plot the losses and the recall of the lines of a `metrics.jsonl` as a PNG."""
     figure, ((losses, recall),) = _subplots((10, 3.6), 1, 2)
@@ -206,6 +224,7 @@ def different_pictures(data: Sequence[Sequence[dict]]) -> list[dict]:
     return list(chosen.values())
 
 
+@_or_warn
 def picture_sheet(
     records: Sequence[dict], texts: list[str], found: list[list[int]], path: Path, right: list[int] | None = None
 ) -> None:
@@ -218,7 +237,9 @@ def picture_sheet(
     num_images = len(found[0])
     figure, axes = _subplots((1.3 * num_images + 2, 1.3 * len(texts)), len(texts), num_images)
     for row, text in enumerate(texts):
-        axes[row, 0].set_ylabel(textwrap.fill(text, 18), rotation=0, ha="right", va="center", fontsize=9)
+        axes[row, 0].set_ylabel(
+            textwrap.fill(text, 18), rotation=0, ha="right", va="center", fontsize=9, parse_math=False
+        )
         for axis, image in zip(axes[row], found[row], strict=True):
             axis.imshow(open_image(records[image]["image"]).convert("RGB"))
             axis.set(xticks=[], yticks=[])
@@ -295,6 +316,7 @@ def _explained_scores(metrics: dict[str, float], k: int, num_tuning: int) -> lis
     return sentences
 
 
+@_or_warn
 def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Path, columns: int = 6) -> None:
     """Draw pictures with the text about them and the prediction, as a PNG; right ones are framed green.
 
@@ -318,8 +340,18 @@ def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Pat
         if "point" in prediction:
             axis.plot(*_on_sheet(prediction["point"], pictures[0].size), marker="+", color="red", markersize=12)
         text, result, color = _caption_of(prediction, record)
-        axis.set_title(textwrap.fill(text, 24), fontsize=8)
-        axis.text(0.5, -0.08, result, transform=axis.transAxes, ha="center", va="top", fontsize=9, color=color)
+        axis.set_title(textwrap.fill(text, 24), fontsize=8, parse_math=False)
+        axis.text(
+            0.5,
+            -0.08,
+            result,
+            transform=axis.transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
+            color=color,
+            parse_math=False,
+        )
     figure.savefig(path, dpi=110)
 
 
@@ -352,6 +384,7 @@ def task_table(metrics: dict[str, float], protocol: EvaluationProtocol) -> str:
     return "\n".join([str(protocol), "", "| metric | value |", "|---|---|", *rows])
 
 
+@_or_warn
 def plot_task(lines: list[dict[str, float]], metric: str, path: Path) -> None:
     """Plot the loss and one metric of the lines of a `metrics.jsonl` as a PNG."""
     figure, ((loss, measured),) = _subplots((9, 3.4), 1, 2)
@@ -386,7 +419,7 @@ def _subplots(size: tuple[float, float], rows: int, columns: int) -> tuple["Figu
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Curves and picture sheets need matplotlib: pip install 'tcl_hf[demo]'.") from error
+        raise ImportError("Curves and picture sheets need matplotlib: pip install matplotlib.") from error
     figure = Figure(size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 

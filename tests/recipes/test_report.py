@@ -1,6 +1,7 @@
 """The report of a run: table, curves, sheet and card, from measured numbers."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tcl_hf.recipes.report import (
     plot_training,
     prediction_sheet,
     results_table,
+    sample_sheet,
     task_table,
     write_finetuning_report,
     write_pretraining_report,
@@ -127,6 +129,29 @@ def test_the_card_names_the_number_of_captions_that_were_retrieved(tmp_path, num
     model = TCLForImageTextRetrieval(small_patches(itm_weight=0, mlm_weight=0, text_config={"fusion_layer": 4}))
     write_pretraining_report(run, model, tiny_processor(), tiny_records(3), dict.fromkeys(NAMES, 1.0))
     assert f"with {words} per image." in " ".join((tmp_path / "README.md").read_text().split())
+
+
+def test_a_picture_that_cannot_be_drawn_loses_no_card(tmp_path, monkeypatch, caplog):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "loss_cma": 3.0}')
+    protocol = EvaluationProtocol("retrieval", "openmoji", "validation", 3, "pretrained_on_openmoji", 32, k=4)
+    run = Run(PretrainingDataArguments(), "3 pairs", [], "pretrain.py", tmp_path, protocol)
+    model = TCLForImageTextRetrieval(small_patches(itm_weight=0, mlm_weight=0, text_config={"fusion_layer": 4}))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where it is not installed
+    table = write_pretraining_report(run, model, tiny_processor(), tiny_records(3), dict.fromkeys(NAMES, 1.0))
+    card = (tmp_path / "README.md").read_text()
+    assert table in card and "training.png" not in card and "retrieved.png" not in card
+    assert "plot_training failed, and its picture is left out: Curves and picture sheets need matplotlib" in caplog.text
+    assert "picture_sheet failed" in caplog.text
+
+
+def test_texts_with_the_marks_of_formulas_are_drawn_as_they_are(tmp_path, caplog):
+    records = [record | {"captions": [r"costs $\foo$ and ${"]} for record in tiny_records(3)]
+    picture_sheet(records, [r"$\foo$"], [[0, 1]], tmp_path / "sheet.png")
+    sample_sheet(records, tmp_path / "samples.png")
+    predictions = [{"image_id": record["image_id"], "label": r"$\bar{"} for record in records]
+    prediction_sheet([record | {"label": "$"} for record in records], predictions, tmp_path / "predictions.png")
+    assert {path.name for path in tmp_path.glob("*.png")} == {"sheet.png", "samples.png", "predictions.png"}
+    assert not caplog.records
 
 
 def test_the_right_picture_is_framed_and_free_texts_have_none(tmp_path):

@@ -18,7 +18,7 @@ from ..models.losses import NO_IMAGE_ID
 from ..models.processing_tcl import MAX_QUESTION_WORDS_IN_TRAINING, MAX_TOKENS, TCLProcessor
 from .augmentation import TCLAugmentation
 from .captions import usable_captions
-from .images import IMAGE_ERRORS, open_image
+from .images import IMAGE_ERRORS, identity_of, open_image
 from .kept_states import plain_view_of
 from .records import DataError
 from .skipped import SkippedSamples
@@ -177,7 +177,8 @@ class TCLPreTrainingCollator(_Collator):
         views = self._views(record, 1 + self.two_views)
         uniform = torch.rand(self.max_tokens, 2)
         random_ids = torch.randint(len(self.processor.tokenizer), (self.max_tokens,))
-        return views, caption, uniform, random_ids, image_number(record.get("image_id"))
+        number = image_number(record) if self.with_image_ids else NO_IMAGE_ID
+        return views, caption, uniform, random_ids, number
 
     def _batch(self, samples: list) -> dict[str, Tensor]:
         views, captions, uniform, random_ids, image_ids = zip(*samples, strict=True)
@@ -206,11 +207,17 @@ class TCLPreTrainingCollator(_Collator):
         return {"mlm_input_ids": masked_ids, "mlm_labels": labels, "mlm_positions": masked_positions(labels)}
 
 
-def image_number(image_id: str | None) -> int:
-    """A number for an image id, equal in all processes and runs; `NO_IMAGE_ID` for None."""
-    if image_id is None:
+def image_number(record: dict) -> int:
+    """A number for the image of a record, equal in all processes and runs; `NO_IMAGE_ID` where nothing identifies it.
+
+    It follows from the image, see `identity_of`, because ids may begin anew in each source. Only where the image is
+    open already, it follows from the id.
+    """
+    image = record.get("image")
+    name = identity_of(image) if isinstance(image, dict) else record.get("image_id")
+    if name is None:
         return NO_IMAGE_ID
-    return int.from_bytes(hashlib.blake2b(str(image_id).encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass

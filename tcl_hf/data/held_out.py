@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from datasets import Dataset, Features, concatenate_datasets
 
-from .kept_states import identity_of
+from .images import identity_of
 from .records import FEATURES, DataError
 
 CAPTIONS = FEATURES["captions"]

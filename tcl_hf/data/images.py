@@ -1,8 +1,10 @@
 """`open_image` opens the image of a record in any of its forms; `why_unusable` checks a whole record."""
 
+import hashlib
 import io
 import os
 import warnings
+from typing import Any
 
 from PIL import Image
 
@@ -46,6 +48,24 @@ def open_image(image: object) -> Image.Image:
     except RuntimeError as error:  # Only AVIF raises it; for a damaged file of another format Pillow raises OSError.
         raise OSError(str(error)) from error
     return upright(opened)
+
+
+def identity_of(image: dict[str, Any] | None) -> str:
+    """A hash by which the image of a record is told from others: of its bytes, or of its path, size and time of change.
+
+    Names and numbers do not tell images apart: base names repeat in folders, and numbers begin anew in each shard.
+    """
+    if image is None:
+        return "missing"
+    if image.get("bytes") is not None:
+        return hashlib.blake2b(image["bytes"], digest_size=16).hexdigest()
+    path = str(image.get("path"))
+    try:
+        status = os.stat(path)
+        stamp = f"{status.st_size} {status.st_mtime_ns}"
+    except OSError:
+        stamp = "missing"
+    return hashlib.blake2b(f"{os.path.abspath(path)} {stamp}".encode(errors="replace"), digest_size=16).hexdigest()
 
 
 def why_unusable(record: dict) -> str | None:

@@ -12,8 +12,7 @@ from tqdm.auto import tqdm
 from ..models.processing_tcl import TCLProcessor
 from ..models.tokenization_tcl import clean_caption
 from .captions import MAX_CHARACTERS, usable_captions
-from .images import IMAGE_ERRORS, open_image
-from .kept_states import identity_of
+from .images import IMAGE_ERRORS, identity_of, open_image
 
 SPLITS = ("train", "validation", "test")
 _MAX_NAMED = 5  # samples in a list

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..models.encoders import TCLVisionModel
 from ..models.processing_tcl import TCLProcessor
 from .augmentation import TCLAugmentation
-from .images import IMAGE_ERRORS, open_image
+from .images import IMAGE_ERRORS, identity_of, open_image
 from .records import DataError
 from .sampling import mix_seeds
 
@@ -310,21 +310,6 @@ def _images_of(dataset: Any) -> list[str]:
             f"{', '.join(columns) or 'of a stream'}: leave kept_views out."
         )
     return [identity_of(row["image"]) for row in tqdm(dataset.select_columns(["image"]), "Hashing images", leave=False)]
-
-
-def identity_of(image: dict[str, Any] | None) -> str:
-    """A hash of the image of a record: of its bytes, or of its path with the file's size and time of change."""
-    if image is None:
-        return "missing"
-    if image.get("bytes") is not None:
-        return hashlib.blake2b(image["bytes"], digest_size=16).hexdigest()
-    path = str(image.get("path"))
-    try:
-        status = os.stat(path)
-        stamp = f"{status.st_size} {status.st_mtime_ns}"
-    except OSError:
-        stamp = "missing"
-    return hashlib.blake2b(f"{os.path.abspath(path)} {stamp}".encode(), digest_size=16).hexdigest()
 
 
 def _plan(

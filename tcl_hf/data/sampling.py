@@ -4,7 +4,6 @@ A visit is the use of one sample in one epoch. Its seed follows from the run's s
 so that a sample gets the same views, caption and masks in any process.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from .images import identity_of
 from .records import DataError
 
 _WORD = r"[^\s/-]*[\pL\pN][^\s/-]*"  # a word of a cleaned caption, in the syntax of RE2
@@ -179,7 +179,7 @@ class VisitedSamples(torch.utils.data.Dataset):
 class SharedImages(torch.utils.data.Dataset):
     """The records of a data set by image: an item holds all records about the same image (or images) as `records`.
 
-    Images are the same if their paths are equal, or, without paths, their bytes.
+    Images are the same if their bytes are equal, or, without bytes, their paths.
     """
 
     def __init__(self, dataset: Dataset):
@@ -188,7 +188,7 @@ class SharedImages(torch.utils.data.Dataset):
         column = "images" if "images" in dataset.column_names else "image"
         for row, images in enumerate(dataset.select_columns([column])[column]):
             images = images if isinstance(images, list) else [images]
-            rows.setdefault(tuple(map(_identity, images)), []).append(row)
+            rows.setdefault(tuple(map(identity_of, images)), []).append(row)
         self.groups = list(rows.values())
 
     def __len__(self) -> int:
@@ -197,8 +197,3 @@ class SharedImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         records = [self.dataset[row] for row in self.groups[index]]
         return {"image_id": records[0].get("image_id"), "records": records}
-
-
-def _identity(image: dict) -> str | bytes:
-    """The path of an image, or a hash of its bytes."""
-    return image.get("path") or hashlib.blake2b(image["bytes"], digest_size=16).digest()

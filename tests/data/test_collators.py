@@ -119,7 +119,28 @@ def test_image_ids_are_equal_where_the_image_is():
     batch = collator([rows[0], rows[1], rows[0]])
     ids = batch["image_ids"].tolist()
     assert ids[0] == ids[2] != ids[1] and min(ids) >= 0
-    assert image_number(None) == -100
+    assert image_number({}) == -100
+
+
+def test_images_are_told_apart_by_their_content_and_not_by_numbers_that_begin_anew(tmp_path):
+    """Two sources count from 0, two folders have files of one name, and a picture stands under two ids."""
+    collator = TCLPreTrainingCollator(tiny_processor(), mlm_probability=0, with_image_ids=True)
+    rows = [
+        {"image": picture(0), "captions": ["a dog"], "image_id": "0"},
+        {"image": picture(1), "captions": ["a cat"], "image_id": "0"},
+        {"image": picture(0), "captions": ["one dog"], "image_id": "7"},
+        {"image": picture(2) | {"path": "a.png"}, "captions": ["a bird"], "image_id": "1"},
+        {"image": picture(3) | {"path": "a.png"}, "captions": ["a fish"], "image_id": "1"},
+    ]
+    ids = collator(rows)["image_ids"].tolist()
+    assert ids[0] == ids[2] and len(set(ids)) == 4
+    groups = [item["records"] for item in SharedImages(Dataset.from_list(rows))]
+    assert [[record["captions"][0] for record in group] for group in groups] == [
+        ["a dog", "one dog"],
+        ["a cat"],
+        ["a bird"],
+        ["a fish"],
+    ]
 
 
 def test_a_batch_of_bad_samples_is_empty(pictures):

@@ -12,6 +12,7 @@ import datasets
 from .captions import caption_texts
 from .sources import is_remote
 
+_FIRST_MEMBERS = 50
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]*)\.(?P<field>[^/]*)", re.DOTALL)
 
 
@@ -81,13 +82,20 @@ def _samples(file: str, wanted: set[str] | None) -> Iterator[dict[str, Any]]:
 
 
 def _is_in_order(file: str) -> bool:
-    """Whether the files of each sample of a tar stand one after another, as its headers say."""
+    """Whether the files of each sample of a tar stand one after another, as its headers say.
+
+    The first ones are enough where two of them belong together, so that a large tar is not read twice.
+    """
     try:
         with tarfile.open(file) as tar:
-            keys = [match["key"] for member in tar if (match := _MEMBER.fullmatch(member.name))]
+            keys = (match["key"] for member in tar if (match := _MEMBER.fullmatch(member.name)))
+            first = list(islice(keys, _FIRST_MEMBERS))
+            if len(set(first)) < len(first):
+                return len([key for key, _ in groupby(first)]) == len(set(first))
+            all_keys = [*first, *keys]
     except (tarfile.TarError, OSError):
         return True  # It breaks off, and the samples before that are read one after another.
-    return len([key for key, _ in groupby(keys)]) == len(set(keys))
+    return len([key for key, _ in groupby(all_keys)]) == len(set(all_keys))
 
 
 def _samples_out_of_order(file: str, wanted: set[str] | None) -> Iterator[dict[str, Any]]:

@@ -27,7 +27,7 @@ def commands_of(page) -> list[list[str]]:
         if match and "..." not in match[1]:
             command = re.split(r" (?:>|&&|\|) ", match[1])[0]
             # A command within that of another shell has the arguments of that behind it, or ends with its mark.
-            command = command.replace("\"$@\"' run", "")
+            command = command.replace('"$@"\' run', "")
             found.append(shlex.split(command.rstrip("'") if command.count("'") % 2 else command))
     return found
 

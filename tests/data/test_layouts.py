@@ -143,14 +143,16 @@ def test_a_list_of_addresses_names_the_program_that_downloads_them(name, content
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("number", [2, 70])
 @pytest.mark.parametrize("order", ["by sample", "by ending"])
-def test_tars_hold_captions_in_json_and_may_be_sorted_by_ending(order, streaming, tmp_path):
-    contents = [{"JPG": png(n), "json": json.dumps({"caption": text}).encode()} for n, text in enumerate(CAPTIONS)]
-    files = [(f"photos/{n}.{end}", content[end]) for n, content in enumerate(contents) for end in content]
+def test_tars_hold_captions_in_json_and_may_be_sorted_by_ending(order, streaming, number, tmp_path):
+    captions = [CAPTIONS[n % 2] for n in range(number)]
+    contents = [{"JPG": png(n), "json": json.dumps({"caption": text}).encode()} for n, text in enumerate(captions)]
+    files = [(f"photos/{n:03d}.{end}", content[end]) for n, content in enumerate(contents) for end in content]
     if order == "by ending":
         files.sort(key=lambda file: file[0].rpartition(".")[2])
     write_tar(tmp_path / "part-00000.tar", files)
-    assert read(tmp_path, streaming=streaming) == [[text] for text in CAPTIONS]
+    assert read(tmp_path, streaming=streaming) == [[text] for text in captions]
 
 
 @pytest.mark.parametrize("fields", [{"captions": CAPTIONS}, {"text": CAPTIONS}, {"title": CAPTIONS, "id": 3}])

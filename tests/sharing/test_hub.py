@@ -1,5 +1,6 @@
 """Models that are pushed open elsewhere with the same outputs: the Hub's real client against a server on loopback."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from helpers import losses, small_patches, tiny_processor, tiny_run, training_batch
+from helpers import losses, questions, small_patches, tiny_processor, tiny_run, training_batch, write_json
 from hub_server import HubServer
 
 from tcl_hf import (
@@ -24,7 +25,10 @@ from tcl_hf import (
     TCLModel,
     TCLProcessor,
 )
+from tcl_hf.cli.evaluate import main as evaluate
 from tcl_hf.models.checksums import checksum
+from tcl_hf.recipes.arguments import FinetuningDataArguments
+from tcl_hf.recipes.model_folder import write_task
 from tcl_hf.sharing.cards import plain_card
 from tcl_hf.sharing.convert import open_saved
 from tcl_hf.sharing.hub import CODE, HubError, export, pull, push
@@ -340,6 +344,27 @@ def test_a_pushed_card_opens_the_model_by_its_name_on_the_hub(hub, repo, process
     assert f'TCLForImageTextRetrieval.from_pretrained("{repo}", use_momentum_teacher=False)' in card
     assert f'TCLProcessor.from_pretrained("{repo}")' in card and "`pip install tcl_hf`" in card
     assert '("run"' not in card and '("run"' in (tmp_path / "run/README.md").read_text()
+
+
+def test_a_model_on_the_hub_is_evaluated_by_its_name_and_brings_task_and_answers(hub, repo, processor, tmp_path):
+    save(TCLForQuestionAnswering, tmp_path / "run", processor)
+    write_task(tmp_path / "run", FinetuningDataArguments(task="question_answering", eval_k=2))
+    (tmp_path / "run" / "answers.json").write_text('["red", "green", "big cat"]')
+    push(tmp_path / "run", repo)
+    rows = [row | {"image": f"{row['image_id']}.png"} for row in questions(4)]
+    for row, record in zip(rows, questions(4), strict=True):
+        (tmp_path / row["image"]).write_bytes(record["image"]["bytes"])
+    source = write_json(tmp_path, rows)
+    with contextlib.chdir(tmp_path):
+        evaluate(["--model", repo, "--data", source])
+        folder = tmp_path / "runs" / repo.replace("/", "_")
+        result = json.loads((folder / "evaluation.json").read_text())
+        assert (result["task"], result["k"]) == ("question_answering", 2) and "accuracy" in result["metrics"]
+        assert len(json.loads((folder / "vqa_results.json").read_text())) == 4
+        assert not (tmp_path / "user").exists()
+        (folder / "vqa_results.json").unlink()
+        evaluate(["--model", repo, "--data", source, "--eval_images", "2"])  # a quick look is not for a server
+        assert not (folder / "vqa_results.json").exists()
 
 
 def test_links_to_files_outside_of_the_folder_are_not_followed(processor, tmp_path):

@@ -136,7 +136,10 @@ def test_splits_of_a_folder_follow_from_the_names_of_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nobody/no-such-data", "nobody/no-such-data could not be loaded"),
+        (
+            "nobody/no-such-data",
+            "There is no file or folder nobody/no-such-data, and it could not be loaded from the Hub",
+        ),
         ([], "No data was named"),
         ("./nowhere", "./nowhere cannot be read as data"),
         ("nothing/*.tar", r"nothing/\*.tar cannot be read as data"),

@@ -328,7 +328,7 @@ def test_a_search_works_for_a_model_that_does_not_match_and_for_few_images():
 
 
 def test_images_and_captions_of_which_nothing_can_be_read_are_left_out(caplog):
-    """They are no misses and no queries: the metrics are those of the others."""
+    """They count neither as misses nor as queries: the metrics are those of the others."""
     model, processor = tiny(TCLForImageTextRetrieval)
     good = tiny_records(6)
     expected = evaluate_retrieval(model, processor, good, k=3)

@@ -204,7 +204,7 @@ def test_adapters_are_pushed_and_open_with_the_base_model_of_the_hub(hub, repo, 
     about = (card.data.library_name, card.data.base_model, card.data.base_model_relation)
     assert about == ("peft", base_repo, "adapter")
     assert {"lora", "transformers", f"base_model:adapter:{base_repo}"} < set(card.data.tags)
-    assert 'open_checkpoint("adapters", TCLForVisualEntailment, config)' in card.text
+    assert f'open_checkpoint("{repo}", TCLForVisualEntailment, config)' in card.text
 
     pull(repo, tmp_path / "pulled")
     for name in (repo, str(tmp_path / "pulled")):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..data.pairs import DataError
-from ..evaluation.metrics import NotFiniteError
+from ..evaluation.metrics import NonFiniteScoreError
 from ..recipes.arguments import RecipeError
 from ..sharing.hub import HubError
 from ..sharing.original_files import CheckpointError
@@ -16,8 +16,8 @@ from ..training.checkpoints import CheckpointWriteError
 from ..training.guard import NonFiniteError
 
 ERRORS = (
-    *(CheckpointError, CheckpointWriteError, DataError, HubError, NonFiniteError, NotFiniteError, RecipeError),
-    TrainingError,
+    *(CheckpointError, CheckpointWriteError, DataError, HubError, NonFiniteError, NonFiniteScoreError),
+    *(RecipeError, TrainingError),
 )
 CHATTY = ("accelerate", "httpx", "httpx2")  # libraries of whose log only warnings are shown
 

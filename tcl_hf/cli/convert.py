@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ..models.image_processing_tcl import TCLImageProcessorPil
@@ -9,7 +10,7 @@ from ..models.processing_tcl import TCLProcessor
 from ..models.tokenization_tcl import TCLTokenizer
 from ..sharing.cards import plain_card
 from ..sharing.convert import ALBEF, check_conversion, convert, write_original
-from ..sharing.original_files import CheckpointError, read_checkpoint
+from ..sharing.original_files import CheckpointError
 from .command_line import argument_parser, command
 
 DEFAULT_TOKENIZER = "google-bert/bert-base-uncased"
@@ -43,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.target}: {write_original(args.source, args.target)} tensors")
         return
     heads = {"vision_heads": args.vision_heads, "text_heads": args.text_heads}
-    read_checkpoint(args.source)  # before a tokenizer is looked for, perhaps on the Hub
-    report = convert(args.source, args.target, open_processor(args.tokenizer), **heads, **(ALBEF if args.albef else {}))
+    processor = partial(open_processor, args.tokenizer)  # which may look for it on the Hub
+    report = convert(args.source, args.target, processor, **heads, **(ALBEF if args.albef else {}))
     origin = f"It was converted from {Path(args.source).name} of the original code."
     plain_card(Path(args.target).resolve().name, report.model_class, None, origin).write(Path(args.target))
     if args.verbose:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..models.processing_tcl import MAX_WORDS
-from ..models.tokenization_tcl import clean_caption
+from ..models.tokenization_tcl import clean_caption, encodable
 
 MAX_CHARACTERS = 10_000  # Longer captions are cut. The model reads far less of one: its first 30 words.
 # Names of columns, of fields of tars, and of keys in JSON that hold captions; further ones stand behind.
@@ -23,14 +23,7 @@ def caption_texts(value: Any) -> list[str]:
             one = next((one[key] for key in TEXT_COLUMNS if one.get(key)), None)
         texts += one if isinstance(one, list | tuple) else [one]
     texts = [text.get("raw") if isinstance(text, dict) else text for text in texts]
-    return [_encodable(text[:MAX_CHARACTERS]) for text in texts if isinstance(text, str)]
-
-
-def _encodable(text: str) -> str:
-    """A text whose halves of characters, which JSON can hold and UTF-8 cannot, are joined or become U+FFFD."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return [encodable(text[:MAX_CHARACTERS]) for text in texts if isinstance(text, str)]
 
 
 def usable_captions(record: dict, clean: bool) -> list[str]:

@@ -36,20 +36,27 @@ def cut_off(dataset: Dataset, number: int) -> tuple[Dataset, Dataset]:
     Raises:
         DataError: if nothing would be left to train on.
     """
-    column = "group" if "group" in dataset.column_names else "image_id"
-    groups = [str(group) for group in dataset.select_columns([column])[column]]
-    chosen = held_out_groups(groups, number, CUT_SEED)
-    rest = [row for row, group in enumerate(groups) if group not in chosen]
+    rest, cut = _rows_by_group(dataset, number)
     if not rest:
         raise DataError(
             f"tuning_images={number} leaves nothing of {len(dataset)} samples to train on: choose a smaller number."
         )
     ids = dataset.select_columns(["image_id"])["image_id"]
     first_rows: dict[str, int] = {}
-    for row, group in enumerate(groups):
-        if group in chosen:
-            first_rows.setdefault(ids[row], row)
+    for row in cut:
+        first_rows.setdefault(ids[row], row)
     return dataset.select(rest), dataset.select(list(first_rows.values()))
+
+
+def _rows_by_group(dataset: Dataset, number: float) -> tuple[list[int], list[int]]:
+    """The rows that stay, and at least `number` of them in whole groups, or else in whole images."""
+    column = "group" if "group" in dataset.column_names else "image_id"
+    groups = [str(group) for group in dataset.select_columns([column])[column]]
+    chosen = held_out_groups(groups, number, CUT_SEED)
+    rows: dict[bool, list[int]] = {False: [], True: []}
+    for row, group in enumerate(groups):
+        rows[group in chosen].append(row)
+    return rows[False], rows[True]
 
 
 def hold_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
@@ -58,17 +65,10 @@ def hold_out(dataset: Dataset, share: float) -> tuple[Dataset, Dataset]:
     Whole groups are held out, as in `cut_off`, with all rows of their images. The second part is empty if the share is
     less than one image.
     """
-    column = "group" if "group" in dataset.column_names else "image_id"
-    if column not in dataset.column_names:
+    if not {"group", "image_id"}.intersection(dataset.column_names):
         return dataset, dataset.select([])
-    groups = [str(group) for group in dataset.select_columns([column])[column]]
-    chosen = held_out_groups(groups, int(share * len(groups)), CUT_SEED)
-    rows: dict[bool, list[int]] = {True: [], False: []}
-    for row, group in enumerate(groups):
-        rows[group in chosen].append(row)
-    if not rows[False]:
-        return dataset, dataset.select([])
-    return dataset.select(rows[False]), dataset.select(rows[True])
+    rest, held_out = _rows_by_group(dataset, int(share * len(dataset)))
+    return (dataset.select(rest), dataset.select(held_out)) if rest else (dataset, dataset.select([]))
 
 
 def one_record_per_image(dataset: Dataset) -> Dataset:

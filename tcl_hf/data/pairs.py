@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset
 from .captions import CAPTION_COLUMNS, TEXT_COLUMNS
 from .embedded.openmoji import load_openmoji
 from .records import FEATURES, IMAGE_COLUMNS, PATH_COLUMNS, DataError, as_records, find_column
-from .sources import find_files, has_pattern, is_remote
+from .sources import Files, find_files, has_pattern, is_remote
 from .tables import column_names, list_records
 from .webdataset import fields_of, tar_records
 
@@ -73,12 +73,8 @@ def load_pairs(
             return _read_tars(source, files.paths, streaming, **options)
         if files is not None and files.kind in ("json", "table"):
             dataset = _read_lists(files.paths, split, streaming, image_root=image_root, **options)
-            if isinstance(dataset, Dataset) and len(dataset) == 0:
-                raise DataError(f"{source} holds no pairs in its split '{split}': name another split or source.")
-            return dataset
-    dataset = open_source(source, split, streaming=streaming)
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise DataError(f"{source} holds no pairs in its split '{split}': name another split or source.")
+            return _with_rows(dataset, source, split)
+        dataset = _with_rows(_open(source, split, files, streaming), source, split)
     if dataset.features == FEATURES and image_column is None and caption_column is None:
         return dataset  # These are records already.
     root = image_root
@@ -94,35 +90,46 @@ def open_source(source: str, split: str, *, streaming: bool = False) -> Dataset 
         DataError: if the source does not exist or cannot be read.
     """
     with _load_errors(source, split):
-        is_folder = os.path.isdir(source)
-        if is_folder and os.path.exists(os.path.join(source, "dataset_dict.json")):
-            dataset = datasets.load_from_disk(source)[split]
-            return _as_stream(dataset) if streaming else dataset
-        if is_folder and os.path.exists(os.path.join(source, "state.json")):
-            dataset = datasets.load_from_disk(source)
-            return _as_stream(dataset) if streaming else dataset
-        files = find_files(source, split)
-        if files is not None and files.kind == "json":
-            return _read_lists(files.paths, split, streaming)
-        for kind, builder in (("tar", "webdataset"), ("parquet", "parquet")):
-            if files is not None and files.kind == kind:
-                paths = list(files.paths)
-                return datasets.load_dataset(builder, data_files={split: paths}, split=split, streaming=streaming)
-        if is_folder:
-            return datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
-        if os.path.exists(source) or has_pattern(source) or source.startswith((".", "/", "~")):
-            raise DataError(
-                f"{source} cannot be read as data: give a CSV, TSV or JSON list, tar or parquet files, a folder of "
-                "them, or the name of a data set on the Hub."
-            )
-        name, _, config = source.partition(":")
-        try:
-            return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise DataError(
-                f"There is no file or folder {source}, and it could not be loaded from the Hub (split '{split}'): "
-                + " ".join(str(error).split())
-            ) from error
+        return _open(source, split, find_files(source, split), streaming)
+
+
+def _open(source: str, split: str, files: Files | None, streaming: bool) -> Dataset | IterableDataset:
+    """Open a source as `open_source` does, given its files."""
+    is_folder = os.path.isdir(source)
+    if is_folder and os.path.exists(os.path.join(source, "dataset_dict.json")):
+        dataset = datasets.load_from_disk(source)[split]
+        return _as_stream(dataset) if streaming else dataset
+    if is_folder and os.path.exists(os.path.join(source, "state.json")):
+        dataset = datasets.load_from_disk(source)
+        return _as_stream(dataset) if streaming else dataset
+    if files is not None and files.kind == "json":
+        return _read_lists(files.paths, split, streaming)
+    for kind, builder in (("tar", "webdataset"), ("parquet", "parquet")):
+        if files is not None and files.kind == kind:
+            paths = list(files.paths)
+            return datasets.load_dataset(builder, data_files={split: paths}, split=split, streaming=streaming)
+    if is_folder:
+        return datasets.load_dataset("imagefolder", data_dir=source, split=split, streaming=streaming)
+    if os.path.exists(source) or has_pattern(source) or source.startswith((".", "/", "~")):
+        raise DataError(
+            f"{source} cannot be read as data: give a CSV, TSV or JSON list, tar or parquet files, a folder of "
+            "them, or the name of a data set on the Hub."
+        )
+    name, _, config = source.partition(":")
+    try:
+        return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise DataError(
+            f"{source} is neither a file nor a folder, and loading it from the Hub failed (split '{split}'): "
+            + " ".join(str(error).split())
+        ) from error
+
+
+def _with_rows(dataset: Dataset | IterableDataset, source: str, split: str) -> Dataset | IterableDataset:
+    """The data set, unless it is a table without rows."""
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise DataError(f"{source} holds no pairs in its split '{split}': name another split or source.")
+    return dataset
 
 
 def recognised_columns(

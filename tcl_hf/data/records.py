@@ -4,6 +4,7 @@ The image is not decoded yet: it is a dictionary with its bytes, its path, or bo
 """
 
 import os
+import re
 from functools import partial
 
 import datasets
@@ -18,6 +19,7 @@ PATH_COLUMNS = (
     *("file_name", "filename", "image_path", "img_path", "image_file", "filepath", "file_path", "image_name", "path"),
     *("file", "photo", "picture"),
 )
+ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 URL_COLUMNS = ("url", "image_url", "img_url", "photo_url", "imageurl")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
 ID_COLUMNS = ("image_id", "__key__", "id", "key", "cocoid", "imgid", "filename")
@@ -141,7 +143,7 @@ def _below(row: dict, column: str, root: str) -> dict:
         DataError: if it is an address.
     """
     path = row[column]
-    if isinstance(path, str) and path.lower().startswith(("http://", "https://")):
+    if path and ADDRESS.match(path):
         raise only_addresses(path, f"the column {column}", column)
     return {column: os.path.join(root, path) if path else None}
 

@@ -15,6 +15,7 @@ import fsspec
 from .captions import caption_texts
 from .json_lists import json_rows
 from .records import (
+    ADDRESS,
     ID_COLUMNS,
     PATH_COLUMNS,
     TEXT_COLUMNS,
@@ -27,8 +28,8 @@ from .records import (
 from .sources import is_remote
 
 _DELIMITERS = ("\t", "|", ";", ",")
-_TOKEN_LINE = re.compile(r"(?P<image>[^\t]+?)#(?P<number>\d+)\t(?P<caption>.*)")  # of Flickr8k and Flickr30k
-_URL = re.compile(r"https?://", re.IGNORECASE)
+# A line of the captions of Flickr8k and Flickr30k.
+_TOKEN_LINE = re.compile(r"(?P<image>[^\t]+?)#(?P<number>\d+)\t(?P<caption>.*)")
 _LONGEST_FIELD = 2**26  # characters
 _TRIED_ROWS = 50  # to learn which columns there are, and in which folder the images are
 
@@ -128,14 +129,13 @@ def _csv_rows(stream: TextIO, file: str, image_column: str | None, caption_colum
             if found:
                 yield {"image": found["image"], "caption": found["caption"]}
         return
-    if _URL.search(first):
+    if ADDRESS.search(first):
         raise only_addresses(file, "a list without a header")
     delimiter, names = _header(first, image_column, caption_column)
     csv.field_size_limit(_LONGEST_FIELD)
     lines = (line.replace("\0", "") for line in stream)
-    quoting: Any = (
-        csv.QUOTE_MINIMAL if delimiter in (",", ";") else csv.QUOTE_NONE
-    )  # a text may begin with an inch mark
+    # Between tabs and bars a quotation mark is part of the text, such as an inch mark.
+    quoting: Any = csv.QUOTE_MINIMAL if delimiter in (",", ";") else csv.QUOTE_NONE
     try:
         for fields in csv.reader(lines, delimiter=delimiter, quoting=quoting):
             if fields:
@@ -204,7 +204,7 @@ class _Images:
             return {"bytes": image, "path": None}
         if not isinstance(image, str) or not image or "\0" in image:
             return None
-        if _URL.match(image):
+        if ADDRESS.match(image):
             raise only_addresses(self.file, image[:80])
         if not self.is_found and self.tried < _TRIED_ROWS and not is_remote(self.root):
             self._look_for(image)

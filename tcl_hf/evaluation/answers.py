@@ -54,7 +54,7 @@ def evaluate_answers(
             results += zip(ranked.indices[:, 0].tolist(), ranked.probabilities[:, 0].tolist(), strict=True)
     results = gather_results(results, len(records))
     scores = torch.tensor([score for _, score in results])
-    check_finite(scores, "probabilities of answers", [record["question_id"] for record in records])
+    check_finite(scores, "probabilities of answers", lambda row: records[row]["question_id"])
     predictions = [
         {"question_id": record["question_id"], "answer": candidates[index], "score": score}
         for record, (index, score) in zip(records, results, strict=True)

@@ -46,7 +46,7 @@ def evaluate_classes(
             labels = batch.pop("labels")
             results += zip(model(**batch).logits.float().softmax(-1).tolist(), labels.tolist(), strict=True)
     probabilities, numbers = zip(*gather_results(results, len(records)), strict=True)
-    check_finite(torch.tensor(probabilities), "probabilities of labels", [record["image_id"] for record in records])
+    check_finite(torch.tensor(probabilities), "probabilities of labels", lambda row: records[row]["image_id"])
     predicted, true = torch.tensor(probabilities).argmax(-1), torch.tensor(numbers)
     metrics = {"accuracy": accuracy(predicted, true), "most_frequent_label": majority_share(true)}
     metrics |= per_label_scores(predicted, true, names)

@@ -85,19 +85,18 @@ def _locate(
     heat_maps = phrase_heat_maps(
         model, processor, pixel_values, texts, spans, heat, layer, max_tokens, skip_unread=True
     )
-    for (record, _, _), maps in zip(captions, heat_maps, strict=True):
-        for heat_map in maps:
-            if heat_map is not None:
-                check_finite(heat_map[None], "heat maps", [f"of image {record['image_id']}"])
     results: list[list[dict]] = []
     for (record, _, phrases), text, image, maps in zip(captions, texts, images, heat_maps, strict=True):
-        size = image.size
+        image_id, size = record["image_id"], image.size
+        for heat_map in maps:
+            if heat_map is not None:
+                check_finite(heat_map[None], "heat maps", f"of image {image_id}".format)
         scale = _scale_of_boxes(record, size)
         proposals = torch.tensor(record["proposals"]) * scale if record.get("proposals") else sliding_boxes(size)
         results.append(
             [
                 {
-                    "image_id": record["image_id"],
+                    "image_id": image_id,
                     "phrase_id": phrase["phrase_id"],
                     "phrase": text[phrase["start"] : phrase["end"]],
                     "point": heat_point(heat_map, size),

@@ -5,35 +5,43 @@ Shapes: I images, T texts, N samples, G true boxes and K candidate boxes of a ph
 """
 
 import re
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sized
 from typing import Literal
 
 import torch
 import torchvision
 from torch import Tensor
 
+_ROWS_AT_ONCE = 256
 
-class NotFiniteError(ValueError):
+
+class NonFiniteScoreError(ValueError):
     """Scores that are NaN or infinite, of which no metric can be made; the message says how many, and the first."""
 
 
-def check_finite(values: Tensor, what: str, names: Sequence[object] | None = None) -> None:
+def check_finite(values: Tensor, what: str, name_of: Callable[[int], object] = int) -> None:
     """Refuse features, logits or scores that are not finite: comparisons with NaN would count as hits.
 
     Args:
         values: one row for each sample (N, ...).
         what: the plural of a row, for the message.
-        names: the name of each row; its number if None.
+        name_of: gives the name of a row; its number by default.
 
     Raises:
-        NotFiniteError: with the number of such rows, and the first.
+        NonFiniteScoreError: with the number of such rows, and the first.
     """
-    bad = (~values.detach().isfinite()).reshape(len(values), -1).any(1).nonzero().flatten().tolist()
-    if bad:
-        first = bad[0] if names is None else names[bad[0]]
-        raise NotFiniteError(
-            f"{len(bad)} of {len(values)} {what} are not finite, the first of them {first}: the weights are damaged or "
-            "have diverged, or half precision overflows. Evaluate another checkpoint, or in float32."
+    # In pieces, because the states of a large data set have no room for a second tensor of their size.
+    bad = [~part.detach().isfinite().reshape(len(part), -1).all(1) for part in values.split(_ROWS_AT_ONCE)]
+    _refuse(torch.cat(bad), what, name_of)
+
+
+def _refuse(bad: Tensor, what: str, name_of: Callable[[int], object] = int) -> None:
+    """Refuse rows that are marked (N,), as `check_finite` does."""
+    rows = bad.nonzero().flatten().tolist()
+    if rows:
+        raise NonFiniteScoreError(
+            f"{len(rows)} of {len(bad)} {what} are not finite, the first of them {name_of(rows[0])}: the weights are "
+            "damaged or have diverged, or half precision overflows. Evaluate another checkpoint, or in float32."
         )
 
 
@@ -52,10 +60,10 @@ def retrieval_ranks(image_scores: Tensor, text_scores: Tensor, image_of_text: Te
         The rank, from 0, of the best text of each image (I,), and of the image of each text (T,).
 
     Raises:
-        NotFiniteError: if a score is NaN.
+        NonFiniteScoreError: if a score is NaN.
     """
-    for scores, what in ((image_scores, "rows of scores of images"), (text_scores.mT, "rows of scores of texts")):
-        check_finite(scores.masked_fill(scores.isinf(), 0), what)
+    _refuse(image_scores.isnan().any(1), "rows of scores of images")
+    _refuse(text_scores.isnan().any(0), "rows of scores of texts")
     right = image_of_text == torch.arange(len(image_scores), device=image_scores.device)[:, None]  # (I, T)
     best_text = image_scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)  # (I, 1)
     image_ranks = ((image_scores >= best_text) & ~right).sum(1)

@@ -156,8 +156,8 @@ def encode_samples(
     bar.close()
     image_features = torch.stack(gather_results(image_embeds, len(records)))
     text_features = torch.stack(gather_results(text_embeds, len(texts)))
-    check_finite(image_features, "features of images", [record.get("image_id") for record in records])
-    check_finite(text_features, "features of texts", [repr(text[:60]) for text in texts])
+    check_finite(image_features, "features of images", lambda row: records[row].get("image_id"))
+    check_finite(text_features, "features of texts", lambda row: repr(texts[row][:60]))
     encoded = EncodedSamples(
         image_rows=image_rows,
         image_states=torch.stack(image_states),
@@ -179,7 +179,8 @@ def with_captions(records: Sequence[dict], processor: TCLProcessor) -> Sequence[
     An image without a caption cannot be right, and would count as a miss.
     """
     rows, bad = [], []
-    for row, record in enumerate(records):
+    select_columns = getattr(records, "select_columns", None)  # so that no image is read for its captions
+    for row, record in enumerate(records if select_columns is None else select_columns(["captions", "image_id"])):
         try:
             usable_captions(record, processor.clean_text)
             rows.append(row)

@@ -164,7 +164,7 @@ def evaluate_zero_shot(
             bar.update(len(batch))
         bar.close()
     probabilities, ranked = zip(*gather_results(results, len(ids)), strict=True)
-    check_finite(torch.tensor(probabilities), "probabilities of classes", ids)
+    check_finite(torch.tensor(probabilities), "probabilities of classes", ids.__getitem__)
     predictions = []
     for image_id, best_of_one, scores in zip(ids, ranked, probabilities, strict=True):
         names = [classes[number] for number in best_of_one]

@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import BatchEncoding
 
 from .image_processing_tcl import TCLImageProcessorPil
 from .starting_points import read_image_format
-from .tokenization_tcl import TCLTokenizer, clean_caption, clean_question
+from .tokenization_tcl import TCLTokenizer, clean_caption, clean_question, encodable
 
 # The longest texts; [CLS], and [SEP] where there is one, count as tokens. The original pre-trains with 25 tokens,
 # evaluates retrieval with 30, and sets no other limit on tokens. Its limits on words are the same as these.
@@ -104,7 +104,7 @@ class TCLProcessor(ProcessorMixin):
 
     def _cleaned(self, texts: Any) -> list[str]:
         """Texts that can be encoded, cleaned if this processor cleans texts, with [MASK] between what is cleaned."""
-        if not isinstance(texts, list | tuple) and not hasattr(texts, "__iter__"):
+        if not hasattr(texts, "__iter__"):
             raise ValueError(f"text is {texts!r}: give one text, or a list of texts.")
         texts = list(texts)
         if not texts:
@@ -112,11 +112,7 @@ class TCLProcessor(ProcessorMixin):
         for number, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(f"text {number} is {text!r}, of type {type(text).__name__}: give texts in one list.")
-        # Halves of characters, which cannot be encoded, are joined or become U+FFFD.
-        texts = [
-            text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-            for text in texts
-        ]
+        texts = [encodable(text) for text in texts]
         if not self.clean_text:
             return texts
         mask = str(self.tokenizer.mask_token)

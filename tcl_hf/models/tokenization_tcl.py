@@ -14,6 +14,11 @@ _PERSON_BRACKET = re.compile("<(?=person>)|(?<=<person)>")
 _CLEAN_UP = ((_DELETED, ""), (_COMPOUND, " "), (_PERSON_BRACKET, ""))  # what a pattern matches is replaced
 
 
+def encodable(text: str) -> str:
+    """A text whose halves of characters, which JSON can hold and UTF-8 cannot, are joined or become U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def clean_caption(caption: str, max_words: int = 30) -> str:
     """Clean a caption as the original does: lower case, no punctuation, at most `max_words` words.
 

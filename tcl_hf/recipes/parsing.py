@@ -127,8 +127,9 @@ class Given:
         phases = recipe.pop(PHASES, None)
         if command is EVALUATE:
             recipe.pop("eval_images", None)  # a limit for quick looks in training
-            if chosen.model and path is None:
-                place, recipe = f"{chosen.model}/{TASK}: ", _brought_by_model(chosen)
+            if chosen.model and path is None and not chosen.task:
+                place = f"{chosen.model}/{TASK}: "
+                recipe = read_task(chosen.model, names_data=bool(chosen.data or chosen.validation_data))
         check_names(command, place, recipe, names_of(*command.types))
         recipe = _filled(recipe)
         options = _options_in(argv, parser_of(command))
@@ -142,7 +143,7 @@ class Given:
         """One object of each of the command's types; `changes` override the recipe, and the command line both."""
         changes = changes or {}
         recipe = _filled(self.recipe | changes)
-        recipe = _defaults(self.command, recipe, self.argv) | recipe
+        recipe = self._defaults(recipe) | recipe
         argv = [*_as_argv({name: value for name, value in recipe.items() if name not in OBJECTS}), *self.argv]
         for name in OBJECTS:
             of_recipe = [] if name in changes and changes[name] is None else [self.recipe.get(name)]
@@ -156,6 +157,17 @@ class Given:
             raise RecipeError(f"'{rest[0]}' does not belong to any option: write options as --name value.")
         return tuple(parsed)
 
+    def _defaults(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Defaults that depend on others: a run has a folder named after its data, and an evaluation has no limit."""
+        if self.command is EVALUATE:
+            return {"eval_images": 0}
+        data = _chosen(self.argv).data or recipe.get("data")
+        if "output_dir" not in self.command.reads or not data:
+            return {}
+        task = self.task or (self.command.types[0].task if "task" in self.command.reads else None)
+        names = [name_of(data if isinstance(data, list) else [data]), *([task] if task else [])]
+        return {"output_dir": f"runs/{'_'.join(names)}"}
+
 
 def _recipe_of_data(command: Command, chosen: argparse.Namespace) -> Path | None:
     """The file of the recipe that embedded data brings; None if the command line names something else."""
@@ -163,28 +175,6 @@ def _recipe_of_data(command: Command, chosen: argparse.Namespace) -> Path | None
         return None
     path = recipe_file(command.recipe)
     return path if not chosen.data or chosen.data == _read_recipe(path).get("data") else None
-
-
-def _brought_by_model(chosen: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that the model of a command line brings for its evaluation."""
-    if chosen.task:
-        return {}
-    return read_task(chosen.model, names_data=bool(chosen.data or chosen.validation_data))
-
-
-def _defaults(command: Command, recipe: dict[str, Any], argv: Sequence[str]) -> dict[str, Any]:
-    """Defaults that depend on other arguments: a run has a folder named after its data, and evaluation has no limit."""
-    chosen = _chosen(argv)
-    defaults: dict[str, Any] = {}
-    if "output_dir" in command.reads:
-        task = chosen.task or recipe.get("task") or (command.types[0].task if "task" in command.reads else None)
-        data = chosen.data or recipe.get("data")
-        if data:
-            name = name_of(data if isinstance(data, list) else [data])
-            defaults["output_dir"] = f"runs/{name}_{task}" if task else f"runs/{name}"
-    if command is EVALUATE:
-        defaults["eval_images"] = 0
-    return defaults
 
 
 def recipe_names() -> list[str]:

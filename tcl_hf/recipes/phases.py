@@ -7,7 +7,6 @@ last.
 
 import gc
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -30,6 +29,7 @@ from ..training.optimization import check_something_is_trained, trained_groups
 from .arguments import CheckpointArguments, ModelArguments, RecipeError, TrainingDataArguments
 from .build import DROPOUT, SIZES
 from .hints import names_of
+from .model_folder import replace_file
 from .parsing import Command, Given, check_names, check_task
 from .starting import check_kept_views
 
@@ -388,11 +388,8 @@ def _settings(phase: Phase) -> dict[str, Any]:
 
 def _write_finished(phase: Phase) -> None:
     """Mark a phase as finished."""
-    file = phase.folder / FINISHED
-    unfinished = file.with_suffix(".tmp")
     content = {"phases": [_settings(one) for one in phase.run[: phase.number]]}
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    replace_file(phase.folder / FINISHED, json.dumps(content, indent=1) + "\n")
 
 
 def _in_words(changes: dict[str, Any], code: str = "") -> str:

@@ -15,7 +15,7 @@ from ..training.agreement import processes
 from ..training.arguments import TCLTrainingArguments
 from ..training.loop import TrainingRun
 from .arguments import RecipeError, TrainingDataArguments
-from .model_folder import write_task
+from .model_folder import replace_file, write_task
 from .phases import Phase
 from .tasks import TASKS, choose_rerank_weight_on
 
@@ -89,7 +89,7 @@ def write_rerank_weight(folder: Path, rerank_weight: float) -> None:
     """Write the weight of the combined score into the config of a saved model."""
     config = folder / "config.json"
     fields = json.loads(config.read_text()) | {"rerank_weight": rerank_weight}
-    config.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    replace_file(config, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def command_line(name: str, argv: Sequence[str] | None) -> str:

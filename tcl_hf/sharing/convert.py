@@ -6,7 +6,7 @@
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,14 +203,18 @@ def _check_and_fill(weights: dict[str, Tensor], rows: list[NameRow], config: TCL
 
 
 def convert(
-    source: str | os.PathLike, folder: str | os.PathLike, processor: TCLProcessor | None = None, **fields
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    processor: TCLProcessor | Callable[[], TCLProcessor | None] | None = None,
+    **fields,
 ) -> Report:
     """Convert an original checkpoint to a folder that `from_pretrained` opens, which appears only when it is whole.
 
     Args:
         source: a file that `read_checkpoint` reads.
         folder: the folder to write; it must be empty if it exists.
-        processor: saved with the model, and set to the model's image size.
+        processor: saved with the model, and set to the model's image size; or a function that opens it, which is
+            called when the source has been read.
         fields: see `load_original`.
 
     Raises:
@@ -219,6 +223,8 @@ def convert(
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise CheckpointError(f"{folder} is not empty: choose another folder.")
     model, report = load_original(read_checkpoint(source), **fields)
+    if not isinstance(processor, TCLProcessor | None):
+        processor = processor()
     if processor is not None:
         vocabulary = model.config.text_config.vocab_size
         if len(processor.tokenizer) != vocabulary:

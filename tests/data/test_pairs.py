@@ -138,7 +138,7 @@ def test_splits_of_a_folder_follow_from_the_names_of_its_files(tmp_path):
     [
         (
             "nobody/no-such-data",
-            "There is no file or folder nobody/no-such-data, and it could not be loaded from the Hub",
+            "nobody/no-such-data is neither a file nor a folder, and loading it from the Hub failed",
         ),
         ([], "No data was named"),
         ("./nowhere", "./nowhere cannot be read as data"),

@@ -8,7 +8,7 @@ from tcl_hf import TCLForImageTextRetrieval, TCLForQuestionAnswering, TCLForVisu
 from tcl_hf.evaluation.answers import evaluate_answers
 from tcl_hf.evaluation.classes import evaluate_classes
 from tcl_hf.evaluation.grounding import evaluate_grounding
-from tcl_hf.evaluation.metrics import NotFiniteError, check_finite, retrieval_metrics
+from tcl_hf.evaluation.metrics import NonFiniteScoreError, check_finite, retrieval_metrics
 from tcl_hf.evaluation.retrieval import evaluate_retrieval
 from tcl_hf.evaluation.zero_shot import evaluate_zero_shot
 
@@ -17,17 +17,17 @@ def test_the_number_and_the_first_are_named():
     values = torch.zeros(4, 2)
     check_finite(values, "rows")
     values[1, 0], values[3, 1] = torch.nan, torch.inf
-    with pytest.raises(NotFiniteError, match=r"^2 of 4 rows are not finite, the first of them 1: "):
+    with pytest.raises(NonFiniteScoreError, match=r"^2 of 4 rows are not finite, the first of them 1: "):
         check_finite(values, "rows")
-    with pytest.raises(NotFiniteError, match="the first of them b: "):
-        check_finite(values, "rows", "abcd")
+    with pytest.raises(NonFiniteScoreError, match="the first of them b: "):
+        check_finite(values, "rows", "abcd".__getitem__)
 
 
 def test_no_recall_counts_a_score_that_is_nan():
     scores = torch.eye(3)
     scores[0, 0] = torch.nan
     for given in ((scores, torch.eye(3)), (torch.eye(3), scores)):
-        with pytest.raises(NotFiniteError, match="1 of 3 rows of scores"):
+        with pytest.raises(NonFiniteScoreError, match="1 of 3 rows of scores"):
             retrieval_metrics(*given, torch.arange(3))
 
 
@@ -49,7 +49,7 @@ def broken(model_class, part: str):
 )
 def test_retrieval_stops(part, what):
     model, processor = broken(TCLForImageTextRetrieval, part)
-    with pytest.raises(NotFiniteError, match=what):
+    with pytest.raises(NonFiniteScoreError, match=what):
         evaluate_retrieval(model, processor, tiny_records(4), k=2)
 
 
@@ -58,7 +58,7 @@ def test_states_that_overflow_half_precision_stop_retrieval():
     with torch.no_grad():
         model.tcl.vision_model.layer_norm.weight.fill_(1e6)
     evaluate_retrieval(model, processor, tiny_records(4), k=2)
-    with pytest.raises(NotFiniteError, match="4 of 4 states of images are not finite"):
+    with pytest.raises(NonFiniteScoreError, match="4 of 4 states of images are not finite"):
         evaluate_retrieval(model, processor, tiny_records(4), k=2, states_dtype=torch.float16)
 
 
@@ -99,5 +99,5 @@ def test_every_evaluation_stops(evaluate, model_class, part, what):
     if model_class is TCLForVisualEntailment:
         model.config.label2id = {label: number for number, label in enumerate(LABELS)}
         model.config.id2label = dict(enumerate(LABELS))
-    with pytest.raises(NotFiniteError, match=what):
+    with pytest.raises(NonFiniteScoreError, match=what):
         evaluate(model, processor)

@@ -1,10 +1,12 @@
 """The tokenizer of TCL: BERT's WordPiece with [CLS] in front and no [SEP], and the original's text clean-up."""
 
+import copy
 import os
 import re
 import threading
+from typing import Any
 
-from tokenizers import Regex, normalizers, processors
+from tokenizers import Regex, Tokenizer, normalizers, processors
 from transformers import BatchEncoding, BertTokenizer
 
 _DELETED = re.compile(r"[,.'!?\"()*#:;~]")
@@ -114,27 +116,41 @@ class TCLTokenizer(BertTokenizer):
 
     @property
     def clean_up_text(self) -> bool:
-        """Whether texts are cleaned as captions are. Setting it replaces the tokenizer's normalizer."""
+        """Whether texts are cleaned as captions are. Set it before the tokenizer is shared with other threads."""
         return self._clean_up_text
 
     @clean_up_text.setter
     def clean_up_text(self, clean_up_text: bool) -> None:
         self._clean_up_text = clean_up_text
+        self._tokenizer.normalizer = self._normalizer(clean_up_text)
+        self._other_backend: Tokenizer | None = None  # the one for calls with the other `clean_up_text`, once needed
+
+    def _normalizer(self, clean_up_text: bool) -> normalizers.Normalizer:
         steps: list[normalizers.Normalizer] = []
         if clean_up_text:
             steps += [normalizers.Lowercase()] if self.do_lower_case else []
             steps += [normalizers.Replace(Regex(pattern.pattern), replacement) for pattern, replacement in _CLEAN_UP]
-        self._tokenizer.normalizer = normalizers.Sequence([*steps, self._normalizer_of_bert])
+        return normalizers.Sequence([*steps, self._normalizer_of_bert])
 
     def _encode_plus(self, *args, clean_up_text: bool | None = None, **kwargs) -> BatchEncoding:
-        with _encoding:  # Truncation, padding and the normalizer are settings of one object, which threads would mix.
+        with _encoding:  # Truncation and padding are settings of one object, which threads would mix.
             if clean_up_text in (None, self.clean_up_text):
                 return super()._encode_plus(*args, **kwargs)
-            self.clean_up_text = clean_up_text
-            try:
-                return super()._encode_plus(*args, **kwargs)
-            finally:
-                self.clean_up_text = not clean_up_text
+            if self._other_backend is None:
+                self._other_backend = copy.deepcopy(self._tokenizer)
+                self._other_backend.normalizer = self._normalizer(not self.clean_up_text)
+            # A copy, because another thread may save, copy or ask this tokenizer meanwhile.
+            other = copy.copy(self)
+            other._tokenizer = self._other_backend
+            return super(TCLTokenizer, other)._encode_plus(*args, **kwargs)
+
+    def _add_tokens(self, *args, **kwargs) -> int:
+        self._other_backend = None
+        return super()._add_tokens(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the second backend, which holds the vocabulary once more."""
+        return self.__dict__ | {"_other_backend": None}
 
 
 __all__ = ["TCLTokenizer", "clean_caption", "clean_caption_with_origins", "clean_question"]

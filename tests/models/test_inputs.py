@@ -112,16 +112,44 @@ def test_texts_are_tokenized_alike_in_threads_that_mix_options():
     processor = tiny_processor()
 
     def tokens(number: int) -> list:
-        if number % 3 == 0:
+        if number % 5 == 0:
             return processor.tokenizer(["Big, dog!"] * 3, clean_up_text=False)["input_ids"]
-        if number % 3 == 1:
+        if number % 5 == 1:
             return processor.tokenizer(["a big dog near a house"], truncation=True, max_length=4)["input_ids"]
-        return processor(text=["Big, dog!", "a [MASK]"], padding=True)["input_ids"]
+        if number % 5 == 2:
+            return processor(text=["Big, dog!", "a [MASK]"], padding="max_length", max_length=9)["input_ids"]
+        if number % 5 == 3:
+            return processor.encode_answers(["big dog", "Cat!"])[0].tolist()
+        return processor(text=["dog " * 40], max_length=50)["input_ids"]
 
-    expected = [tokens(number) for number in range(3)]
+    expected = [tokens(number) for number in range(5)]
+    assert len(expected[4][0]) == 31  # 30 words are left
     with ThreadPoolExecutor(8) as threads:
         for number, found in enumerate(threads.map(tokens, range(3000))):
-            assert found == expected[number % 3], number
+            assert found == expected[number % 5], number
+
+
+def test_a_call_with_another_clean_up_changes_nothing_that_others_see(monkeypatch):
+    tokenizer, seen = tiny_processor().tokenizer, []
+    convert = type(tokenizer)._convert_encoding
+
+    def look(self, *args, **kwargs):
+        seen.append((tokenizer.clean_up_text, str(tokenizer.backend_tokenizer.normalizer)))
+        return convert(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(tokenizer), "_convert_encoding", look)
+    before = (True, str(tokenizer.backend_tokenizer.normalizer))
+    assert tokenizer("Dog!", clean_up_text=False)["input_ids"] != tokenizer("Dog!")["input_ids"]
+    assert seen == [before, before]
+
+
+def test_a_word_that_is_added_is_one_with_and_without_clean_up():
+    tokenizer = tiny_processor().tokenizer
+    tokenizer("dog", clean_up_text=False)
+    tokenizer.add_tokens(["zebra"])
+    for clean in (True, False):
+        for one in (tokenizer, copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+            assert one("zebra", clean_up_text=clean)["input_ids"][1:] == [len(tokenizer) - 1]
 
 
 def counted_in_a_process(skipped: SkippedSamples) -> None:

@@ -1,9 +1,9 @@
 """The captions of a record: how they are read from a source, and how they are cleaned before they become tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
-from ..models.processing_tcl import MAX_WORDS
-from ..models.tokenization_tcl import clean_caption, encodable
+from ..models.tokenization_tcl import encodable
 
 MAX_CHARACTERS = 10_000  # Longer captions are cut. The model reads far less of one: its first 30 words.
 # Names of columns, of fields of tars, and of keys in JSON that hold captions; further ones stand behind.
@@ -26,11 +26,11 @@ def caption_texts(value: Any) -> list[str]:
     return [encodable(text[:MAX_CHARACTERS]) for text in texts if isinstance(text, str)]
 
 
-def usable_captions(record: dict, clean: bool) -> list[str]:
+def usable_captions(record: dict, clean: Callable[[str], str]) -> list[str]:
     """The captions of a record that the model can read, in their order.
 
     Args:
-        clean: whether they are cleaned as the original does, see `clean_caption`.
+        clean: makes of a caption what the model reads, as `TCLProcessor.clean_caption` does.
 
     Raises:
         ValueError: if there are none.
@@ -39,9 +39,7 @@ def usable_captions(record: dict, clean: bool) -> list[str]:
     decoded = [text for text in captions if NOT_UTF8 not in text]
     if captions and not decoded:
         raise ValueError("a caption that is not UTF-8")
-    if clean:
-        decoded = [clean_caption(text, MAX_WORDS) for text in decoded]
-    usable = [text for text in decoded if text.strip()]
+    usable = [text for text in map(clean, decoded) if text.strip()]
     if not usable:
         raise ValueError("no caption")
     return usable

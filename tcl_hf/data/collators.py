@@ -118,7 +118,7 @@ class _Collator:
 
     def _caption(self, record: dict) -> str:
         """One of the record's usable captions, drawn at random; see `captions.py` for how they are cleaned."""
-        captions = usable_captions(record, clean=self.processor.clean_text)
+        captions = usable_captions(record, self.processor.clean_caption)
         return captions[int(torch.randint(len(captions), ()))]  # `Visit.caption` relies on this being drawn first.
 
     def _views(self, record: dict, number: int = 1) -> list[Tensor]:

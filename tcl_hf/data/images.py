@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..models.image_processing_tcl import upright
+from ..models.tokenization_tcl import clean_caption
 from .captions import usable_captions
 
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -79,7 +80,7 @@ def why_unusable(record: dict) -> str | None:
     if "question" in record:
         return None if (record["question"] or "").strip() else "no question"
     try:
-        usable_captions(record, clean=True)  # of "..." or "?" nothing is left
+        usable_captions(record, clean_caption)  # of "..." or "?" nothing is left
     except ValueError as error:
         return str(error)
     return None

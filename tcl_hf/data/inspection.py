@@ -10,7 +10,6 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..models.processing_tcl import TCLProcessor
-from ..models.tokenization_tcl import clean_caption
 from .captions import MAX_CHARACTERS, usable_captions
 from .images import IMAGE_ERRORS, identity_of, open_image
 
@@ -120,8 +119,8 @@ def inspect(records: Any, processor: TCLProcessor, max_samples: int = 2000, prog
     for row in tqdm(found.looked_at, "Looking at samples", disable=not progress, leave=False):
         record = records[row]
         try:
-            captions = usable_captions(record, clean=False)
-            usable_captions(record, clean=processor.clean_text)
+            captions = usable_captions(record, str)  # as they are written
+            usable_captions(record, processor.clean_caption)
             with open_image(record["image"]) as image:
                 kind, mode = getattr(image, "format", None) or "?", image.mode
                 image.convert("RGB")
@@ -146,8 +145,7 @@ def _count_tokens(found: Inspection, texts: Counter, processor: TCLProcessor) ->
     """Note the lengths of all captions in tokens, and the share of unknown ones."""
     unknown = total = 0
     for text, times in texts.items():
-        cleaned = clean_caption(text, MAX_CHARACTERS) if processor.clean_text else text
-        tokens = processor.tokenizer.encode(cleaned)
+        tokens = processor.tokenizer.encode(processor.clean_caption(text, MAX_CHARACTERS))
         found.num_tokens += [len(tokens)] * times
         total += times * len(tokens)
         unknown += times * tokens.count(processor.tokenizer.unk_token_id)

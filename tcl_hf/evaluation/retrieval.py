@@ -129,7 +129,7 @@ def encode_samples(
         return states if states_dtype is None else states.to("cpu", states_dtype)
 
     if texts is None:
-        captions = [usable_captions(record, processor.clean_text)[:captions_per_image] for record in records]
+        captions = [usable_captions(record, processor.clean_caption)[:captions_per_image] for record in records]
         texts = [text for of_image in captions for text in of_image]
         image_of_text = torch.tensor([row for row, of_image in enumerate(captions) for _ in of_image])
     else:
@@ -182,7 +182,7 @@ def with_captions(records: Sequence[dict], processor: TCLProcessor) -> Sequence[
     select_columns = getattr(records, "select_columns", None)  # so that no image is read for its captions
     for row, record in enumerate(records if select_columns is None else select_columns(["captions", "image_id"])):
         try:
-            usable_captions(record, processor.clean_text)
+            usable_captions(record, processor.clean_caption)
             rows.append(row)
         except ValueError as error:
             bad.append(f"{record.get('image_id')} ({error})")

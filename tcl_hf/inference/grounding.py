@@ -264,7 +264,7 @@ def _tokens_of(processor: TCLProcessor, caption: str, span: range, max_words: in
     """Mark the tokens (L,) of a caption that hold a character of the span; special tokens hold none."""
     text, origins = caption, list(range(len(caption)))
     if processor.clean_text:
-        text, origins = clean_caption_with_origins(caption, max_words)
+        text, origins = clean_caption_with_origins(caption, max_words, processor.tokenizer.do_lower_case)
     offsets = processor.tokenizer(text, return_offsets_mapping=True, **kwargs)["offset_mapping"]
     return torch.tensor([any(i in span for i in origins[start:end]) for start, end in offsets], dtype=torch.bool)
 

@@ -116,15 +116,29 @@ class TCLProcessor(ProcessorMixin):
         if not self.clean_text:
             return texts
         mask = str(self.tokenizer.mask_token)
-        return [f" {mask} ".join(clean_caption(part, MAX_WORDS) for part in text.split(mask)).strip() for text in texts]
+        return [f" {mask} ".join(map(self.clean_caption, text.split(mask))).strip() for text in texts]
+
+    def clean_caption(self, caption: str, max_words: int = MAX_WORDS) -> str:
+        """A caption as the model reads it: cleaned as the original does if this processor cleans texts.
+
+        A cased vocabulary (`do_lower_case: false`) keeps its capitals.
+
+        Args:
+            max_words: longer captions are truncated.
+        """
+        if not self.clean_text:
+            return caption
+        return clean_caption(caption, max_words, self.tokenizer.do_lower_case)
 
     def clean_question(self, question: str, max_words: int = MAX_QUESTION_WORDS) -> str:
-        """A question as the model reads it: cleaned as the original does if this processor cleans texts.
+        """A question as the model reads it, see `clean_caption`.
 
         Args:
             max_words: longer questions are truncated (original: 30 in training, 50 in evaluation).
         """
-        return clean_question(question, max_words) if self.clean_text else question
+        if not self.clean_text:
+            return question
+        return clean_question(question, max_words, self.tokenizer.do_lower_case)
 
     def encode_answers(self, answers: Sequence[str], max_tokens: int = MAX_ANSWER_TOKENS) -> tuple[Tensor, Tensor]:
         """Token ids of answers, `[CLS] answer [SEP]`, padded, and their mask: (A, L) each.

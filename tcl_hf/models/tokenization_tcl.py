@@ -15,30 +15,38 @@ _COMPOUND = re.compile("[-/]")
 _PERSON_BRACKET = re.compile("<(?=person>)|(?<=<person)>")
 _CLEAN_UP = ((_DELETED, ""), (_COMPOUND, " "), (_PERSON_BRACKET, ""))  # what a pattern matches is replaced
 
+# A capital sigma at the end of a word: Python's `lower` makes another letter of it, `normalizers.Lowercase` does not.
+_FINAL_SIGMA = (
+    r"(?<=\p{Cased}|\p{Cased}\p{Case_Ignorable}|\p{Cased}\p{Case_Ignorable}{2})Σ(?!\p{Case_Ignorable}*\p{Cased})"
+)
+
 
 def encodable(text: str) -> str:
     """A text whose halves of characters, which JSON can hold and UTF-8 cannot, are joined or become U+FFFD."""
     return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def clean_caption(caption: str, max_words: int = 30) -> str:
+def clean_caption(caption: str, max_words: int = 30, lower_case: bool = True) -> str:
     """Clean a caption as the original does: lower case, no punctuation, at most `max_words` words.
 
-    `-` and `/` become a space, `<person>` becomes `person`, runs of white space become one space.
+    `-` and `/` become a space, `<person>` becomes `person`, runs of white space become one space. `lower_case=False`
+    keeps capitals, for a cased vocabulary; `TCLProcessor.clean_caption` chooses what its tokenizer needs.
     """
-    caption = _split_compounds(caption).replace("<person>", "person")
+    caption = _split_compounds(caption, lower_case).replace("<person>", "person")
     caption = _WHITE_SPACE_RUN.sub(" ", caption)
     return _first_words(caption.rstrip("\n").strip(" "), max_words)
 
 
-def clean_caption_with_origins(caption: str, max_words: int = 30) -> tuple[str, list[int]]:
+def clean_caption_with_origins(caption: str, max_words: int = 30, lower_case: bool = True) -> tuple[str, list[int]]:
     """The result of `clean_caption`, and for each of its characters the position in `caption` that it comes from.
 
     Positions never decrease. The space that replaces a run of white space has the position where the run began.
     """
-    text = caption.lower()
-    # A character may become several in lower case.
-    origins = [position for position, char in enumerate(caption) for _ in char.lower()]
+    text, origins = caption, list(range(len(caption)))
+    if lower_case:
+        text = caption.lower()
+        # A character may become several in lower case.
+        origins = [position for position, char in enumerate(caption) for _ in char.lower()]
     for pattern, replacement in (*_CLEAN_UP, (_WHITE_SPACE_RUN, " ")):
         matches = list(pattern.finditer(text))
         text = pattern.sub(replacement, text)
@@ -49,13 +57,13 @@ def clean_caption_with_origins(caption: str, max_words: int = 30) -> tuple[str, 
     return cleaned, origins[start : start + len(cleaned)]
 
 
-def clean_question(question: str, max_words: int = 50) -> str:
+def clean_question(question: str, max_words: int = 50, lower_case: bool = True) -> str:
     """Clean a question as the original does: like a caption, but inner and leading spaces are kept."""
-    return _first_words(_split_compounds(question).rstrip(" "), max_words)
+    return _first_words(_split_compounds(question, lower_case).rstrip(" "), max_words)
 
 
-def _split_compounds(text: str) -> str:
-    return _DELETED.sub("", text.lower()).replace("-", " ").replace("/", " ")
+def _split_compounds(text: str, lower_case: bool) -> str:
+    return _DELETED.sub("", text.lower() if lower_case else text).replace("-", " ").replace("/", " ")
 
 
 def _first_words(text: str, max_words: int) -> str:
@@ -128,7 +136,8 @@ class TCLTokenizer(BertTokenizer):
     def _normalizer(self, clean_up_text: bool) -> normalizers.Normalizer:
         steps: list[normalizers.Normalizer] = []
         if clean_up_text:
-            steps += [normalizers.Lowercase()] if self.do_lower_case else []
+            if self.do_lower_case:
+                steps += [normalizers.Replace(Regex(_FINAL_SIGMA), "ς"), normalizers.Lowercase()]
             steps += [normalizers.Replace(Regex(pattern.pattern), replacement) for pattern, replacement in _CLEAN_UP]
         return normalizers.Sequence([*steps, self._normalizer_of_bert])
 

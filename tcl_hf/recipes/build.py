@@ -205,12 +205,14 @@ def add_words(model: PreTrainedModel, processor: TCLProcessor, records: Dataset)
     This is for small vocabularies: one that was trained on names of things lacks the words of questions.
     """
     columns = [name for name in ("question", "captions", "answers") if name in records.column_names]
+    lower_case = processor.tokenizer.do_lower_case
     words: set[str] = set()
     for record in records.select_columns(columns):
         for column in columns:
             texts = [record[column]] if isinstance(record[column], str) else record[column]
             for text in texts:
-                words.update((clean_question(text) if column == "question" else clean_caption(text)).split())
+                clean = clean_question if column == "question" else clean_caption
+                words.update(clean(text, lower_case=lower_case).split())
     words = {word for word in words if _is_visible(word, processor.tokenizer)}
     pieces = {word: processor.tokenizer.tokenize(word) for word in words}
     unknown = processor.tokenizer.unk_token

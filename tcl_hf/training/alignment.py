@@ -152,7 +152,7 @@ def _pooled_pairs(
         for row in rows[first : first + batch_size]:
             record = samples[row]
             try:
-                captions = usable_captions(record, clean=processor.clean_text)
+                captions = usable_captions(record, processor.clean_caption)
                 views = _views(processor, record)
             except IMAGE_ERRORS:
                 continue

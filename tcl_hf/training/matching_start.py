@@ -143,7 +143,7 @@ def _read(tcl: TCLModel, processor: TCLProcessor, samples: Any, max_tokens: int,
         texts: list[str] = []
         for record in (samples[row] for row in rows[first : first + batch_size]):
             try:
-                caption = usable_captions(record, clean=processor.clean_text)[0]
+                caption = usable_captions(record, processor.clean_caption)[0]
                 images.append(plain_view_of(processor, record))
             except IMAGE_ERRORS:
                 continue

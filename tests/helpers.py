@@ -6,11 +6,14 @@ It is imported before anything else of a test, and so sets the environment of al
 import io
 import json
 import os
+import runpy
 import socket
+import sys
 import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())  # removed when the tests end
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning thread pools on shared cores are far slower than one
@@ -310,11 +313,50 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+# Processes of tests are forked from one that has imported everything, because importing takes ten seconds of a core.
+FORKING = torch.multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["helpers"])  # which it finds by this path, not by ours
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+
+def in_a_process(work, *args, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> CompletedProcess:
+    """Call a function in a process of its own, and give back its exit status and what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        rest = (files, cwd, dict(os.environ) | environment, work, *args)
+        process = FORKING.Process(target=as_process, args=rest)
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise TimeoutError(f"{work.__name__}{args} still runs after {timeout} s")
+        return CompletedProcess((work.__name__, *args), process.exitcode, *(file.read_text() for file in files))
+
+
+def as_process(files: list[Path], cwd: Path, environment: dict[str, str], work, *args) -> None:
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    work(*args)
+
+
+def program(*argv: object) -> None:
+    """Run what `python ARGV...` runs, with modules that are imported already; "-m" names a module."""
+    module = argv[0] == "-m"
+    sys.argv = [str(word) for word in (argv[1:] if module else argv)]
+    sys.path[0:0] = [] if module else [str(Path(sys.argv[0]).parent)]
+    (runpy.run_module if module else runpy.run_path)(sys.argv[0], run_name="__main__")
+
+
 def in_two_processes(worker, *args) -> None:
-    torch.multiprocessing.spawn(as_rank, (free_port(), worker, *args), nprocs=PROCESSES)
+    rest = (free_port(), dict(os.environ), worker, *args)
+    torch.multiprocessing.start_processes(as_rank, rest, nprocs=PROCESSES, start_method="forkserver")
 
 
-def as_rank(rank: int, port: int, worker, *args) -> None:
+def as_rank(rank: int, port: int, environment: dict[str, str], worker, *args) -> None:
+    os.environ.update(environment)  # as it is now, and not as it was when the first process was forked
     torch.set_num_threads(1)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
     os.environ.update({name: str(value) for name, value in ranks.items()})

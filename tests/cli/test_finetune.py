@@ -1,15 +1,13 @@
 """Fine-tuning and evaluation end to end."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from helpers import ROOT, png, small_patches, statements, tiny_processor
+from helpers import ROOT, in_a_process, png, program, small_patches, statements, tiny_processor
 from huggingface_hub import ModelCard
 
 from tcl_hf import TCLForPreTraining, TCLForVisualEntailment
@@ -27,10 +25,8 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def run_script(name: str, *argv: object) -> subprocess.CompletedProcess:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+def run_script(name: str, *argv: object) -> CompletedProcess:
+    return in_a_process(program, ROOT / "scripts" / name, *argv, ACCELERATE_USE_CPU="true")
 
 
 def write_entailment(folder: Path, number: int = 8) -> Path:

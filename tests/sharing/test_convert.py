@@ -6,6 +6,7 @@ import pickle
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT, task_inputs, tiny_config
+from helpers import GOLDEN, ROOT, in_a_process, program, task_inputs, tiny_config
 from safetensors.torch import load_file, save_file
 
 from tcl_hf import (
@@ -255,21 +256,25 @@ def test_an_image_encoder_with_parts_that_the_original_lacks_is_refused(name, va
     assert not (tmp_path / "back.pth").exists()
 
 
+def write_on_a_full_disk(source: Path, folder: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    for act in (
+        lambda: convert(source, folder / "again", **HEADS),
+        lambda: write_original(folder / "ours", folder / "back.pth"),
+    ):
+        try:
+            act()
+        except CheckpointError as error:
+            print(error)
+
+
 def test_a_full_disk_leaves_no_part_of_a_file(golden, tmp_path):
     """A limit on the size of files makes writing fail in the middle, as a full disk does."""
     source = original_file(golden, "pretrain", tmp_path / "original.pth")
     convert(source, tmp_path / "ours", **HEADS)
     names = {path.name for path in tmp_path.iterdir()}
-    code = (
-        "import signal, resource, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from tcl_hf.sharing.convert import convert, write_original\n"
-        "from tcl_hf.sharing.original_files import CheckpointError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
-        f"for act in (lambda: convert({str(source)!r}, {str(tmp_path / 'again')!r}, vision_heads=4, text_heads=4),\n"
-        f"            lambda: write_original({str(tmp_path / 'ours')!r}, {str(tmp_path / 'back.pth')!r})):\n"
-        "    try:\n        act()\n    except CheckpointError as error:\n        print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = in_a_process(write_on_a_full_disk, source, tmp_path)
     assert done.stdout.count("could not be written") == 2 and done.stdout.count("nothing of it was kept") == 2
     assert {path.name for path in tmp_path.iterdir()} == names
 
@@ -370,11 +375,9 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
 
 def test_the_script_converts_checks_reports_and_writes_a_card(tmp_path):
     source, folder, script = GOLDEN / "pretrain.pth", tmp_path / "ours", ROOT / "scripts/convert_checkpoint.py"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def run(*arguments) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(script), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+        return in_a_process(program, script, *arguments)
 
     heads = ("--vision-heads", 4, "--text-heads", 4)
     done = run(source, folder, *heads, "--tokenizer", "none", "--check", "--verbose")

@@ -1,15 +1,13 @@
 """Two real processes against one: the same losses, gradients and queues."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from helpers import ROOT, in_two_processes, small_patches, tiny_processor, tiny_records, training_batch
+from helpers import in_two_processes, small_patches, tiny_processor, tiny_records, training_batch
+from torch import distributed
 
 from tcl_hf import TCLForImageTextRetrieval, TCLForPreTraining
 from tcl_hf.data.collators import TCLPreTrainingCollator
@@ -21,15 +19,6 @@ from tcl_hf.training.loop import TrainingRun
 NUM_PAIRS = 6  # in both processes together
 DRAWN = torch.tensor([3, 5, 1, 0, 2, 4])  # the negative of each pair, which most pairs have in the other process
 
-PROGRAM = """
-import sys, torch, torch.distributed as dist
-sys.path[:0] = ["tests", "tests/training"]
-from test_processes import run
-dist.init_process_group("gloo")
-assert dist.get_world_size() == 2
-torch.save(run(int(sys.argv[2])), f"{sys.argv[1]}-{dist.get_rank()}.pt")
-dist.destroy_process_group()
-"""
 CASES = [  # All objectives where negatives are gathered, else those whose keys are gathered anyway.
     (model_class, gather, ids, {})
     for model_class, ids in ((TCLForPreTraining, False), (TCLForImageTextRetrieval, True))
@@ -40,11 +29,16 @@ CASES.append((TCLForPreTraining, True, False, {"lock_vision": True, "lock_text":
 
 def run(accumulation: int) -> list[dict]:
     """The results of a process for its share of each case: losses, gradients and queues of two optimizer steps."""
-    from torch import distributed as dist
-
-    alone = not dist.is_initialized()
-    rank, world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+    alone = not distributed.is_initialized()
+    rank, world = (0, 1) if alone else (distributed.get_rank(), distributed.get_world_size())
     return [steps(*case, accumulation, rank, world) for case in CASES]
+
+
+def run_and_save(rank: int, folder: Path, accumulation: int) -> None:
+    distributed.init_process_group("gloo")
+    assert distributed.get_world_size() == 2
+    torch.save(run(accumulation), folder / f"rank-{rank}.pt")
+    distributed.destroy_process_group()
 
 
 def steps(model_class, gather: bool, with_ids: bool, locks: dict, accumulation: int, rank: int, world: int) -> dict:
@@ -113,11 +107,7 @@ class draws:
 def found(request, tmp_path_factory):
     """The results of both processes, and of one process alone."""
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = [str(folder / "program.py"), str(folder / "rank"), str(request.param)]
-    subprocess.run([*command, *arguments], check=True, cwd=ROOT, env=environment, timeout=300)
+    in_two_processes(run_and_save, folder, request.param)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)], run(request.param)
 
 

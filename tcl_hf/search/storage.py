@@ -1,0 +1,241 @@
+"""The database of an index: one LanceDB table, whose schema says which model its vectors are of."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from ..data.records import DataError
+from ..data.sources import is_remote
+
+if TYPE_CHECKING:
+    from lancedb.table import Table
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1  # changes with the columns of the table and with what its schema says
+EXACT_BELOW = 50_000  # rows; a scan of so many vectors takes about as long as an approximate search of millions
+NAME = "images"
+WRITER = "writer.lock"
+# Columns that a person can name in `where`.
+FACTS = ("image_id", "path", "name", "source", "caption", "size", "modified", "width", "height", "hash")
+_ABOUT = b"tcl_hf"
+_FRAGMENTS = 64  # more of them are merged, because each search opens all
+_DELETED = 0.25  # share of deleted rows from which on their place is freed
+_KEPT_VERSIONS = timedelta(minutes=10)  # for readers in other processes that have not seen the newest one yet
+
+
+class SearchError(DataError):
+    """An index, a query or a model cannot be used as it is. The message names the problem, the place and the remedy."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What an index says of itself.
+
+    Args:
+        model: folder or Hub name of the model; empty if it had none.
+        weights: hash of the weights that make the vectors of images.
+        pixels: the size and normalisation of the images that the model reads, in words.
+        dim: dimensions of a vector.
+        states: shape (1 + P, width) of the states of an image.
+        states_dtype: their type, as a name of PyTorch.
+        max_states_bytes: the bytes of states that are kept at most.
+        version: the version of the format.
+    """
+
+    model: str
+    weights: str
+    pixels: str
+    dim: int
+    states: tuple[int, int]
+    states_dtype: str
+    max_states_bytes: int
+    version: int = VERSION
+
+
+def schema_of(about: About) -> pa.Schema:
+    """The columns of the table.
+
+    `path` is empty for a picture that came as bytes, which are then in `bytes`. `modified` is in nanoseconds.
+    """
+    columns = {name: pa.string() for name in ("image_id", "path", "name", "source", "caption", "hash", "fingerprint")}
+    columns |= {"size": pa.int64(), "modified": pa.int64(), "width": pa.int32(), "height": pa.int32()}
+    columns |= {"thumbnail": pa.binary(), "bytes": pa.large_binary(), "states": pa.large_binary()}
+    columns["vector"] = pa.list_(pa.float32(), about.dim)
+    return pa.schema(list(columns.items()), metadata={_ABOUT: json.dumps(asdict(about)).encode()})
+
+
+@contextmanager
+def plain_errors(place: str) -> Iterator[None]:
+    """Turn errors of the database into a `SearchError` of one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, SearchError):
+            raise
+        reason = " ".join(str(error).split())
+        if re.search(r"no space left|disk quota|os error 28", reason, re.IGNORECASE):
+            raise SearchError(
+                f"{place} cannot be written, because its disk is full: what was written before stays. Make space, and "
+                "run the same command again, which goes on there."
+            ) from error
+        raise SearchError(f"{place} cannot be read or written: {reason[:400]}") from error
+
+
+def _connect(uri: str) -> Any:
+    try:
+        import lancedb
+    except ImportError as error:
+        raise SearchError("An index needs LanceDB: `pip install tcl_hf[search]`.") from error
+    return lancedb.connect(uri, read_consistency_interval=timedelta(seconds=2))
+
+
+def is_index(uri: str) -> bool:
+    """Whether an index is there."""
+    if not is_remote(uri):
+        return os.path.isdir(os.path.join(uri, f"{NAME}.lance"))
+    with plain_errors(uri):
+        return NAME in _connect(uri).list_tables().tables
+
+
+class Storage:
+    """The table of an index, and who may write to it.
+
+    Args:
+        uri: the folder or address of the index.
+        table: its table.
+        about: what it says of itself.
+    """
+
+    def __init__(self, uri: str, table: "Table", about: About):
+        self.uri, self.table, self.about = uri, table, about
+
+    @classmethod
+    def create(cls, uri: str, about: About) -> "Storage":
+        """Make an index.
+
+        Raises:
+            SearchError: if there is one already, or the place cannot be written.
+        """
+        if is_index(uri):
+            raise SearchError(f"{uri} holds an index already: open it, or name another folder.")
+        with plain_errors(uri):
+            return cls(uri, _connect(uri).create_table(NAME, schema=schema_of(about)), about)
+
+    @classmethod
+    def open(cls, uri: str) -> "Storage":
+        """Open an index.
+
+        Raises:
+            SearchError: if there is none, or it is of another version.
+        """
+        if not is_index(uri):
+            raise SearchError(f"{uri} holds no index: make one with `tcl-hf index FOLDER --index {uri}`.")
+        with plain_errors(uri):
+            table = _connect(uri).open_table(NAME)
+            content = json.loads((table.schema.metadata or {}).get(_ABOUT, b"{}"))
+        if content.get("version") != VERSION:
+            raise SearchError(
+                f"{uri} is an index of version {content.get('version')}, and this tcl_hf reads version {VERSION}: "
+                "index the pictures again into another folder."
+            )
+        return cls(uri, table, About(**content | {"states": tuple(content["states"])}))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only writer.
+
+        Writers of an index at an address (`s3://...`) do not see each other, and are the user's to keep apart.
+
+        Raises:
+            SearchError: if another process writes to the index.
+        """
+        if is_remote(self.uri):
+            yield
+            return
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(Path(self.uri) / WRITER)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise SearchError(
+                f"{self.uri} is being written by another process: wait until it has ended, and run this again. "
+                "Searching works meanwhile."
+            ) from error
+        except OSError as error:
+            raise SearchError(f"{self.uri} cannot be written ({error.strerror or error}).") from error
+        try:
+            with plain_errors(self.uri):
+                self.table.checkout_latest()
+            yield
+        finally:
+            lock.release()
+
+    def rows(self, columns: Sequence[str], where: str | None = None, limit: int | None = None) -> pa.Table:
+        """Some columns of all rows, or of those that a filter in SQL selects."""
+        with plain_errors(self.uri):
+            query = self.table.search().select(list(columns))
+            if where is not None:
+                query = query.where(where)
+            return (query if limit is None else query.limit(limit)).to_arrow()
+
+    def number_of_states(self) -> int:
+        """The number of rows that have states."""
+        with plain_errors(self.uri):
+            return self.table.count_rows("states IS NOT NULL")
+
+    def write(self, rows: pa.Table, replaces: Iterable[str] = ()) -> None:
+        """Write rows in one commit each for those that replace a row, by `image_id`, and for the others."""
+        replaced = pa.array(set(replaces), pa.string())
+        is_old = pa.compute.is_in(rows["image_id"], replaced)
+        new, old = rows.filter(pa.compute.invert(is_old)), rows.filter(is_old)
+        with plain_errors(self.uri):
+            if len(new):
+                self.table.add(new)
+            if len(old):
+                self.table.merge_insert("image_id").when_matched_update_all().when_not_matched_insert_all().execute(old)
+
+    def delete(self, image_ids: Sequence[str]) -> None:
+        """Delete rows."""
+        with plain_errors(self.uri):
+            for start in range(0, len(image_ids), 1000):
+                self.table.delete(f"image_id IN ({', '.join(map(quoted, image_ids[start : start + 1000]))})")
+
+    def is_approximate(self) -> bool:
+        """Whether searches go through an approximate index of the vectors."""
+        return any("vector" in index.columns for index in self.table.list_indices())
+
+    def tidy(self) -> None:
+        """Merge small files, free the place of deleted rows, and make or extend the approximate index when it pays."""
+        number = self.table.count_rows()
+        indexed = next((index for index in self.table.list_indices() if "vector" in index.columns), None)
+        if indexed is None and number >= EXACT_BELOW:
+            make_vector_index(self.table, number, self.about.dim)
+        statistics: Any = self.table.stats()
+        fragments = statistics["fragment_stats"]["num_fragments"]
+        waiting = 0
+        if indexed is not None:
+            found = self.table.index_stats(indexed.name)
+            waiting = found.num_unindexed_rows if found is not None else 0
+        if fragments > _FRAGMENTS or waiting >= EXACT_BELOW:
+            self.table.optimize(cleanup_older_than=_KEPT_VERSIONS)
+
+
+def make_vector_index(table: "Table", number: int, dim: int) -> None:
+    """Make the approximate index over the vectors of so many rows."""
+    table.create_index(metric="dot", vector_column_name="vector", index_type="IVF_HNSW_SQ", replace=True)
+
+
+def quoted(text: str) -> str:
+    """A text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"

@@ -91,7 +91,7 @@ class Indexing:
 
     @property
     def about(self) -> About:
-        """What the index says of itself."""
+        """The facts that the index holds about itself."""
         return self.storage.about
 
     def sync(self, folder: str, deletes: bool) -> Changes:
@@ -285,7 +285,7 @@ class Indexing:
             self._count(self._became(image_id, one.hash))
 
     def _became(self, image_id: str, digest: str) -> str:
-        """What became of a picture of known content: the name of a field of `Changes`."""
+        """How a picture of known content differs: the name of a field of `Changes`."""
         if image_id in self.old:
             return "unchanged" if self.old[image_id].hash == digest else "changed"
         left = [other for other in self.ids_of[digest] if other in self.gone]

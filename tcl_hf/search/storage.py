@@ -39,7 +39,7 @@ class SearchError(DataError):
 
 @dataclass(frozen=True)
 class About:
-    """What an index says of itself.
+    """The facts that an index holds about itself.
 
     Args:
         model: folder or Hub name of the model; empty if it had none.
@@ -113,7 +113,7 @@ class Storage:
     Args:
         uri: the folder or address of the index.
         table: its table.
-        about: what it says of itself.
+        about: the facts that it holds about itself.
     """
 
     def __init__(self, uri: str, table: "Table", about: About):

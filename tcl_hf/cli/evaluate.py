@@ -6,7 +6,6 @@ are in that precision, else in float32.
 """
 
 import argparse
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from accelerate import Accelerator
 from transformers import set_seed
 
 from ..data.annotations.classification import class_names_of
+from ..data.sampling import shuffle_images
 from ..recipes.arguments import RecipeError
 from ..recipes.build import add_words, candidate_answers, load_evaluation_data, open_model
 from ..recipes.model_folder import results_folder
@@ -46,26 +46,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         add_words(model, processor, records)  # a fine-tuned model has them already
     classes = class_names_of(records)
     answers = classes or candidate_answers(data_args, None, checkpoint_args.model)
-    if args.shuffle_images:
+    if data_args.shuffle_images:
         records = shuffle_images(records)
     with in_precision_of(training_args):
         evaluation = task.evaluate(model.to(accelerator.device), processor, records, data_args, answers)
     if accelerator.is_main_process:
-        protocol = evaluation_protocol(data_args, model.config, len(records), args.shuffle_images, len(classes))
+        protocol = evaluation_protocol(data_args, model.config, len(records), len(classes))
         folder = Path(args.results) if args.results else results_folder(str(checkpoint_args.model))
         write_results(folder, evaluation, protocol, is_cut=data_args.eval_images > 0)
-        if not args.shuffle_images:
+        if not data_args.shuffle_images:
             add_results(folder, task.result_type, evaluation.metrics, protocol)
         if evaluation.predictions:
             prediction_sheet(records, evaluation.predictions, folder / PREDICTIONS)
         print(task_table(evaluation.metrics, protocol))
         print(f"Metrics and predictions are in {folder}")
-
-
-def shuffle_images(records: Sequence[dict], seed: int = 0) -> list[dict]:
-    """The records, each with the image of another one, to measure what the texts alone allow."""
-    order = list(range(len(records)))
-    random.Random(seed).shuffle(order)
-    neighbour = dict(zip(order, [*order[1:], *order[:1]], strict=True))
-    column = "images" if "images" in records[0] else "image"
-    return [record | {column: records[neighbour[row]][column]} for row, record in enumerate(records)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from ..data.sampling import SharedImages
+from ..data.sampling import SharedImages, shuffle_images
 from ..recipes.arguments import RecipeError
 from ..recipes.build import add_words, candidate_answers, load_split, open_model, with_held_out
 from ..recipes.model_folder import ANSWERS, replace_file
@@ -44,6 +44,8 @@ def _train(phase: Phase, started_by: str) -> None:
     model, processor = open_model(checkpoint_args, task.model_class)
     samples = load_split(data_args, data_args.data, data_args.split)
     samples, records = with_held_out(data_args, samples) if task.evaluate else (samples, None)
+    if data_args.shuffle_images:
+        samples, records = shuffle_images(samples), records and shuffle_images(records)
     if data_args.add_words:
         add_words(model, processor, samples)
     answers = candidate_answers(data_args, samples)

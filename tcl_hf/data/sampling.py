@@ -4,6 +4,7 @@ A visit is the use of one sample in one epoch. Its seed follows from the run's s
 so that a sample gets the same views, caption and masks in any process.
 """
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 
 from .images import identity_of
@@ -176,6 +177,46 @@ class VisitedSamples(torch.utils.data.Dataset):
         return {**self.dataset[visit.index], "visit": visit}
 
 
+def image_column(dataset: Dataset) -> str:
+    """The column that holds the image or images of a record."""
+    return "images" if "images" in dataset.column_names else "image"
+
+
+def rows_by_image(dataset: Dataset) -> list[list[int]]:
+    """The numbers of the records about the same image (or images), for each image in the order of the data set."""
+    rows: dict[tuple, list[int]] = {}
+    column = image_column(dataset)
+    for row, images in enumerate(dataset.select_columns([column])[column]):
+        images = images if isinstance(images, list) else [images]
+        rows.setdefault(tuple(map(identity_of, images)), []).append(row)
+    return list(rows.values())
+
+
+def shuffle_images(dataset: Dataset, seed: int = 0) -> Dataset:
+    """The records, each with the image (or images) of a record about another image, to measure what texts alone allow.
+
+    Each image occurs as often as before.
+
+    Raises:
+        DataError: if more than half of the records are about one image.
+    """
+    groups = rows_by_image(dataset)
+    random.Random(seed).shuffle(groups)
+    largest = max(map(len, groups), default=0)
+    if 2 * largest > len(dataset):
+        raise DataError(
+            f"shuffle_images: {largest} of {len(dataset)} records are about one image, so that not each of them can "
+            "get another one: leave shuffle_images out, or name more data."
+        )
+    order = np.array([row for group in groups for row in group])
+    other = np.empty_like(order)
+    other[order] = np.roll(order, -largest)  # further along than the records about the same image
+    column = image_column(dataset)
+    images = dataset.select(other).select_columns([column]).flatten_indices()
+    shuffled = concatenate_datasets([dataset.remove_columns(column), images], axis=1)
+    return shuffled.select_columns(dataset.column_names)
+
+
 class SharedImages(torch.utils.data.Dataset):
     """The records of a data set by image: an item holds all records about the same image (or images) as `records`.
 
@@ -184,12 +225,7 @@ class SharedImages(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
-        rows: dict[tuple, list[int]] = {}
-        column = "images" if "images" in dataset.column_names else "image"
-        for row, images in enumerate(dataset.select_columns([column])[column]):
-            images = images if isinstance(images, list) else [images]
-            rows.setdefault(tuple(map(identity_of, images)), []).append(row)
-        self.groups = list(rows.values())
+        self.groups = rows_by_image(dataset)
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -150,6 +150,9 @@ class TaskArguments(DataArguments):
         [], "Names of the classes in the order of their numbers, or a JSON file: a list, or an object {label: name}."
     )
     templates: list[str] = option(list(TEMPLATES), "Texts about a class, with {} in place of its name.")
+    shuffle_images: bool = option(
+        False, "Give each record the image of another, in training too, to measure what texts alone allow."
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -182,7 +185,6 @@ class EvaluationArguments:
     results: str | None = option(
         None, "Folder for the results; that of the model if None, or runs/NAME for a model on the Hub."
     )
-    shuffle_images: bool = option(False, "Give each record the image of another, to measure what texts alone allow.")
 
 
 @dataclass

@@ -36,14 +36,13 @@ def protocol_name(config: TCLConfig, task: str, dataset_name: str) -> str:
 
 
 def evaluation_protocol(
-    args: DataArguments, config: TCLConfig, num_records: int, images_shuffled: bool = False, num_classes: int = 0
+    args: DataArguments, config: TCLConfig, num_records: int, num_classes: int = 0
 ) -> EvaluationProtocol:
     """The protocol of an evaluation as the arguments describe it.
 
     Args:
         config: the model's.
         num_records: number of records that were evaluated.
-        images_shuffled: whether each record had the image of another one.
         num_classes: number of classes that the records name; 0 for records without such names.
     """
     row, dataset = TASKS[args.task], args.dataset_names[0]
@@ -56,7 +55,7 @@ def evaluation_protocol(
         protocol=protocol_name(config, task, dataset),
         resolution=config.vision_config.image_size,
         classes=num_classes or None,
-        images_shuffled=images_shuffled,
+        images_shuffled=getattr(args, "shuffle_images", False),
         **{fact: getattr(args, option) for fact, option in _FACTS.items() if option in row.options},
     )
 

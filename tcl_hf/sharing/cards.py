@@ -154,7 +154,7 @@ def eval_results(result_type: str, metrics: dict[str, float], protocol: Evaluati
     if protocol.templates is not None:
         fields["templates"] = len(protocol.templates)  # because there may be many; `evaluation.json` lists them
     left_out = ("step", "epoch", "records", "phrases", "rerank_weight")
-    conditions = ("protocol", "k", "resolution", "heat", "classes", "templates")
+    conditions = ("protocol", "k", "resolution", "heat", "classes", "templates", "images_shuffled")
     return [
         EvalResult(
             task_type=result_type,

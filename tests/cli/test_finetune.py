@@ -66,6 +66,18 @@ def test_both_scripts_run_a_task_from_files_to_results(checkpoint, tmp_path):
     assert (out / "predictions.png").exists()
 
 
+def test_training_with_shuffled_images_is_marked_and_leaves_a_model_that_is_evaluated_without(checkpoint, tmp_path):
+    file, out = write_entailment(tmp_path), tmp_path / "out"
+    argv = ["--recipe", "tcl_snli_ve", "--data", file, "--validation_data", file, "--image_root", tmp_path]
+    argv += ["--model", checkpoint, "--output_dir", out, "--image_size", 16, "--num_train_epochs", 1]
+    argv += ["--per_device_train_batch_size", 4, "--dataloader_num_workers", 0, "--shuffle_images", "true"]
+    finetune.main([str(word) for word in argv])
+    assert "the images shuffled" in (out / "README.md").read_text()
+    assert ModelCard.load(out / "README.md").data.eval_results[0].metric_args["images_shuffled"] is True
+    evaluate.main(["--model", str(out), "--data", str(file), "--image_root", str(tmp_path)])
+    assert json.loads((out / "evaluation.json").read_text())["images_shuffled"] is False
+
+
 def test_adapters_of_a_recipe_are_evaluated_as_a_model_is(checkpoint, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     pytest.importorskip("peft", reason="PEFT is not installed")

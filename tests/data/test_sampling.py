@@ -9,7 +9,14 @@ from helpers import png, tiny_processor, tiny_records
 
 from tcl_hf.data.collators import TCLPreTrainingCollator
 from tcl_hf.data.pairs import DataError
-from tcl_hf.data.sampling import BucketSampler, CaptionLengths, Visit, VisitedSamples, VisitSampler
+from tcl_hf.data.sampling import (
+    BucketSampler,
+    CaptionLengths,
+    Visit,
+    VisitedSamples,
+    VisitSampler,
+    shuffle_images,
+)
 from tcl_hf.models.tokenization_tcl import clean_caption
 
 
@@ -210,3 +217,35 @@ def test_processes_share_buckets_and_have_equally_many_batches(number):
 def test_records_without_captions_are_refused():
     with pytest.raises(DataError, match=r"train_sampling_strategy=group_by_length puts captions .* leave it out"):
         CaptionLengths(datasets.Dataset.from_dict({"question": ["what?"]}))
+
+
+def about_images(numbers: list[int], column: str = "image") -> datasets.Dataset:
+    """A record for each number, about the image (or the two images) of this number."""
+    image = {"bytes": None, "path": ""}
+    images = [image | {"bytes": png(number)} for number in numbers]
+    features = datasets.Image(decode=False)
+    if column == "images":
+        images, features = [[one, one] for one in images], datasets.List(features)
+    columns = {"label": list(range(len(numbers))), column: images, "image_id": [str(number) for number in numbers]}
+    features = datasets.Features(
+        {"label": datasets.Value("int64"), column: features, "image_id": datasets.Value("string")}
+    )
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_shuffled_images_are_those_of_records_about_other_images(column):
+    numbers = [0, 1, 0, 2, 0, 3, 3, 1]
+    records = about_images(numbers, column)
+    shuffled = shuffle_images(records)
+    assert shuffled.features == records.features
+    assert shuffled["label"] == records["label"] and shuffled["image_id"] == records["image_id"]
+    before, after = ([str(image) for image in dataset[column]] for dataset in (records, shuffled))
+    assert sorted(before) == sorted(after)
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    assert [str(image) for image in shuffle_images(records)[column]] == after
+
+
+def test_shuffling_is_refused_where_one_image_has_most_of_the_records():
+    with pytest.raises(DataError, match="3 of 5 records are about one image"):
+        shuffle_images(about_images([0, 0, 1, 0, 2]))

@@ -242,7 +242,7 @@ def test_mistakes_are_named(tmp_path, text, argv, message):
         (FINETUNE, "vocab_size", "pretrain and plan"),
         (PRETRAIN, "task", "finetune and evaluate"),
         (PRETRAIN, "share_images", "finetune"),
-        (PRETRAIN, "shuffle_images", "evaluate"),
+        (PRETRAIN, "shuffle_images", "finetune and evaluate"),
         (EVALUATE, "learning_rate", "pretrain and finetune"),
         (EVALUATE, "max_tokens", "pretrain, finetune and plan"),
         (EVALUATE, "share_images", "finetune"),

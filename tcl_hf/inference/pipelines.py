@@ -10,7 +10,6 @@
 Shapes: B images, N texts of each, L tokens, C candidates.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
@@ -19,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import AutoConfig, Pipeline, pipelines
-from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY, PipelineException
 
 from ..models.encoders import TCLPreTrainedModel
@@ -37,8 +35,7 @@ from .grounding import (
     phrase_span,
     sliding_boxes,
 )
-
-Record = Mapping[str, Any]
+from .inputs import Record, are_several, open_image, paired
 
 
 class _ImageTextPipeline(Pipeline):
@@ -48,6 +45,7 @@ class _ImageTextPipeline(Pipeline):
     _load_tokenizer = _load_image_processor = _load_video_processor = _load_feature_extractor = False
     model_classes: tuple[type[TCLPreTrainedModel], ...]
     text_name = "text"
+    has_all_texts = False  # Several texts belong to each image, and not one to each.
     # For a record and its images, and perhaps parameters: the tokens of the text, and what else the task needs of them.
     _prepare: Callable[..., Mapping[str, Any]]
 
@@ -55,16 +53,20 @@ class _ImageTextPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if not isinstance(self.model, self.model_classes):
             raise _wrong_model(self.task, type(self.model).__name__, self.model_classes)
+        # Batches are padded by these. transformers takes them from the processor only where it opens that itself.
+        self.tokenizer = self.tokenizer or self.processor.tokenizer
+        self.image_processor = self.image_processor or self.processor.image_processor
         self.model.eval()
 
-    def __call__(self, inputs: Any = None, text: str | list[str] | None = None, **kwargs) -> Any:
+    def __call__(self, inputs: Any = None, text: str | Iterable[str] | None = None, **kwargs) -> Any:
         """Run on one record or several, or on images with their texts.
 
         Args:
             inputs: a record (a dictionary), or a list, generator or dataset of records; for the last two the result is
-                an iterator. With `text`, an image or a list of images (PIL, path, URL or base64), also as the keyword
-                `image` or `images`.
-            text: the text of the image. Two lists are paired; a single image or text goes with all of a list.
+                an iterator. With `text`, an image, or a list, generator or column of a dataset of images, also as the
+                keyword `image` or `images`. An image is PIL, a path, a URL, base64, bytes, or an array or tensor
+                (H, W), (H, W, channels) or (channels, H, W) of numbers from 0 to 1, or of whole ones up to 255.
+            text: the text of the image. Several are paired with several images; a single image or text goes with all.
             kwargs: parameters of the task, those of all transformers pipelines (`batch_size`, `num_workers`), and
                 `timeout`, the seconds to wait for an image from a URL.
 
@@ -76,24 +78,25 @@ class _ImageTextPipeline(Pipeline):
         text = kwargs.pop(self.text_name, text)
         if text is not None:
             inputs = self._records(inputs, text)
-        elif isinstance(inputs, Iterable) and not isinstance(inputs, str | Mapping | list | Dataset):
+        elif are_several(inputs) and not isinstance(inputs, list | Dataset):
             # transformers accepts generators and PyTorch's datasets, but not those of the library `datasets`.
             records: Any = inputs
             inputs = Subset(records, range(len(records))) if isinstance(inputs, Sized) else (one for one in inputs)
-        return super().__call__(inputs, **kwargs)
+        # transformers reads the first element of a list, even of an empty one.
+        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
 
-    def _records(self, images: Any, text: str | list[str]) -> Record | list[Record]:
-        """The records of one image or several, with one text or several."""
-        lists = [given for given in (images, text) if isinstance(given, list)]
-        if len({len(given) for given in lists}) > 1:
-            raise ValueError(
-                f"{len(images)} images and {len(text)} texts cannot be paired: pass lists of one length, or a single "
-                f"image or {self.text_name}."
-            )
-        if not lists:
-            return {"image": images, self.text_name: text}
-        images, texts = (given if isinstance(given, list) else [given] * len(lists[0]) for given in (images, text))
-        return [{"image": image, self.text_name: text} for image, text in zip(images, texts, strict=True)]
+    def _records(self, images: Any, text: Any) -> Any:
+        """The records of one image or several, with one text or several: a list of lists, a dataset of datasets."""
+        if self.has_all_texts and are_several(text):
+            text = list(text)
+        many_texts = are_several(text) and not self.has_all_texts
+        return paired(images, text, self.text_name, self._are_several_images(images), many_texts)
+
+    def _are_several_images(self, images: Any) -> bool:
+        """Whether images are those of several records: each a list or tuple, if the model reads more than one image."""
+        if getattr(self.model, "images_per_text", 1) == 1 or not isinstance(images, list | tuple):
+            return are_several(images)
+        return any(map(are_several, images))
 
     def preprocess(self, record: Record, timeout: float | None = None, **parameters: Any) -> dict:
         """Pixels of the record's image or images, upright and in RGB, and what `_prepare` makes of its text."""
@@ -103,7 +106,7 @@ class _ImageTextPipeline(Pipeline):
                 f"...}}, or an image and its {self.text_name}."
             )
         given, expected = record.get("images", record.get("image")), getattr(self.model, "images_per_text", 1)
-        images = [_open_image(image, timeout) for image in (given if isinstance(given, list | tuple) else [given])]
+        images = [open_image(image, timeout) for image in (given if are_several(given) else [given])]
         if len(images) != expected:
             raise ValueError(
                 f"{type(self.model).__name__} reads {expected} image{'s' * (expected > 1)} with a text, but got "
@@ -127,11 +130,7 @@ class ImageTextMatchingPipeline(_ImageTextPipeline):
     """
 
     model_classes = (TCLForImageTextRetrieval, TCLForPreTraining)
-
-    def _records(self, images: Any, text: str | list[str]) -> Record | list[Record]:
-        if isinstance(images, list):
-            return [{"image": image, "text": text} for image in images]
-        return {"image": images, "text": text}
+    has_all_texts = True
 
     def _sanitize_parameters(self, timeout: float | None = None) -> tuple[dict, dict, dict]:
         return _given(timeout=timeout), {}, {}
@@ -143,12 +142,14 @@ class ImageTextMatchingPipeline(_ImageTextPipeline):
         fewer texts than others with rows of padding.
         """
         text = record.get("text")
-        texts = list(text) if isinstance(text, list | tuple) else [text]
+        texts: list[Any] = list(text) if are_several(text) else [text]  # type: ignore[arg-type]
         if not texts:
             raise ValueError("The list of texts is empty: pass at least one.")
         texts = [_checked_text(one, "text") for one in texts]
         tokens = self.processor(text=texts, padding="max_length", return_tensors="pt")
-        return {name: tokens[name][None] for name in ("input_ids", "attention_mask")} | {"text": text}
+        return {name: tokens[name][None] for name in ("input_ids", "attention_mask")} | {
+            "text": text if isinstance(text, str) else texts
+        }
 
     def _forward(self, inputs: dict) -> dict:
         input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]  # (B, N, L)
@@ -236,12 +237,6 @@ class VisualEntailmentPipeline(_ImageTextPipeline):
     """
 
     model_classes: tuple[type[TCLPreTrainedModel], ...] = (TCLForVisualEntailment, TCLForVisualReasoning)
-
-    def _records(self, images: Any, text: str | list[str]) -> Record | list[Record]:
-        several = isinstance(images, list) and images and isinstance(images[0], list | tuple)
-        if self.model.images_per_text > 1 and isinstance(images, list) and not several:
-            images = tuple(images)  # the images of one text, not a list of records
-        return super()._records(images, text)
 
     def _sanitize_parameters(self, top_k: int | None = None, timeout: float | None = None) -> tuple[dict, dict, dict]:
         return _given(timeout=timeout), {}, _given(top_k=top_k)
@@ -352,13 +347,6 @@ def _checked_text(text: Any, name: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{name}={text!r:.60} is not a text: pass a {name} with at least one word.")
     return text
-
-
-def _open_image(image: Any, timeout: float | None) -> Image.Image:
-    """Load an image from any source, upright and in RGB."""
-    if image is None:
-        raise ValueError("The record has no image: pass a PIL image, a path, a URL or a base64 text as 'image'.")
-    return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image, timeout=timeout)
 
 
 def _wrong_model(task: str, name: str, expected: tuple[type, ...]) -> PipelineException:

@@ -499,7 +499,12 @@ def test_a_checkpoint_without_the_heads_of_a_task_is_refused(task, needed, folde
     [
         ("matching", {"text": "a dog"}, {}, "has no image"),
         ("matching", {"image": None, "text": "a dog"}, {}, "has no image"),
-        ("matching", {"image": "nowhere.png", "text": "a dog"}, {}, "Incorrect image source"),
+        (
+            "matching",
+            {"image": "nowhere.png", "text": "a dog"},
+            {},
+            "nowhere.png. cannot be opened: it is neither a file",
+        ),
         ("matching", "nowhere.png", {}, "of type str is not a record: pass {'image': ..., 'text': ...}"),
         ("matching", {"image": IMAGES[0]}, {}, "text=None is not a text"),
         ("matching", {"image": IMAGES[0], "text": []}, {}, "list of texts is empty"),

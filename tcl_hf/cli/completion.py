@@ -1,4 +1,8 @@
-"""Print a script for your shell that completes commands and options: `tcl-hf completion bash`."""
+"""Print a script for your shell that completes commands and options: `tcl-hf completion bash > FILE`.
+
+To make it takes seconds. Write it to a file once, where your shell looks for completions, such as
+~/.local/share/bash-completion/completions/tcl-hf.
+"""
 
 import argparse
 import importlib
@@ -6,8 +10,9 @@ from collections.abc import Sequence
 
 import shtab
 
+from tcl_hf_command import SUBCOMMANDS
+
 from .command_line import argument_parser, command
-from .main import SUBCOMMANDS
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,8 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from tcl_hf_command import recipe_list
+
 from ..recipes.arguments import RecipeError
-from ..recipes.parsing import RECIPES, recipe_file, recipe_names, recipe_summary
+from ..recipes.parsing import RECIPES, recipe_file, recipe_names
 from .command_line import argument_parser, command
 
 
@@ -22,9 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the list of the recipes, or one of them."""
     args = parser().parse_args(argv)
     if args.name is None:
-        width = max(map(len, recipe_names())) + 2
-        for name in recipe_names():
-            print(f"{name:{width}}{recipe_summary(name)}" if not args.path else RECIPES / f"{name}.yaml")
+        print("\n".join(str(RECIPES / f"{name}.yaml") for name in recipe_names()) if args.path else recipe_list())
         return
     path: Path = recipe_file(args.name)
     if args.name not in recipe_names():

@@ -5,7 +5,6 @@ ignored silently; only a recipe for training may also be given to commands that 
 """
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -180,12 +179,6 @@ def _recipe_of_data(command: Command, chosen: argparse.Namespace) -> Path | None
 def recipe_names() -> list[str]:
     """The names of the package's recipes."""
     return sorted(file.stem for file in RECIPES.glob("*.yaml"))
-
-
-def recipe_summary(name: str) -> str:
-    """The first sentence of the comment at the top of one of the package's recipes."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), recipe_file(name).read_text("utf-8").splitlines())
-    return " ".join(line.lstrip("# ") for line in lines).split(". ")[0].rstrip(".")
 
 
 def recipe_file(name: str) -> Path:

@@ -7,9 +7,9 @@ import shlex
 import pytest
 from helpers import ROOT
 
-from tcl_hf.cli.main import SUBCOMMANDS
 from tcl_hf.recipes import parsing
 from tcl_hf.recipes.parsing import COMMANDS, parse_recipe, recipe_names
+from tcl_hf_command import SUBCOMMANDS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -1,13 +1,16 @@
 """The command `tcl-hf`: its subcommands, its list of recipes, and the completion of shells."""
 
 import importlib
+import os
 import subprocess
+import sys
 
 import pytest
+from helpers import ROOT
 
 import tcl_hf
-from tcl_hf.cli import main as program
-from tcl_hf.recipes.parsing import RECIPES, parse_recipe, recipe_names, recipe_summary
+import tcl_hf_command as program
+from tcl_hf.recipes.parsing import RECIPES, parse_recipe, recipe_names
 
 
 def run(capsys, *argv: str) -> str:
@@ -20,6 +23,15 @@ def test_it_lists_its_subcommands_and_says_its_version(capsys):
     assert text == run(capsys, "--help") == run(capsys, "-h")
     assert all(f"\n  {name} " in text for name in program.SUBCOMMANDS)
     assert run(capsys, "--version") == f"tcl-hf {tcl_hf.__version__}\n"
+
+
+def test_lists_and_the_version_appear_before_anything_heavy_is_imported(tmp_path):
+    asked = "import sys, tcl_hf_command as program; [program.main([one]) for one in ('--help', '--version', 'recipes')]"
+    heavy = "print(sorted({'tcl_hf', 'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", f"{asked}; {heavy}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "openmoji_scratch  " in done.stdout
 
 
 @pytest.mark.parametrize("name", program.SUBCOMMANDS)
@@ -40,8 +52,9 @@ def test_an_unknown_subcommand_is_refused_with_a_hint(capsys):
 def test_recipes_are_listed_with_a_line_each(capsys):
     lines = run(capsys, "recipes").splitlines()
     assert [line.split()[0] for line in lines] == recipe_names() == sorted(f.stem for f in RECIPES.glob("*.yaml"))
-    assert recipe_summary("tcl_4m").startswith("The paper's pre-training (Yang et al., CVPR 2022")
-    assert all(len(recipe_summary(name)) > 30 for name in recipe_names())
+    of = dict(line.split(maxsplit=1) for line in lines)
+    assert of["tcl_4m"].startswith("The paper's pre-training (Yang et al., CVPR 2022")
+    assert all(len(summary) > 30 for summary in of.values())
 
 
 def test_a_printed_recipe_is_one_to_start_from(capsys, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from helpers import encoded, photo, png
 from PIL import Image
 
-from tcl_hf.cli import main as program
+import tcl_hf_command as program
 from tcl_hf.data.inspection import inspect
 from tcl_hf.data.tokenizer import train_tokenizer
 from tcl_hf.models.image_processing_tcl import TCLImageProcessorPil

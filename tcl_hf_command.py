@@ -1,14 +1,19 @@
 """The command `tcl-hf`: it finds the subcommand that is named, and runs it.
 
-A subcommand is a module of this package with a function `main(argv)`. It is imported only when it runs, so that the
-list of them appears at once.
+A subcommand is a module of `tcl_hf.cli` with a function `main(argv)`. This module stands beside the package, because to
+import the package takes seconds: it registers TCL with the Auto classes, and so loads torch and transformers. Lists and
+the version appear at once.
 """
 
 import difflib
 import importlib
+import itertools
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
+
+RECIPES = Path(__file__).parent / "tcl_hf" / "recipes"
 
 SUBCOMMANDS = {
     "demo": "train on embedded pictures from embedded encoders, in minutes",
@@ -35,6 +40,19 @@ def usage() -> str:
     )
 
 
+def recipe_summary(file: Path) -> str:
+    """The first sentence of the comment at the top of a recipe."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text("utf-8").splitlines())
+    return " ".join(line.lstrip("# ") for line in lines).split(". ")[0].rstrip(".")
+
+
+def recipe_list() -> str:
+    """The text of `tcl-hf recipes`: a line about each recipe of the package."""
+    files = sorted(RECIPES.glob("*.yaml"), key=lambda file: file.stem)
+    width = max(len(file.stem) for file in files) + 2
+    return "\n".join(f"{file.stem:{width}}{recipe_summary(file)}" for file in files)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the subcommand that a command line names; that of the process if `argv` is None.
 
@@ -46,10 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(usage())
     elif name in ("--version", "-V"):
         print(f"tcl-hf {version('tcl_hf')}")
+    elif given == ["recipes"]:
+        print(recipe_list())
     elif name not in SUBCOMMANDS:
         close = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
         meant = f" (did you mean '{close[0]}'?)" if close else ""
         print(f"error: There is no command '{name}'{meant}: `tcl-hf --help` lists them.", file=sys.stderr)
         sys.exit(2)
     else:
-        importlib.import_module(f".{name}", __package__).main(given[1:])
+        importlib.import_module(f"tcl_hf.cli.{name}").main(given[1:])

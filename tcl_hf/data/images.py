@@ -1,5 +1,6 @@
 """`open_image` opens the image of a record in any of its forms; `why_unusable` checks a whole record."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -11,6 +12,11 @@ from PIL import Image
 from ..models.image_processing_tcl import upright
 from ..models.tokenization_tcl import clean_caption
 from .captions import usable_captions
+
+with contextlib.suppress(ImportError):  # the extra `heic`
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from .storage import SearchError
 
 logger = logging.getLogger(__name__)
 
+DEMO = "openmoji"  # the recipe of the demo, after which its runs are named
 NUM_READERS = min(8, os.cpu_count() or 1)  # threads that decode: Pillow decodes and resizes outside Python's lock
 
 
@@ -142,16 +144,44 @@ class SearchModel:
         """
         config = self.tcl.config.vision_config
         names = ("layer_norm_eps", "hidden_act", "num_attention_heads", "patch_size", "output_grid")
-        digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([self.tcl.config.image_pooling, *(getattr(config, name) for name in names)]).encode())
-        for part in ("vision_model", "visual_projection"):
-            for key, weight in sorted(self.tcl.get_submodule(part).state_dict().items()):
-                digest.update(f"{part}.{key}".encode())
-                digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        facts = [self.tcl.config.image_pooling, *(getattr(config, name) for name in names)]
+        weights = _hash_of(
+            facts, {name: self.tcl.get_submodule(name) for name in ("vision_model", "visual_projection")}
+        )
         pixels = self.processor.image_processor
         size = f"{int(pixels.size['height'])} x {int(pixels.size['width'])} pixels"
         numbers = [[round(float(value), 6) for value in values] for values in (pixels.image_mean, pixels.image_std)]
-        return digest.hexdigest(), f"{size}, mean {numbers[0]}, std {numbers[1]}"
+        return weights, f"{size}, mean {numbers[0]}, std {numbers[1]}"
+
+    def weights(self) -> str:
+        """A hash of all weights, on which similarities and matching depend."""
+        parts = {"tcl": self.tcl} | ({"itm_head": self.model.itm_head} if self.can_match else {})
+        return _hash_of(self.tcl.config.image_pooling, parts)
+
+
+def _hash_of(facts: Any, parts: dict[str, torch.nn.Module]) -> str:
+    """A hash of some facts and of the weights of modules."""
+    digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
+    for part, module in parts.items():
+        for key, weight in sorted(module.state_dict().items()):
+            digest.update(f"{part}.{key}".encode())
+            digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def default_model() -> str:
+    """The folder of the newest run of the demo.
+
+    Raises:
+        SearchError: if there is none.
+    """
+    found = [path.parent for path in Path("runs").glob(f"{DEMO}*/config.json")]
+    if not found:
+        raise SearchError(
+            f"No model was named, and there is none of the demo in runs/{DEMO}: name one with --model, or make one "
+            "with `tcl-hf demo`."
+        )
+    return str(max(found, key=lambda folder: (folder / "config.json").stat().st_mtime_ns))
 
 
 def read_rgb(image: Any) -> Image.Image:
@@ -243,6 +273,17 @@ def read_pixels(searcher: SearchModel, images: Sequence[Any], first: int = 0) ->
         return torch.stack(list(readers.map(pixels_of, enumerate(images, first))))
 
 
+class _MetricsOfModel:
+    """Takes the place of a model card's data, where the evaluators of sentence-transformers leave their metrics."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, float], *unused: Any) -> None:
+        """Keep the metrics of an evaluator."""
+        self.metrics |= metrics
+
+
 class TCLCrossEncoder:
     """TCL with the interface of a `CrossEncoder` of sentence-transformers: it scores pairs of a text and an image.
 
@@ -256,6 +297,7 @@ class TCLCrossEncoder:
 
     def __init__(self, model: Any, processor: TCLProcessor | None = None, device: str | None = None):
         self.searcher = SearchModel(model, processor, device)
+        self.model_card_data = _MetricsOfModel()
         check_can_match(self.searcher)
 
     def predict(

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 VERSION = 1  # changes with the columns of the table and with what its schema says
 EXACT_BELOW = 50_000  # rows; a scan of so many vectors takes about as long as an approximate search of millions
 NAME = "images"
+DEFAULT_INDEX = "runs/index"  # the index of commands that name none
 WRITER = "writer.lock"
 # Columns that a person can name in `where`.
 FACTS = ("image_id", "path", "name", "source", "caption", "size", "modified", "width", "height", "hash")

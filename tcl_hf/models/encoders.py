@@ -28,6 +28,7 @@ from .attention import KeyValue, TCLAttention
 from .checksums import verify_checksums, write_checksums
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
 from .fitting import fit_shapes, part_of, repeat_fusion_layers, resize_positions
+from .input_checks import check_fusion_rows, check_mask
 from .losses import pool_locals
 from .momentum import SharedModule
 
@@ -543,9 +544,14 @@ class TCLTextModel(TCLTextPreTrainedModel):
         output_hidden_states: bool = False,
         cache: Cache | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Run the first layers on token ids (N, L) with their mask (N, L): states of the text alone (N, L, D)."""
+        """Run the first layers on token ids (N, L) with their mask (N, L): states of the text alone (N, L, D).
+
+        Raises:
+            ValueError: if the mask is that of other texts.
+        """
         num_past = cache.get_seq_length() if cache is not None else 0
         hidden_states = self.embeddings(input_ids, inputs_embeds, num_past)
+        check_mask(attention_mask, hidden_states.shape[0], hidden_states.shape[1] if cache is None else None)
         mask = self._mask(hidden_states, attention_mask, cache)
         collected = _Collected(hidden_states, output_attentions, output_hidden_states)
         for layer in self.layers[: self.config.fusion_layer]:
@@ -595,7 +601,8 @@ class TCLTextModel(TCLTextPreTrainedModel):
                 once for each text.
 
         Raises:
-            ValueError: if `text_index` comes with `image_mask`, `cache`, or states or weights to return.
+            ValueError: if texts, images and indices do not belong together, for example 4 texts with 3 images and no
+                `image_index`; if `text_index` comes with `image_mask`, `cache`, or states or weights to return.
         """
         if text_index is not None and (
             image_mask is not None or cache is not None or output_attentions or output_hidden_states
@@ -604,6 +611,17 @@ class TCLTextModel(TCLTextPreTrainedModel):
                 "text_index shares texts among rows, which works without image_mask, cache, output_attentions and "
                 "output_hidden_states alone: select the texts of the rows before fusing them."
             )
+        check_fusion_rows(
+            text_states.shape[0],
+            text_states.shape[1] if cache is None else None,
+            attention_mask,
+            [key.shape[0] for key, _ in images],
+            image_mask,
+            image_index,
+            text_index,
+            token_index,
+            self.training,
+        )
         mask = self._mask(text_states, attention_mask, cache)
         if image_mask is not None:
             image_mask = self._image_mask(text_states, image_mask, image_index)
@@ -663,6 +681,9 @@ class TCLTextModel(TCLTextPreTrainedModel):
 
         Returns:
             `last_hidden_state` (N, L, D) and `pooler_output`, its first token (N, D).
+
+        Raises:
+            ValueError: if texts, images and their index do not belong together, as for `fuse`.
         """
         output_flags = _output_flags(self.config, output_attentions, output_hidden_states)
         text = self.encode(input_ids, attention_mask, inputs_embeds, *output_flags)

@@ -23,6 +23,7 @@ from .attention import KeyValue
 from .configuration_tcl import TCLConfig, TCLTextConfig
 from .encoders import PredictsWords, TCLLMHead, TCLTextModel, TCLTextPreTrainedModel, eval_mode
 from .fitting import fill_decoder, shape_of
+from .input_checks import check_index
 from .losses import answer_loss, classification_loss, draw_two_images
 from .modeling_tcl import TCLModel, TCLTaughtModel, has_no_share
 from .outputs import TCLQuestionAnsweringOutput, TCLRankedAnswers
@@ -232,7 +233,8 @@ class TCLForTextAssignment(TCLTaughtModel):
             `logits` (N, 3) and, with drawn or given labels, `loss`.
 
         Raises:
-            ValueError: if texts or images are missing, or only one of the two indices is given.
+            ValueError: if texts or images are missing, if only one of the two indices is given, or if one names an
+                image that is not there.
         """
         if input_ids is None or pixel_values is None:
             raise ValueError("TCLForTextAssignment reads texts about images: pass both input_ids and pixel_values.")
@@ -249,6 +251,9 @@ class TCLForTextAssignment(TCLTaughtModel):
             with torch.no_grad():
                 drawn = draw_two_images(self.tcl.image_features(states))
             first_image_index, second_image_index, labels = drawn
+        else:
+            for name, index in (("first", first_image_index), ("second", second_image_index)):
+                check_index(f"{name}_image_index", index, len(input_ids), len(states), "images", self.training)
         images = (states[first_image_index], states[second_image_index])
         fused = self.tcl.text_model(input_ids, attention_mask, encoder_hidden_states=images)
         logits = self.ta_head(fused.pooler_output)
@@ -422,8 +427,8 @@ class TCLForQuestionAnswering(TCLTaughtModel):
             interpolate_pos_encoding: resize the image positions to images of another size.
 
         Raises:
-            ValueError: if questions or images are missing, or if answers and questions differ in number and
-                `question_index` is missing or of another length than the answers.
+            ValueError: if questions or images are missing, if answers and questions differ in number and
+                `question_index` is missing, or if an index or the weights do not belong to the rows.
         """
         inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
         questions = _fused(self.tcl, *inputs).last_hidden_state  # (N, L, width)
@@ -434,10 +439,13 @@ class TCLForQuestionAnswering(TCLTaughtModel):
                 f"There are {len(labels)} answers to {len(questions)} questions: pass question_index, the question of "
                 "each answer."
             )
-        if question_index is not None and len(question_index) != len(labels):
+        if question_index is not None:
+            check_index(
+                "question_index", question_index, len(labels), len(questions), "questions", self.training, "answers"
+            )
+        if answer_weights is not None and len(answer_weights) != len(labels):
             raise ValueError(
-                f"question_index has {len(question_index)} entries, but there are {len(labels)} answers: pass the "
-                "question of every answer."
+                f"answer_weights has {len(answer_weights)} entries for {len(labels)} answers: pass one each."
             )
         alpha = self.soft_target_share(alpha)
         answer_ids = labels.masked_fill(labels == -100, self.config.text_config.pad_token_id or 0)[:, :-1]
@@ -479,7 +487,15 @@ class TCLForQuestionAnswering(TCLTaughtModel):
             candidate_mask: 1 for tokens of the candidates, 0 for padding (C, L).
             k: number of candidates scored in full; all of them if there are fewer.
             chunk_size: number of tokens whose logits are in memory at once.
+
+        Raises:
+            ValueError: as in `forward`, and if the candidates' mask has another shape than their ids.
         """
+        if candidate_ids.shape != candidate_mask.shape:
+            shapes = f"{tuple(candidate_ids.shape)} and {tuple(candidate_mask.shape)}"
+            raise ValueError(
+                f"candidate_ids and candidate_mask have the shapes {shapes}: pass a number for each token."
+            )
         inputs = (input_ids, attention_mask, pixel_values, image_index, interpolate_pos_encoding)
         with eval_mode(self):
             questions = _fused(self.tcl, *inputs).last_hidden_state

@@ -50,7 +50,7 @@ class TrainingBatch:
     """A batch of pairs to train on: image n belongs to text n. Inputs that may be left out are filled in.
 
     Raises:
-        ValueError: if the number of images differs from that of texts.
+        ValueError: if the number of images, or of rows of another input, differs from that of texts.
     """
 
     input_ids: Tensor  # (N, L)
@@ -70,6 +70,18 @@ class TrainingBatch:
                 f"The losses need pairs, but got {images} images and {texts} texts: pass as many pixel_values as "
                 "input_ids, or return_loss=False."
             )
+        masked = self.masked
+        others = {
+            "attention_mask": self.attention_mask,
+            "pixel_values_augmented": self.pixel_values_augmented,
+            "image_ids": self.image_ids,
+            "mlm_input_ids": masked and masked.input_ids,
+            "mlm_labels": masked and masked.labels,
+            "mlm_positions": masked and masked.mlm_positions,
+        }
+        for name, given in others.items():
+            if given is not None and len(given) != texts:
+                raise ValueError(f"{name} has {len(given)} rows, but there are {texts} pairs: pass one for each.")
         if self.attention_mask is None:
             self.attention_mask = torch.ones_like(self.input_ids)
         if self.pixel_values_augmented is None:

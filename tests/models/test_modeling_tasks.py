@@ -809,7 +809,7 @@ def test_questions_without_answers_are_read_only():
 def test_answers_without_questions_are_refused_with_a_sentence():
     model = TCLForQuestionAnswering(config_of())
     batch = batch_of(model)
-    with pytest.raises(ValueError, match="question_index has 3 entries, but there are 5 answers"):
+    with pytest.raises(ValueError, match=r"question_index \(3,\) must have one entry for each of 5 answers"):
         model(**batch | {"question_index": torch.arange(3)})
     del batch["question_index"]
     with pytest.raises(ValueError, match="There are 5 answers to 3 questions: pass question_index"):

@@ -86,7 +86,7 @@ class _Collator:
     def __call__(self, records: list[dict]) -> dict[str, Tensor]:
         """Make a batch of the records that can be used."""
         samples = [sample for sample in map(self._usable_sample, records) if sample is not None]
-        self.skipped.saw(len(records))
+        self.skipped.saw(sum(map(_num_samples, records)))
         if not samples:
             if self.empty_batches:
                 return {}
@@ -105,11 +105,12 @@ class _Collator:
             except DataError:
                 raise
             except IMAGE_ERRORS as error:
-                self.skipped.add(record.get("image_id", "?"), f"{type(error).__name__}: {error}", visit)
+                reason = f"{type(error).__name__}: {error}"
+                self.skipped.add(record.get("image_id", "?"), reason, visit, _num_samples(record))
                 return None
 
     def _sample(self, record: dict) -> Any:
-        """Make a sample of one record; a ValueError or OSError leaves it out."""
+        """Make a sample of one record; None or any error but a DataError leaves it out, and an error lists it."""
         raise NotImplementedError
 
     def _batch(self, samples: list) -> dict[str, Tensor]:
@@ -207,6 +208,11 @@ class TCLPreTrainingCollator(_Collator):
         return {"mlm_input_ids": masked_ids, "mlm_labels": labels, "mlm_positions": masked_positions(labels)}
 
 
+def _num_samples(record: dict) -> int:
+    """The samples that a record holds: those that share its image, or itself."""
+    return len(record.get("records") or (record,))
+
+
 def image_number(record: dict) -> int:
     """A number for the image of a record, equal in all processes and runs; `NO_IMAGE_ID` where nothing identifies it.
 
@@ -268,22 +274,29 @@ class TCLTaskCollator(_Collator):
     with_answers: bool = True
     max_question_words: int = MAX_QUESTION_WORDS_IN_TRAINING
 
-    def _sample(self, record: dict) -> tuple[Tensor, list[_LabelledText]]:
-        """The pixels of an image (3, H, W), or of several (images, 3, H, W), and the texts about them."""
+    def _sample(self, record: dict) -> tuple[Tensor, list[_LabelledText]] | None:
+        """The pixels of an image (3, H, W), or of several (images, 3, H, W), and the texts about them.
+
+        None if each of several texts was listed as one that cannot be used.
+        """
         records = record.get("records") or [record]
-        texts = []
+        texts: list[_LabelledText] = []
+        problems: list[tuple[object, str]] = []  # listed last, because a bad image counts all its texts
+        pixels = None
         for one in records:
             try:
                 texts.append(self._labelled_text(one))
-            except ValueError as error:
+            except IMAGE_ERRORS as error:
                 if isinstance(error, DataError) or len(records) == 1:
                     raise
-                self.skipped.add(one.get("image_id", "?"), f"ValueError: {error}", record.get("visit"))
-        if not texts:
-            raise ValueError("no text")
-        if "images" not in records[0]:
-            return self._views(records[0])[0], texts
-        return torch.stack([self._views({"image": image})[0] for image in records[0]["images"]]), texts
+                problems.append((one.get("image_id", "?"), f"{type(error).__name__}: {error}"))
+        if texts and "images" in records[0]:
+            pixels = torch.stack([self._views({"image": image})[0] for image in records[0]["images"]])
+        elif texts:
+            pixels = self._views(records[0])[0]
+        for image_id, reason in problems:
+            self.skipped.add(image_id, reason, record.get("visit"))
+        return None if pixels is None else (pixels, texts)
 
     def _labelled_text(self, record: dict) -> _LabelledText:
         """The text of one record, with its class and its answers."""

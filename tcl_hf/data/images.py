@@ -4,10 +4,12 @@ import contextlib
 import hashlib
 import io
 import os
+import stat
 import warnings
+from functools import lru_cache
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..models.image_processing_tcl import upright
 from ..models.tokenization_tcl import clean_caption
@@ -18,7 +20,18 @@ with contextlib.suppress(ImportError):  # the extra `heic`
 
     register_heif_opener()
 
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+# Whatever is raised while one image is opened or decoded is the fault of that image and ends nothing else: decoders
+# raise errors of many classes for damaged files, among them KeyError, IndexError, RuntimeError and MemoryError.
+IMAGE_ERRORS = (Exception,)
+# The formats that are read. Others need a program beside Pillow (EPS runs Ghostscript), or are not those of pictures.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF")
+
+
+@lru_cache(maxsize=1)
+def _readable_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that Pillow reads here; HEIF needs the extra `heic`."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def open_image(image: object) -> Image.Image:
@@ -30,7 +43,8 @@ def open_image(image: object) -> Image.Image:
 
     Raises:
         ValueError: if the image is missing, or the range of its values is not known.
-        OSError: if it cannot be read.
+        OSError: if it cannot be read, is not in one of `FORMATS`, or its path is not that of a regular file. (To open a
+            pipe or a device could wait for ever, and immune to signals.)
         DecompressionBombWarning: if it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million). For more than
             twice that number it is a `DecompressionBombError`. Both are raised before anything is decoded.
     """
@@ -44,14 +58,20 @@ def open_image(image: object) -> Image.Image:
         raise ValueError("no image")
     if isinstance(image, bytes):
         image = io.BytesIO(image)
-    elif not isinstance(image, str | os.PathLike):
+    elif isinstance(image, str | os.PathLike):
+        if not stat.S_ISREG(os.stat(image).st_mode):
+            raise OSError(f"not a regular file: '{os.fspath(image)}'")
+    else:
         raise ValueError(f"an image of type {type(image).__name__}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            opened = Image.open(image)
+            opened = Image.open(image, formats=_readable_formats())
         if opened.format == "AVIF":
             opened.load()
+    except UnidentifiedImageError as error:
+        name = f": '{image}'" if isinstance(image, str | os.PathLike) else ""
+        raise OSError(f"a file in none of the formats {', '.join(FORMATS)}, or damaged{name}") from error
     except RuntimeError as error:  # Only AVIF raises it; for a damaged file of another format Pillow raises OSError.
         raise OSError(str(error)) from error
     return upright(opened)

@@ -83,7 +83,7 @@ def _list_rows(pieces: _Pieces, file: str) -> Iterator[dict]:
             raise DataError(f"{file} is not a list of objects with 'image' and 'caption': see row {number}.")
         try:
             yield pieces.decode_object()
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file} is not a JSON list: row {number}: {error}.") from error
 
 
@@ -91,7 +91,7 @@ def _object_rows(pieces: _Pieces, split_names: Sequence[str], file: str) -> Iter
     """The images of some of Karpathy's splits, or of COCO's captions, as rows of an ALBEF-style list."""
     try:
         content = json.loads(pieces.text + pieces.stream.read())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not a JSON list: {error}.") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise DataError(f"{file} is not a list of objects with 'image' and 'caption'.")

@@ -98,8 +98,12 @@ class SkippedSamples:
         with self._seen.get_lock():
             self._seen.value += number
 
-    def add(self, image_id: object, reason: str, visit: "Visit | None" = None) -> None:
-        """Count and list a bad sample, with the reason and the visit on which it was found."""
+    def add(self, image_id: object, reason: str, visit: "Visit | None" = None, number: int = 1) -> None:
+        """Count and list a bad sample, with the reason and the visit on which it was found.
+
+        Args:
+            number: how many samples are bad for this one reason, such as the texts about an image.
+        """
         self.last = f"{image_id}: {reason}"
         entry: dict[str, Any] = {"image_id": str(image_id), "reason": reason}
         visited = None
@@ -107,7 +111,7 @@ class SkippedSamples:
             entry["visit"] = [visit.epoch, visit.index]
             visited = (entry["image_id"], visit.epoch, visit.index)
         with self._skipped.get_lock():
-            self._skipped.value += not self._listed.get(visited)
+            self._skipped.value += 0 if self._listed.get(visited) else number
             if self.path is not None and visited not in self._listed:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import fsspec
 
+from ..models.tokenization_tcl import encodable
 from .captions import caption_texts
 from .json_lists import json_rows
 from .records import (
@@ -72,7 +73,7 @@ def list_records(
             yield {
                 "image": images.open(image),
                 "captions": caption_texts(caption),
-                "image_id": str(image_id if image_id is not None else path or f"{file}:{number}"),
+                "image_id": encodable(str(image_id if image_id is not None else path or f"{file}:{number}")),
             }
 
 
@@ -115,7 +116,7 @@ def _json_lines(stream: TextIO) -> Iterator[dict]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):
                 row = None
             yield row if isinstance(row, dict) else {"image": None, "caption": None}
 
@@ -197,13 +198,15 @@ class _Images:
             DataError: if it is an address.
         """
         if isinstance(image, dict):
-            if image.get("bytes") is not None:
-                return {"bytes": image["bytes"], "path": image.get("path")}
+            if isinstance(image.get("bytes"), bytes):
+                content, path = image["bytes"], image.get("path")
+                return {"bytes": content, "path": None if path is None else encodable(str(path))}
             image = image.get("path")
         if isinstance(image, bytes):
             return {"bytes": image, "path": None}
         if not isinstance(image, str) or not image or "\0" in image:
             return None
+        image = encodable(image)
         if ADDRESS.match(image):
             raise only_addresses(self.file, image[:80])
         if not self.is_found and self.tried < _TRIED_ROWS and not is_remote(self.root):

@@ -9,10 +9,12 @@ from typing import Any
 
 import datasets
 
+from ..models.tokenization_tcl import encodable
 from .captions import caption_texts
 from .sources import is_remote
 
 _FIRST_MEMBERS = 50
+_LARGEST_MEMBER = 2**28  # bytes; a sparse file of a few bytes in a tar may stand for terabytes of zeros
 _MEMBER = re.compile(r"(?P<key>(?:.*/)?[^/.]*)\.(?P<field>[^/]*)", re.DOTALL)
 
 
@@ -24,8 +26,8 @@ def tar_records(
 ) -> Iterator[dict]:
     """The records of tars, one after another.
 
-    A sample without an image or a caption stays in, and bytes that are not UTF-8 become U+FFFD: it is skipped and
-    listed when a collator comes to it.
+    A sample without an image or a caption stays in, also where its file is larger than 256 MiB, and bytes that are not
+    UTF-8 become U+FFFD: it is skipped and listed when a collator comes to it.
 
     Args:
         files: paths of the tars.
@@ -36,10 +38,11 @@ def tar_records(
         for sample in _samples(file, {*image_fields, *caption_fields}):
             image = next((name for name in image_fields if name in sample), None)
             caption = next((name for name in caption_fields if name in sample), None)
+            key = sample["__key__"]
             yield {
-                "image": {"bytes": sample[image], "path": f"{sample['__key__']}.{image}"} if image else None,
+                "image": {"bytes": sample[image], "path": encodable(f"{key}.{image}")} if image else None,
                 "captions": caption_texts(_decoded(caption, sample[caption])) if caption else [],
-                "image_id": sample["__key__"],
+                "image_id": encodable(key),
             }
 
 
@@ -55,7 +58,7 @@ def _decoded(field: str, content: bytes) -> Any:
         return text
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -77,8 +80,15 @@ def _samples(file: str, wanted: set[str] | None) -> Iterator[dict[str, Any]]:
         for match, member in group:
             field = match["field"].lower()
             if wanted is None or field in wanted:
-                sample[field] = member.read()
+                _read_into(sample, field, member)
         yield sample
+
+
+def _read_into(sample: dict[str, Any], field: str, member: Any) -> None:
+    """Add the content of an open file to a sample, unless it is larger than any image."""
+    content = member.read(_LARGEST_MEMBER + 1)
+    if len(content) <= _LARGEST_MEMBER:
+        sample[field] = content
 
 
 def _is_in_order(file: str) -> bool:
@@ -107,5 +117,9 @@ def _samples_out_of_order(file: str, wanted: set[str] | None) -> Iterator[dict[s
             if match and member.isfile() and (wanted is None or match["field"].lower() in wanted):
                 members.setdefault(match["key"], {})[match["field"].lower()] = member
         for key, fields in members.items():
-            contents = {field: tar.extractfile(member) for field, member in fields.items()}
-            yield {"__key__": key, **{field: content.read() for field, content in contents.items() if content}}
+            sample: dict[str, Any] = {"__key__": key}
+            for field, info in fields.items():
+                content = tar.extractfile(info)
+                if content is not None:
+                    _read_into(sample, field, content)
+            yield sample

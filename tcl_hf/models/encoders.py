@@ -611,17 +611,7 @@ class TCLTextModel(TCLTextPreTrainedModel):
                 "text_index shares texts among rows, which works without image_mask, cache, output_attentions and "
                 "output_hidden_states alone: select the texts of the rows before fusing them."
             )
-        check_fusion_rows(
-            text_states.shape[0],
-            text_states.shape[1] if cache is None else None,
-            attention_mask,
-            [key.shape[0] for key, _ in images],
-            image_mask,
-            image_index,
-            text_index,
-            token_index,
-            self.training,
-        )
+        self._check_rows(text_states, attention_mask, images, image_index, image_mask, cache, token_index, text_index)
         mask = self._mask(text_states, attention_mask, cache)
         if image_mask is not None:
             image_mask = self._image_mask(text_states, image_mask, image_index)
@@ -696,6 +686,24 @@ class TCLTextModel(TCLTextPreTrainedModel):
         if text.attentions is not None:
             fused.attentions = text.attentions + fused.attentions
         return fused
+
+    def _check_rows(
+        self,
+        text_states: Tensor,
+        attention_mask: Tensor | None,
+        images: list[KeyValue],
+        image_index: Tensor | None,
+        image_mask: Tensor | None,
+        cache: Cache | None,
+        token_index: Tensor | None,
+        text_index: Tensor | None,
+    ) -> None:
+        """Refuse arguments of `fuse` that do not belong together."""
+        num_texts, length = text_states.shape[:2]
+        num_images = [key.shape[0] for key, _ in images]
+        indices = (image_index, text_index, token_index)
+        length_of_mask = length if cache is None else None
+        check_fusion_rows(num_texts, length_of_mask, attention_mask, num_images, image_mask, *indices, self.training)
 
     def _mask(
         self, states: Tensor, attention_mask: Tensor | None, cache: Cache | None, token_index: Tensor | None = None

@@ -19,6 +19,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Where Pillow finds an orientation: EXIF, and XMP by the names that its plugins give it.
+_HOLDS_ORIENTATION = {"exif", "xmp", "XML:com.adobe.xmp"}
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -39,16 +41,18 @@ def upright(image: Image.Image) -> Image.Image:
     if turn is None:
         return image
     turned = image.transpose(turn)
-    turned.info.pop("exif", None)  # so that it is not turned again
+    for name in _HOLDS_ORIENTATION:  # so that it is not turned again
+        turned.info.pop(name, None)
     return turned
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an image, from 1 to 8.
+    """The EXIF orientation of an image, from 1 to 8; where EXIF has none, that of its XMP, as editors write it.
 
-    It is 1 (upright) if the EXIF data cannot be read, because the image itself can be good.
+    It is 1 (upright) if these data cannot be read, because the image itself can be good. A TIFF is turned by Pillow
+    when it is decoded.
     """
-    if "exif" not in image.info:
+    if image.format == "TIFF" or not image.info.keys() & _HOLDS_ORIENTATION:
         return 1
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -68,7 +68,7 @@ def check_mask(attention_mask: Tensor | None, num_texts: int, length: int | None
     if attention_mask is None or attention_mask.ndim != 2 or torch.compiler.is_compiling():
         return
     rows, columns = attention_mask.shape
-    if rows != num_texts or length is not None and columns != length:
+    if rows != num_texts or (length is not None and columns != length):
         texts = f"({num_texts}, {columns if length is None else length})"
         raise ValueError(
             f"attention_mask ({rows}, {columns}) does not belong to texts {texts}: pass a number for each token."
@@ -91,7 +91,7 @@ def check_index(
         raise ValueError(f"{name} {tuple(index.shape)} must have one entry for each of {rows} {rows_of}.")
     if isinstance(index, FakeTensor) or index.device.type == "meta":
         return
-    if index.device.type != "cpu" and training or not index.numel():
+    if (index.device.type != "cpu" and training) or not index.numel():
         return
     values = index.cpu().numpy()
     lowest, highest = values.min(), values.max()

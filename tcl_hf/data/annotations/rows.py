@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import datasets
 
+from ...models.tokenization_tcl import encodable
 from ..pairs import IMAGE_COLUMNS, DataError
 
 # The columns of records, and the names that annotation files give them.
@@ -86,6 +87,22 @@ class Row:
 # JSON
 
 
+def _decoded(text: str) -> Any:
+    """The value of a JSON text, whose texts can be encoded as UTF-8, as tables need."""
+    value = json.loads(text)
+    return _encodable(value) if "\\ud" in text.lower() else value  # Halves of characters come from such escapes alone.
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return encodable(value)
+    if isinstance(value, list):
+        return [_encodable(one) for one in value]
+    if isinstance(value, dict):
+        return {encodable(name): _encodable(one) for name, one in value.items()}
+    return value
+
+
 def read_json(file: str, kind: str) -> Any:
     """Read what a JSON file holds.
 
@@ -93,8 +110,8 @@ def read_json(file: str, kind: str) -> Any:
         DataError: if it cannot be read; it names the `kind` of file that was expected.
     """
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return _decoded(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} could not be read as {kind}: {error}; repair it or download it again.") from error
 
 
@@ -109,8 +126,8 @@ def read_json_rows(file: str) -> Iterator[Row]:
     shared: dict[str, str] = {}
     try:
         text = Path(file).read_text(encoding="utf-8")
-        content = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = _decoded(text)
+    except (OSError, ValueError, RecursionError) as error:
         if not str(error).startswith("Extra data"):  # json raises this at the second of several lines
             raise DataError(f"{file} could not be read as a JSON list or JSON lines: {error}.") from error
         rows: Iterable[tuple[int, Any]] = _read_json_lines(file, text)
@@ -131,6 +148,6 @@ def _read_json_lines(file: str, text: str) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
+                yield number, _decoded(line)
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{file}, row {number}: this line is not JSON: {error}.") from error

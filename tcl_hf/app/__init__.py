@@ -1,0 +1,1 @@
+"""The HTTP service and the app in a browser, with one model or several behind them."""

@@ -16,7 +16,7 @@ import tcl_hf
 from tcl_hf import TCLForPreTraining
 
 # A module imports from its own package and from those before it; `data` and `inference` do not know each other.
-ORDER = ("models", "data", "inference", "evaluation", "training", "sharing", "recipes", "search", "cli")
+ORDER = ("models", "data", "inference", "evaluation", "training", "sharing", "recipes", "search", "app", "cli")
 STRANGERS = {("data", "inference"), ("inference", "data")}
 
 
@@ -40,7 +40,7 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
 
 
 def test_packages_import_from_those_before_them():
-    """models <- data, inference <- evaluation <- training <- sharing <- recipes <- search <- cli."""
+    """models <- data, inference <- evaluation <- training <- sharing <- recipes <- search <- app <- cli."""
     folders = {path.parent.name for path in (ROOT / "tcl_hf").glob("*/*.py")}
     assert folders == set(ORDER)
     for number, package in enumerate(ORDER):

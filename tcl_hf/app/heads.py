@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import pipeline
 
+from ..evaluation.retrieval import can_match
 from ..models.encoders import TCLPreTrainedModel
 from ..models.modeling_tcl import TCLForImageTextRetrieval, TCLModel
 from ..models.modeling_tcl_tasks import TCLForQuestionAnswering, TCLForVisualEntailment, TCLForVisualReasoning
@@ -23,7 +24,8 @@ from ..models.processing_tcl import TCLProcessor
 from ..recipes.arguments import CheckpointArguments, RecipeError
 from ..recipes.build import open_model
 from ..recipes.model_folder import ANSWERS, file_of
-from ..search import ImageIndex, SearchModel
+from ..search import ImageIndex, SearchError, SearchModel
+from ..search.ranking import EncodedText, check_text
 from ..sharing.convert import class_of
 from ..sharing.original_files import CheckpointError
 from ..training.adapters import config_of
@@ -82,11 +84,11 @@ class OpenedModel:
 
     @property
     def verbs(self) -> list[str]:
-        """What the model can do, as trained heads of it permit."""
+        """The verbs that the model can do, as trained heads of it permit."""
         model, found = self.model, []
         if isinstance(model, TCLModel | TCLForImageTextRetrieval):
             found.append("embed")
-        if isinstance(model, TCLForImageTextRetrieval) and model.config.itm_weight > 0:
+        if isinstance(model, TCLForImageTextRetrieval) and can_match(model.config):
             found += ["match", "ground"]
         if isinstance(model, TCLForQuestionAnswering):
             found.append("answer")
@@ -114,7 +116,7 @@ class Head:
         self.pipe: Any = pipeline(_PIPELINES[verb], model=model, processor=opened.processor, device=model.device)
 
     def prepare(self, record: Mapping[str, Any], **parameters: Any) -> Prepared:
-        """What the model reads of a record of the pipeline. It may run in any thread.
+        """The input that the model reads of a record of the pipeline. It may run in any thread.
 
         Raises:
             RequestError: with the status 422, if the record or a parameter is wrong.
@@ -170,33 +172,25 @@ def _row(outputs: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 class Embedder:
-    """Features of texts and pictures, L2-normalised, of a model that has projections."""
+    """Features of texts and pictures of a model that has projections, in batches."""
 
     def __init__(self, opened: OpenedModel):
         self.opened = opened
-        self.tcl: TCLModel = opened.model.base_model
-
-    @property
-    def dimensions(self) -> int:
-        """The length of a feature vector."""
-        return self.tcl.config.projection_dim
+        self.searcher = SearchModel(opened.model, opened.processor)
+        self.searcher.name = opened.name
+        self.dimensions = opened.model.config.projection_dim
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Pixels (3, height, width) of a picture as the model reads them. It may run in any thread."""
-        return self.opened.processor(images=[image], return_tensors="pt")["pixel_values"][0]
+        return self.searcher.pixel_values(image)
 
-    @torch.no_grad()
-    def images(self, pixels: Sequence[Tensor]) -> list[list[float]]:
-        """Features of pictures whose `pixels` are given."""
-        states = self.tcl.encode_image(torch.stack(list(pixels)).to(self.tcl.device))
-        return self.tcl.image_features(states).float().cpu().tolist()
+    def images(self, pixels: Sequence[Tensor]) -> Sequence[Tensor]:
+        """L2-normalised features (D,) of pictures, given their `pixels`."""
+        return list(self.searcher.encode_images(torch.stack(list(pixels)))[1].float().cpu())
 
-    @torch.no_grad()
-    def texts(self, texts: Sequence[str]) -> list[list[float]]:
-        """Features of texts."""
-        tokens = self.opened.processor(text=list(texts), return_tensors="pt").to(self.tcl.device)
-        states = self.tcl.encode_text(tokens["input_ids"], tokens["attention_mask"])
-        return self.tcl.text_features(states, tokens["attention_mask"]).float().cpu().tolist()
+    def texts(self, texts: Sequence[str]) -> list[EncodedText]:
+        """Texts after their encoder, with their features."""
+        return self.searcher.encode_texts(texts)
 
 
 def check_readable(text: str, processor: TCLProcessor, place: str = "text") -> None:
@@ -205,9 +199,10 @@ def check_readable(text: str, processor: TCLProcessor, place: str = "text") -> N
     Raises:
         RequestError: with the status 422.
     """
-    special = {*processor.tokenizer.all_special_ids} - {processor.tokenizer.mask_token_id}
-    if special.issuperset(processor(text=[text])["input_ids"][0]):
-        raise RequestError(422, f"{place}: {text[:60]!r} has no word that the model reads; write at least one.")
+    try:
+        check_text(text, processor)
+    except SearchError as error:
+        raise RequestError(422, f"{place}: {error}") from error
 
 
 class Heads:
@@ -246,7 +241,4 @@ def open_index(path: str, heads: Heads) -> ImageIndex:
     """
     if heads.embedder is None:
         raise RecipeError(heads.why_absent("embed"))
-    opened = heads.embedder.opened
-    searcher = SearchModel(opened.model, opened.processor)
-    searcher.name = opened.name
-    return ImageIndex.open(path, searcher)
+    return ImageIndex.open(path, heads.embedder.searcher)

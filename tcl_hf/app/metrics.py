@@ -1,4 +1,4 @@
-"""What the service counts, for Prometheus."""
+"""The numbers that the service counts, for Prometheus."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -26,8 +26,8 @@ class Metrics:
         self.seconds = Histogram(
             "tcl_request_seconds", "Time of a request, from its headers on.", ["path"], buckets=_SECONDS, registry=own
         )
-        self.batches = Histogram("tcl_batch_size", "Items of a batch.", ["verb"], buckets=_SIZES, registry=own)
-        self.model_seconds = Counter("tcl_model_seconds", "Time in the model.", ["verb"], registry=own)
+        self.batches = Histogram("tcl_batch_size", "Items of a batch.", ["kind"], buckets=_SIZES, registry=own)
+        self.model_seconds = Counter("tcl_model_seconds", "Time in the model.", ["kind"], registry=own)
         self.queue = Gauge("tcl_queue_length", "Texts and pictures that wait for the model.", registry=own)
 
     def watch_queue(self, waiting: Callable[[], int]) -> None:
@@ -41,10 +41,10 @@ class Metrics:
         self.seconds.labels(path).observe(seconds)
 
     def batch(self, kind: Hashable, size: int, seconds: float) -> None:
-        """Count a batch of a kind whose first part is the verb."""
-        verb = str(kind[0]) if isinstance(kind, tuple) else str(kind)
-        self.batches.labels(verb).observe(size)
-        self.model_seconds.labels(verb).inc(seconds)
+        """Count a batch, by the first part of its kind."""
+        name = str(kind[0]) if isinstance(kind, tuple) else str(kind)
+        self.batches.labels(name).observe(size)
+        self.model_seconds.labels(name).inc(seconds)
 
     def text(self) -> bytes:
         """All values in Prometheus' text format."""

@@ -1,4 +1,4 @@
-"""What the service is asked and what it answers, as its OpenAPI page describes it."""
+"""Requests and answers of the service, as its OpenAPI page describes them."""
 
 from typing import Annotated, Any, Literal
 
@@ -152,7 +152,7 @@ class JudgeResponse(BaseModel):
 
 
 class Health(BaseModel):
-    """What the service can do, and whether it takes requests."""
+    """The verbs that the service can do, and whether it takes requests."""
 
     status: Literal["ok", "stopping"]
     verbs: list[str]
@@ -162,7 +162,7 @@ class Health(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """What was wrong, where, and what to do."""
+    """A sentence about the thing that was wrong, its place, and the remedy."""
 
     error: str
 

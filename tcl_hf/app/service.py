@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -150,10 +151,15 @@ class Service:
             for picture in await self.pictures(request.images):
                 pixels.append(await self._read(embedder.pixels, picture))
         texts, images = await asyncio.gather(
-            self.batcher.submit(("embed", "texts"), request.texts, embedder.texts),
-            self.batcher.submit(("embed", "images"), pixels, embedder.images),
+            self.batcher.submit(("texts",), request.texts, embedder.texts),
+            self.batcher.submit(("images",), pixels, embedder.images),
         )
-        return EmbedResponse(texts=texts, images=images, dimensions=embedder.dimensions, model=embedder.opened.name)
+        return EmbedResponse(
+            texts=[text.features.tolist() for text in texts],
+            images=[features.tolist() for features in images],
+            dimensions=embedder.dimensions,
+            model=embedder.opened.name,
+        )
 
     async def match(self, request: MatchRequest) -> MatchResponse:
         """How well texts match a picture."""
@@ -168,21 +174,31 @@ class Service:
         """Pictures of the index for a text, a picture, or both."""
         if request.text is not None:
             check_texts([request.text], self.limits, "text")
-        query: dict[str, Any] = {"text": request.text, "k": request.k, "rerank": request.rerank, "where": request.where}
+        query: dict[str, Any] = request.model_dump(include={"k", "rerank", "where"}) | {"text": None, "image": None}
         with self.batcher.arriving():
-            query["image"] = None if request.image is None else await self.picture(request.image)
-        (hits,) = await self.batcher.submit(("search",), [query], self._search)
+            if request.image is not None:
+                query["image"] = await self.picture(request.image)
+        if request.text is not None:
+            self._check([request.text], self.index.model.processor, "text")
+            (query["text"],) = await self.batcher.submit(("texts",), [request.text], self.heads.embedder.texts)
+        needs_model = query["image"] is not None or (query["rerank"] > 0 and self.index.model.can_match)
+        if needs_model:
+            (hits,) = await self.batcher.submit(("search",), [query], self._find)
+        else:  # a look into the database alone, during which the model is free for others
+            (hits,) = await self._read(self._find, [query])
+        if isinstance(hits, RequestError):
+            raise hits
         return SearchResponse(results=[_found(hit, request.thumbnails) for hit in hits])
 
-    def _search(self, queries: list[dict[str, Any]]) -> list[Any]:
-        """Hits of each query, or its error."""
-        results: list[Any] = []
+    def _find(self, queries: list[dict[str, Any]]) -> list[Any]:
+        """The hits of each query, or its error."""
+        found: list[Any] = []
         for query in queries:
             try:
-                results.append(self.index.search(**query))
-            except (SearchError, ValueError) as error:
-                results.append(RequestError(422, str(error)))
-        return results
+                found.append(self.index.search(**query))
+            except SearchError as error:
+                found.append(RequestError(422, str(error)))
+        return found
 
     async def ground(self, request: GroundRequest) -> GroundResponse:
         """Where in a picture a text or a phrase of it is."""
@@ -220,7 +236,7 @@ class Service:
         return JudgeResponse(results=results)
 
     def health(self) -> Health:
-        """What the service can do, and whether it takes requests."""
+        """The verbs that the service can do, and whether it takes requests."""
         return Health(
             status="stopping" if self.is_stopping else "ok",
             verbs=[verb for _, verb, *_ in ROUTES if self.has(verb)],
@@ -258,9 +274,9 @@ def create_app(service: Service, token: str | None = None, hosts: list[str] | No
         yield
         await service.close()
 
-    from .. import __version__
-
-    app = FastAPIOffline(redoc_url=None, title="tcl_hf", version=__version__, description=ABOUT, lifespan=lifespan)
+    app = FastAPIOffline(
+        redoc_url=None, title="tcl_hf", version=version("tcl_hf"), description=ABOUT, lifespan=lifespan
+    )
     for path, verb, request_model, response_model, method in ROUTES:
         _add_route(app, service, path, verb, request_model, response_model, method)
 

@@ -287,7 +287,12 @@ class ImageIndex:
             )
 
     def search(
-        self, text: str | None = None, image: Any = None, k: int = 10, rerank: int | None = 32, where: str | None = None
+        self,
+        text: str | EncodedText | None = None,
+        image: Any = None,
+        k: int = 10,
+        rerank: int | None = 32,
+        where: str | None = None,
     ) -> list[Hit]:
         """The pictures that fit a text, a picture, or both, best first.
 
@@ -295,7 +300,7 @@ class ImageIndex:
         `SearchModel.scores`. A query of both compares with the sum of both features, and is ranked anew by its text.
 
         Args:
-            text: what the pictures show.
+            text: what the pictures show; also as `SearchModel.encode_texts` returns it, for several queries at once.
             image: a picture that they resemble: a path, bytes, or a PIL image.
             k: number of hits; all pictures if the index has fewer.
             rerank: number of candidates to rank anew; 0 or None for similarity alone.
@@ -326,13 +331,13 @@ class ImageIndex:
             for row in order
         ]
 
-    def _query(self, text: str | None, image: Any) -> tuple[Tensor, EncodedText | None]:
+    def _query(self, text: str | EncodedText | None, image: Any) -> tuple[Tensor, EncodedText | None]:
         """The vector (D,) to compare with, and the text after its encoder."""
         if text is None and image is None:
             raise SearchError("The query is empty: give a text, a picture, or both.")
         encoded, parts = None, []
         if text is not None:
-            encoded = self.model.encode_text(text)
+            encoded = self.model.encode_text(text) if not isinstance(text, EncodedText) else text
             parts.append(encoded.features)
         if image is not None:
             parts.append(self.model.encode_images(read_pixels(self.model, [image]))[1][0])

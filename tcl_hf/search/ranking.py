@@ -97,22 +97,31 @@ class SearchModel:
         return states, self.tcl.image_features(states)
 
     @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> list[EncodedText]:
+        """Texts after their encoder, which reads all of them in one forward.
+
+        Raises:
+            SearchError: if one of them has no word that the model reads.
+        """
+        for text in texts:
+            check_text(text, self.processor)
+        tokens = self.processor(text=list(texts), return_tensors="pt").to(self.device)
+        mask = tokens["attention_mask"]
+        states = self.tcl.encode_text(tokens["input_ids"], mask)
+        features = self.tcl.text_features(states, mask)
+        lengths = mask.sum(-1).tolist()
+        return [
+            EncodedText(states[row : row + 1, :length], mask[row : row + 1, :length], features[row])
+            for row, length in enumerate(lengths)
+        ]
+
     def encode_text(self, text: str) -> EncodedText:
         """A text after its encoder.
 
         Raises:
             SearchError: if it has no word that the model reads.
         """
-        if not isinstance(text, str) or not text.strip():
-            raise SearchError(f"The text {text!r} is empty: write what the picture shows.")
-        tokens = self.processor(text=[text], return_tensors="pt")
-        ids = tokens["input_ids"][0]
-        tokenizer = self.processor.tokenizer
-        if all(int(one) in {*tokenizer.all_special_ids} - {tokenizer.mask_token_id} for one in ids):
-            raise SearchError(f"The text {text[:60]!r} has no word that the model reads: write what the picture shows.")
-        mask = tokens["attention_mask"].to(self.device)
-        states = self.tcl.encode_text(tokens["input_ids"].to(self.device), mask)
-        return EncodedText(states, mask, self.tcl.text_features(states, mask)[0])
+        return self.encode_texts([text])[0]
 
     @torch.no_grad()
     def matching_logits(self, text: EncodedText, image_states: Tensor) -> Tensor:
@@ -182,6 +191,19 @@ def default_model() -> str:
             "with `tcl-hf demo`."
         )
     return str(max(found, key=lambda folder: (folder / "config.json").stat().st_mtime_ns))
+
+
+def check_text(text: Any, processor: TCLProcessor) -> None:
+    """Refuse a text of which nothing is left once the processor has cleaned it.
+
+    Raises:
+        SearchError: with the remedy.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise SearchError(f"The text {text!r} is empty: write at least one word.")
+    special = {*processor.tokenizer.all_special_ids} - {processor.tokenizer.mask_token_id}
+    if special.issuperset(processor(text=[text])["input_ids"][0]):
+        raise SearchError(f"The text {text[:60]!r} has no word that the model reads: write at least one.")
 
 
 def read_rgb(image: Any) -> Image.Image:

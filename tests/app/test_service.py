@@ -99,12 +99,45 @@ def test_answers_equal_the_pipelines(client, model_folders):
 
     ground = pipeline("visual-grounding", model=str(model_folders["retrieval"]), device="cpu")
     for more in ({}, {"phrase": "big house"}, {"boxes": [[0, 0, 9, 9], [5, 5, 40, 40]]}, {"heat": "similarity"}):
-        heat = more.get("heat", "matching")  # of the call, while the others may be those of a record
+        heat = more.get("heat", "matching")  # a parameter of the call, while the others may be a record's
         expected = ground({"image": PHOTO, "text": TEXTS[1]} | more, heat=heat)
         answer = client.post("/ground", json={"image": IMAGE, "text": TEXTS[1]} | more).json()
         close(answer["box"], expected["box"])
         close(answer["point"], expected["point"])
         close(answer["heat_map"], expected["heat_map"].tolist())
+
+
+def test_a_search_finds_what_the_index_finds(heads, index):
+    sent = [
+        {"text": "a red dog", "k": 5, "rerank": 8},
+        {"text": "a red dog", "k": 3, "rerank": 0},
+        {"text": "the house", "k": 3, "rerank": 0, "where": "caption LIKE '%r%'", "thumbnails": True},
+        {"image": base64.b64encode(png(4)).decode(), "k": 2},
+        {"image": base64.b64encode(png(4)).decode(), "text": "a cat", "k": 50},
+    ]
+    with TestClient(create_app(Service(heads, index))) as client:
+        for request in sent:
+            answer = client.post("/search", json=request).json()["results"]
+            given = {name: value for name, value in request.items() if name != "thumbnails"}
+            if "image" in given:
+                given["image"] = png(4)
+            hits = index.search(**given)
+            assert [one["image_id"] for one in answer] == [hit.image_id for hit in hits]
+            assert [one["caption"] for one in answer] == [hit.caption for hit in hits]
+            close([one["score"] for one in answer], [hit.score for hit in hits])
+            assert all(
+                (one["matching"] is None) == (hit.matching is None) for one, hit in zip(answer, hits, strict=True)
+            )
+            thumbnail = answer[0]["thumbnail"]
+            assert thumbnail is None or base64.b64decode(thumbnail) == hits[0].thumbnail
+            assert (thumbnail is not None) == request.get("thumbnails", False)
+        assert client.get("/health").json()["pictures"] == 12
+        refused(client.post("/search", json={}), 422, "query is empty")
+        refused(client.post("/search", json={"text": ""}), 422, "is empty")
+        refused(client.post("/search", json={"text": "?!"}), 422, "no word")
+        refused(client.post("/search", json={"text": "dog " * 2500}), 413, "10000 characters")
+        refused(client.post("/search", json={"text": "dog", "k": 0}), 422, "k:")
+        refused(client.post("/search", json={"text": "dog", "where": "colour = 1"}), 422, "colour")
 
 
 def test_two_pictures_are_judged_by_a_model_that_reads_two(model_folders):
@@ -140,9 +173,9 @@ def test_a_batch_of_many_clients_gives_each_its_own_result(heads):
             return [response.json() for response in await asyncio.gather(*posts)]
 
     together = asyncio.run(all_at_once())
-    sizes = re.findall(r'tcl_batch_size_sum\{verb="embed"\} (\S+)', service.metrics.text().decode())
-    counts = re.findall(r'tcl_batch_size_count\{verb="embed"\} (\S+)', service.metrics.text().decode())
-    assert float(sizes[0]) == 18 and float(counts[0]) < 9  # batches were shared
+    sizes = re.findall(r'tcl_batch_size_sum\{kind="texts"\} (\S+)', service.metrics.text().decode())
+    counts = re.findall(r'tcl_batch_size_count\{kind="texts"\} (\S+)', service.metrics.text().decode())
+    assert float(sizes[0]) == 12 and float(counts[0]) < 6  # batches were shared
     with TestClient(create_app(Service(heads))) as client:
         for (name, value), answer in zip(requests, together, strict=True):
             close(answer[name], client.post("/embed", json={name: value}).json()[name])
@@ -211,7 +244,7 @@ def test_a_picture_is_refused_before_it_is_decoded(client):
         ("/embed", {"images": [IMAGE] * 4}, 413, "4 pictures are more than 3"),
         ("/embed", {"texts": ["dog " * 40]}, 413, "text 0 has 160 characters"),
         ("/embed", {"texts": ["dog", "?!..."]}, 422, "'?!...' has no word"),
-        ("/embed", {"texts": [""]}, 422, "'' has no word"),
+        ("/embed", {"texts": [""]}, 422, "'' is empty"),
         ("/embed", {"texts": "dog"}, 422, "texts: Input should be a valid array"),
         ("/embed", {"text": ["dog"]}, 422, "text: Extra inputs"),
         ("/embed", {"images": ["http://example.org/a.png"]}, 422, "opens no addresses"),
@@ -220,7 +253,7 @@ def test_a_picture_is_refused_before_it_is_decoded(client):
         ("/match", {"texts": ["dog"]}, 422, "image: Field required"),
         ("/ground", {"image": IMAGE, "text": "a dog", "phrase": "cat"}, 422, "does not occur"),
         ("/ground", {"image": IMAGE, "text": "a dog", "boxes": [[0, 0, 900, 9]]}, 422, "leaves the image"),
-        ("/answer", {"image": IMAGE, "question": " "}, 422, "has no word"),
+        ("/answer", {"image": IMAGE, "question": " "}, 422, "is empty"),
         ("/answer", {"image": IMAGE, "question": "dog?", "candidates": ["a"] * 6}, 413, "candidates: 6 texts"),
         ("/answer", {"image": IMAGE, "question": "dog?", "candidates": ["a", " "]}, 422, "candidate"),
         ("/answer", {"image": IMAGE, "question": "dog?", "top_k": 0}, 422, "top_k"),
@@ -292,7 +325,7 @@ def test_metrics_count_requests_and_batches(heads):
     assert 'tcl_requests_total{path="/embed",status="200"} 1.0' in lines
     assert 'tcl_requests_total{path="/embed",status="422"} 1.0' in lines
     assert 'tcl_requests_total{path="other",status="404"} 1.0' in lines
-    assert 'tcl_batch_size_sum{verb="embed"} 3.0' in lines and "tcl_queue_length 0.0" in lines
+    assert 'tcl_batch_size_sum{kind="texts"} 3.0' in lines and "tcl_queue_length 0.0" in lines
 
 
 def guarded(app, **fields) -> Guard:
@@ -381,7 +414,7 @@ def test_a_cancelled_request_frees_its_place(heads):
 
     asyncio.run(leave())
     text = service.metrics.text().decode()
-    assert 'tcl_requests_total{path="/embed",status="499"} 1.0' in text and 'verb="embed"' not in text
+    assert 'tcl_requests_total{path="/embed",status="499"} 1.0' in text and 'kind="texts"' not in text
 
 
 def test_a_full_queue_answers_429():

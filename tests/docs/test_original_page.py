@@ -15,10 +15,10 @@ from helpers import GOLDEN, ROOT
 import tcl_hf
 from tcl_hf import TCLForPreTraining
 from tcl_hf.cli import convert
-from tcl_hf.cli.main import SUBCOMMANDS
 from tcl_hf.evaluation.metrics import retrieval_metrics
 from tcl_hf.recipes.hints import CONFIG_FIELDS
 from tcl_hf.recipes.parsing import COMMANDS, recipe_names
+from tcl_hf_command import SUBCOMMANDS
 
 PAGE = ROOT / "docs" / "original.md"
 # Names of arguments, config keys, files, functions and classes of both original repositories, at the commits in it.

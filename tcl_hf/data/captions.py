@@ -8,7 +8,7 @@ from ..models.tokenization_tcl import encodable
 MAX_CHARACTERS = 10_000  # Longer captions are cut. The model reads far less of one: its first 30 words.
 # Names of columns, of fields of tars, and of keys in JSON that hold captions; further ones stand behind.
 CAPTION_COLUMNS = ("captions", "caption", "text", "txt", "sentences", "sentence", "json")
-TEXT_COLUMNS = (*CAPTION_COLUMNS, "caption_text", "comment", "description", "raw", "title", "alt_text", "alt")
+TEXT_COLUMNS = (*CAPTION_COLUMNS, "caption_text", "comment", "description", "raw", "title", "alt_text", "alt", "prompt")
 NOT_UTF8 = "\ufffd"  # Readers put this character where they could not decode the bytes of a caption.
 
 

@@ -44,7 +44,8 @@ def load_pairs(
             COCO's `captions_*.json`, or Karpathy's splits;
             WebDataset tars or parquet files: a file, an address of fsspec, a pattern such as `{000..123}.tar`, or a
             folder of them;
-            a folder of images with such a list (`metadata.csv`, `captions.txt`, ...);
+            a folder of images with such a list (`metadata.csv`, `captions.txt`, ...), or with a text beside each
+            image (`1.png`, `1.txt`);
             a folder saved by `datasets`;
             the name of a data set on the Hub, `name` or `name:configuration`.
         split: the split to load, see `sources.find_files`. A single file has no splits, except Karpathy's: there
@@ -197,10 +198,10 @@ def _read_tars(
     field that the others have.
     """
     fields = fields_of(files[0])
-    find_column(fields, image_column, IMAGE_COLUMNS, "image", source)
-    find_column(fields, caption_column, CAPTION_COLUMNS, "caption", source)
-    image_fields = (image_column,) if image_column is not None else IMAGE_COLUMNS
-    caption_fields = (caption_column,) if caption_column is not None else CAPTION_COLUMNS
+    image = find_column(fields, image_column, IMAGE_COLUMNS, "image", source)
+    caption = find_column(fields, caption_column, CAPTION_COLUMNS, "caption", source)
+    image_fields = (image_column,) if image_column is not None else (image, *IMAGE_COLUMNS)
+    caption_fields = (caption_column,) if caption_column is not None else (caption, *CAPTION_COLUMNS)
     return _read(tar_records, list(files), streaming, image_fields=image_fields, caption_fields=caption_fields)
 
 

@@ -19,6 +19,7 @@ PATH_COLUMNS = (
     *("file_name", "filename", "image_path", "img_path", "image_file", "filepath", "file_path", "image_name", "path"),
     *("file", "photo", "picture"),
 )
+_LONGEST_NAME = 40  # characters of a column's name that a message shows, because a file without a header has no names
 ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 URL_COLUMNS = ("url", "image_url", "img_url", "photo_url", "imageurl")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
@@ -37,7 +38,7 @@ class DataError(ValueError):
 
 
 def find_column(columns: list[str], name: str | None, usual_names: tuple[str, ...], kind: str, source: str) -> str:
-    """The column with the given name, or the first that has one of the usual names.
+    """The column with the given name, or the first that has one of the usual names, alone or behind a dot.
 
     Args:
         columns: names of the columns that the source has.
@@ -55,9 +56,13 @@ def find_column(columns: list[str], name: str | None, usual_names: tuple[str, ..
             return candidate
         if candidate.lower() in in_lower_case:
             return in_lower_case[candidate.lower()]
+    # Fields of tars may have a name in front of their ending, such as `input.jpg`.
+    dotted = [column for column in columns if "." in column and column.lower().rpartition(".")[2] in usual_names]
+    if name is None and len(dotted) == 1:
+        return dotted[0]
+    shown = ", ".join(column if len(column) <= _LONGEST_NAME else f"{column[:_LONGEST_NAME]}..." for column in columns)
     raise DataError(
-        f"{source} has no {kind} column among {', '.join(columns)} (looked for {', '.join(candidates)}): "
-        f"name it with {kind}_column."
+        f"{source} has no {kind} column among {shown} (looked for {', '.join(candidates)}): name it with {kind}_column."
     )
 
 

@@ -17,6 +17,7 @@ KINDS = {
     ".parquet": "parquet",
     ".tar": "tar",
 }
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 SHARDS = ("tar", "parquet")  # kinds of which a data set has many files
 _SPLIT_WORDS = {
     "train": ("train", "training", "restval"),
@@ -140,6 +141,11 @@ def _in_folder(folder: str, split: str) -> Files | None:
     lists = [path for path in paths if kind_of(path) in ("table", "json") and not _is_description(path)]
     lists += [path for path in paths if os.path.basename(path).lower() in ("captions.txt", "results.txt")]
     chosen = _of_split(folder, lists, split)
+    if not lists:
+        texts = [path for path in paths if path.lower().endswith(".txt") and image_beside(path)]
+        chosen = _of_split(folder, texts, split)
+        if chosen:
+            return Files("table", tuple(chosen))
     if not chosen:
         if lists and split != "train":
             raise DataError(f"{folder} has no list of a split '{split}': its name must begin with it.")
@@ -148,6 +154,13 @@ def _in_folder(folder: str, split: str) -> Files | None:
         names = ", ".join(os.path.relpath(path, folder) for path in chosen[:4])
         raise DataError(f"{folder} holds {len(chosen)} lists for '{split}' ({names}): name one of them as the data.")
     return Files(kind_of(chosen[0]) or "table", tuple(chosen))
+
+
+def image_beside(text: str) -> str | None:
+    """The path of the image that has the name of a text file up to its ending; None if there is not one."""
+    stem = os.path.splitext(text)[0]
+    endings = (ending for pair in ((name, name.upper()) for name in IMAGE_ENDINGS) for ending in pair)
+    return next((stem + ending for ending in endings if os.path.exists(stem + ending)), None)
 
 
 def _walk(folder: str) -> list[str]:

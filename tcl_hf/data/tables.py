@@ -1,5 +1,7 @@
 """Records of lists of images and texts: CSV, TSV, JSON lines, JSON lists, and annotation files of public data sets."""
 
+import base64
+import binascii
 import csv
 import io
 import itertools
@@ -26,11 +28,14 @@ from .records import (
     find_column,
     only_addresses,
 )
-from .sources import is_remote
+from .sources import image_beside, is_remote
 
 _DELIMITERS = ("\t", "|", ";", ",")
 # A line of the captions of Flickr8k and Flickr30k.
 _TOKEN_LINE = re.compile(r"(?P<image>[^\t]+?)#(?P<number>\d+)\t(?P<caption>.*)")
+# The beginning of JPEG, PNG, GIF and WebP in base64, which some tables hold in place of a path.
+_BASE64 = re.compile(r"data:image/[\w.+-]+;base64,|/9j/|iVBORw0KGgo|R0lGOD|UklGR")
+_LONGEST_PATH = 1024  # characters; a shorter text is a path, whatever it begins with
 _LONGEST_FIELD = 2**26  # characters
 _TRIED_ROWS = 50  # to learn which columns there are, and in which folder the images are
 
@@ -69,7 +74,10 @@ def list_records(
         for number, row in enumerate(itertools.chain(first, rows)):
             image, caption = _first(row, image_names), _first(row, caption_names)
             image_id = _first(row, ID_COLUMNS)
+            image = _from_base64(image)
             path = image.get("path") if isinstance(image, dict) else image
+            if isinstance(path, bytes):
+                path = None
             yield {
                 "image": images.open(image),
                 "captions": caption_texts(caption),
@@ -95,6 +103,8 @@ def _rows(
             yield from json_rows(stream, split_names, file)
         elif end in (".jsonl", ".ndjson"):
             yield from _json_lines(stream)
+        elif end == ".txt" and not is_remote(file) and (image := image_beside(file)):
+            yield {"image": os.path.basename(image), "caption": stream.read()}
         else:
             yield from _csv_rows(stream, file, image_column, caption_column)
 
@@ -183,6 +193,18 @@ def _first(row: dict[str, Any], names: Sequence[str]) -> Any:
     return None
 
 
+def _from_base64(image: Any) -> Any:
+    """The bytes of an image in base64; anything else as it is."""
+    if not isinstance(image, str) or not _BASE64.match(image):
+        return image
+    if len(image) <= _LONGEST_PATH and not image.startswith("data:"):
+        return image
+    try:
+        return base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image)
+    except binascii.Error:
+        return None  # It is skipped and listed, like any image that is broken.
+
+
 class _Images:
     """Finds the images of a list: below a root, or below one of the folders beside the list."""
 
@@ -190,6 +212,7 @@ class _Images:
         self.file, self.image_root = file, image_root
         self.root = image_root if image_root is not None else os.path.dirname(file)
         self.tried, self.is_found = 0, False
+        self.foreign = ""  # the beginning of absolute paths, which the root stands for
 
     def open(self, image: Any) -> dict[str, Any] | None:
         """The image of a row as the image of a record.
@@ -209,20 +232,31 @@ class _Images:
         image = encodable(image)
         if ADDRESS.match(image):
             raise only_addresses(self.file, image[:80])
+        if "\\" in image and not os.path.exists(os.path.join(self.root, image)):
+            image = image.replace("\\", "/")  # a list from Windows
         if not self.is_found and self.tried < _TRIED_ROWS and not is_remote(self.root):
             self._look_for(image)
+        if self.foreign and image.startswith(self.foreign):
+            image = image[len(self.foreign) :]
         return {"bytes": None, "path": os.path.join(self.root, image)}
 
     def _look_for(self, image: str) -> None:
-        """Move the root to the folder beside the list in which an image is, unless it is below the root itself."""
+        """Move the root to the folder beside the list in which an image is, unless it is below the root itself.
+
+        Of an absolute path that does not exist, because the list comes from another machine, the longest end that is
+        found counts.
+        """
         self.tried += 1
         if os.path.exists(os.path.join(self.root, image)):
             self.is_found = True
             return
-        for place in _folders_in(self.root or "."):
-            if os.path.exists(os.path.join(place, image)):
-                self.root, self.is_found = place, True
-                return
+        places = [self.root or ".", *_folders_in(self.root or ".")]
+        starts = [0] if not os.path.isabs(image) else [mark.end() for mark in re.finditer("/+", image)]
+        for start in starts:
+            for place in places:
+                if os.path.exists(os.path.join(place, image[start:])):
+                    self.root, self.foreign, self.is_found = place, image[:start], True
+                    return
 
 
 def _folders_in(folder: str) -> list[str]:

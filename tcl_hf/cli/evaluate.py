@@ -15,7 +15,7 @@ from transformers import set_seed
 from ..data.annotations.classification import class_names_of
 from ..data.sampling import shuffle_images
 from ..recipes.arguments import RecipeError
-from ..recipes.build import add_words, candidate_answers, load_evaluation_data, open_model
+from ..recipes.build import add_words, candidate_answers, load_evaluation_data, open_model, readable_records
 from ..recipes.model_folder import results_folder
 from ..recipes.parsing import EVALUATE, parse_recipe, parser_of
 from ..recipes.report import PREDICTIONS, prediction_sheet, task_table
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = load_evaluation_data(data_args)
     if data_args.add_words:
         add_words(model, processor, records)  # a fine-tuned model has them already
+    records = readable_records(records, task, data_args, model, processor)
     classes = class_names_of(records)
     answers = classes or candidate_answers(data_args, None, checkpoint_args.model)
     if data_args.shuffle_images:

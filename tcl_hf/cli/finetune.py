@@ -9,7 +9,7 @@ from transformers import set_seed
 
 from ..data.sampling import SharedImages, shuffle_images
 from ..recipes.arguments import RecipeError
-from ..recipes.build import add_words, candidate_answers, load_split, open_model, with_held_out
+from ..recipes.build import add_words, candidate_answers, load_split, open_model, readable_records, with_held_out
 from ..recipes.model_folder import ANSWERS, replace_file
 from ..recipes.parsing import FINETUNE, parser_of
 from ..recipes.phases import Phase, run_phases
@@ -20,6 +20,7 @@ from ..recipes.tasks import TASKS
 from ..recipes.train import command_line, train_task
 from ..training.adapters import describe_lora
 from ..training.agreement import processes
+from ..training.interruption import StopSignal
 from .command_line import command
 
 
@@ -48,6 +49,8 @@ def _train(phase: Phase, started_by: str) -> None:
         samples, records = shuffle_images(samples), records and shuffle_images(records)
     if data_args.add_words:
         add_words(model, processor, samples)
+    if records:
+        records = readable_records(records, task, data_args, model, processor)
     answers = candidate_answers(data_args, samples)
     if answers and processes().is_main_process:  # before training, so that a run that is stopped has them too
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -56,7 +59,9 @@ def _train(phase: Phase, started_by: str) -> None:
         samples, records = with_kept_states(data_args, args, model, processor, samples, records)
     visited = SharedImages(samples) if data_args.share_images else samples
     metrics = train_task(data_args, args, model, processor, visited, records, answers, phase=phase)
-    if phase.is_last and processes().is_main_process:
+    if not phase.is_last or not processes().is_main_process:
+        return
+    with StopSignal():  # A signal to stop comes too late, and the report is soon written.
         protocol = evaluation_protocol(data_args, model.config, len(records or ()))
         amount = f"{len(samples)} samples"
         lora = {"lora": describe_lora(model), "lora_save": args.lora_save}

@@ -18,6 +18,7 @@ from ..recipes.starting import check_fusion_start, start_fusion, start_projectio
 from ..recipes.train import command_line, train_task
 from ..training.adapters import describe_lora
 from ..training.agreement import processes
+from ..training.interruption import StopSignal
 from .command_line import command
 
 
@@ -52,16 +53,19 @@ def _train(phase: Phase, started_by: str) -> None:
     metrics = train_task(data_args, args, model, processor, pairs, records, tuning=tuning, phase=phase)
     if not phase.is_last or not processes().is_main_process:
         return
-    if records:
-        if args.average_weights:  # The pictures are those of the model that was saved.
-            model = type(model).from_pretrained(args.output_dir).to(model.device)
-        amount = "a stream of samples" if data_args.streaming else f"{len(pairs)} samples"
-        protocol = evaluation_protocol(data_args, model.config, len(records))
-        lora = {"lora": describe_lora(model), "lora_save": args.lora_save}
-        folder = Path(args.output_dir)
-        run = Run(data_args, amount, phase.base_models, started_by, folder, protocol, **lora, phase=phase)
-        baselines = measure_baselines(data_args, phase.start, args, pairs, records)
-        num_tuning = len(tuning or ()) if data_args.rerank_weight is None else 0
-        texts, others = data_args.free_texts, [tuning or [], [] if data_args.streaming else pairs]
-        print(write_pretraining_report(run, model, processor, records, metrics, baselines, num_tuning, texts, others))
-    print(f"Model, processor, metrics and card are in {args.output_dir}")
+    with StopSignal():  # A signal to stop comes too late, and the report is soon written.
+        if records:
+            if args.average_weights:  # The pictures are those of the model that was saved.
+                model = type(model).from_pretrained(args.output_dir).to(model.device)
+            amount = "a stream of samples" if data_args.streaming else f"{len(pairs)} samples"
+            protocol = evaluation_protocol(data_args, model.config, len(records))
+            lora = {"lora": describe_lora(model), "lora_save": args.lora_save}
+            folder = Path(args.output_dir)
+            run = Run(data_args, amount, phase.base_models, started_by, folder, protocol, **lora, phase=phase)
+            baselines = measure_baselines(data_args, phase.start, args, pairs, records)
+            num_tuning = len(tuning or ()) if data_args.rerank_weight is None else 0
+            texts, others = data_args.free_texts, [tuning or [], [] if data_args.streaming else pairs]
+            print(
+                write_pretraining_report(run, model, processor, records, metrics, baselines, num_tuning, texts, others)
+            )
+        print(f"Model, processor, metrics and card are in {args.output_dir}")

@@ -298,6 +298,20 @@ class TCLTaskCollator(_Collator):
             self.skipped.add(image_id, reason, record.get("visit"))
         return None if pixels is None else (pixels, texts)
 
+    def why_unreadable(self, record: dict) -> str | None:
+        """The reason why the text of a record would be left out of a batch; None if it can be used.
+
+        Raises:
+            DataError: if its label is not among the classes.
+        """
+        try:
+            self._labelled_text(record)
+        except DataError:
+            raise
+        except ValueError as error:
+            return str(error)
+        return None
+
     def _labelled_text(self, record: dict) -> _LabelledText:
         """The text of one record, with its class and its answers."""
         text = self._question(record) if "question" in record else self._caption(record)

@@ -29,6 +29,7 @@ from .augmentation import TCLAugmentation
 from .images import IMAGE_ERRORS, identity_of, open_image
 from .records import DataError
 from .sampling import mix_seeds
+from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -398,24 +399,29 @@ def _make_shards(
             "kept_states_dir, or make it writable."
         ) from error
     order = [image for shard in shards for image in plan.images_of(shard)]
-    loader = DataLoader(
-        images, batch_size=None, sampler=order, num_workers=num_workers, prefetch_factor=8 if num_workers else None
-    )
-    pixels = iter(tqdm(loader, "Keeping states", disable=not progress, unit="image"))
-    for shard in shards:
-        count = len(plan.images_of(shard))
-        states = torch.zeros(count, 1 + plan.num_views, plan.num_states, plan.width, dtype=DTYPE)
-        readable = torch.zeros(count, dtype=torch.bool)
-        waiting: list[tuple[int, int, Tensor]] = []  # image, view, pixels
-        for image in range(count):
-            views = next(pixels)
-            readable[image] = views is not None
-            waiting += [(image, view, one) for view, one in enumerate(views if views is not None else ())]
-            is_last = image + 1 == count
-            while len(waiting) >= batch_size or (is_last and waiting):
-                _encode_into(states, waiting[:batch_size], encode)
-                waiting = waiting[batch_size:]
-        _write(_shard_file(place, shard), {"states": states, "readable": readable})
+    with Workers() as workers:
+        loader = DataLoader(
+            images,
+            batch_size=None,
+            sampler=order,
+            prefetch_factor=8 if num_workers else None,
+            **workers.options(num_workers),
+        )
+        pixels = iter(tqdm(workers.iterate(loader), "Keeping states", len(order), disable=not progress, unit="image"))
+        for shard in shards:
+            count = len(plan.images_of(shard))
+            states = torch.zeros(count, 1 + plan.num_views, plan.num_states, plan.width, dtype=DTYPE)
+            readable = torch.zeros(count, dtype=torch.bool)
+            waiting: list[tuple[int, int, Tensor]] = []  # image, view, pixels
+            for image in range(count):
+                views = next(pixels)
+                readable[image] = views is not None
+                waiting += [(image, view, one) for view, one in enumerate(views if views is not None else ())]
+                is_last = image + 1 == count
+                while len(waiting) >= batch_size or (is_last and waiting):
+                    _encode_into(states, waiting[:batch_size], encode)
+                    waiting = waiting[batch_size:]
+            _write(_shard_file(place, shard), {"states": states, "readable": readable})
 
 
 @torch.no_grad()

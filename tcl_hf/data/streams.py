@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from .records import DataError
 from .sampling import Visit, mix_seeds
 from .skipped import SkippedSamples
+from .workers import Workers
 
 MAX_LANES = 8  # In each process. A lane keeps a shard open; workers on the same lane read the same shards.
 WINDOW = 4096  # records; about 200 MB of images as img2dataset writes them
@@ -92,7 +93,8 @@ class StreamLoader:
             memory with undecoded images.
         any_process: returns whether its argument is true in any process. All processes call it at the same positions.
         skipped: lists the shards that cannot be read to their end.
-        pin_memory, worker_init_fn: as in PyTorch's `DataLoader`.
+        pin_memory: as in PyTorch's `DataLoader`.
+        workers: starts and ends the processes.
 
     Raises:
         DataError: while iterating, if a source of a mixture has no records.
@@ -112,13 +114,13 @@ class StreamLoader:
         any_process: Callable[[bool], bool] = bool,
         skipped: SkippedSamples | None = None,
         pin_memory: bool = False,
-        worker_init_fn: Callable[[int], None] | None = None,
+        workers: Workers | None = None,
     ):
         self.lanes = _Lanes(dataset, collator, batch_size, seed, rank, world_size, window, skipped)
         self.any_process = any_process
         num_lanes = self.lanes.num_lanes
         self.num_workers = num_workers if num_workers <= num_lanes else num_workers // num_lanes * num_lanes
-        self.pin_memory, self.worker_init_fn = pin_memory, worker_init_fn
+        self.pin_memory, self.workers = pin_memory, workers or Workers()
 
     def begin(self, epoch: int, start: int = 0) -> None:
         """Set the epoch of the next iteration, and the number of this process's batches that are done already."""
@@ -137,10 +139,9 @@ class StreamLoader:
             self.lanes,
             batch_size=None,
             collate_fn=tuple,  # An item is a tuple already. PyTorch's default would convert every batch once more.
-            num_workers=self.num_workers,
             generator=torch.Generator(),  # Without one, PyTorch draws from its global generator.
             pin_memory=self.pin_memory,
-            worker_init_fn=self.worker_init_fn,
+            **self.workers.options(self.num_workers),
         )
         batches = self._batches(loader)
         position_of_next, batch = next(batches, (None, None))
@@ -156,7 +157,7 @@ class StreamLoader:
 
     def _batches(self, loader: DataLoader) -> Iterator[tuple[int, Any]]:
         """The batches with their positions, in order, without the placeholders."""
-        for position, batch, sizes in loader:
+        for position, batch, sizes in self.workers.iterate(loader):
             self.lanes.sizes.update(sizes)
             if batch is not None:
                 yield position, batch

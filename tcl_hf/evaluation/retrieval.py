@@ -27,7 +27,7 @@ from ..models.losses import similarity as scaled_similarity
 from ..models.modeling_tcl import MATCHES, TCLForImageTextRetrieval, log_odds_of
 from ..models.processing_tcl import MAX_TOKENS, TCLProcessor
 from .metrics import check_finite, retrieval_metrics
-from .shares import gather_results, in_batches, process_share
+from .shares import gather_results, in_batches, may_stop, process_share
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +227,7 @@ def matching_logits(
     total = sum(len(chosen[row]) for row in encoded.image_rows)
     bar = tqdm(total=total, desc="Matching", unit="pair", disable=not progress, leave=False)
     for row, states in zip(encoded.image_rows, encoded.image_states, strict=True):
+        may_stop()
         image: list[KeyValue] = model.tcl.text_model.project_images(states[None].to(device, dtype))
         texts = chosen[row][lengths[chosen[row]].argsort()]
         for group in texts.split(sizes_by_length(lengths[texts].tolist(), batch_size)):

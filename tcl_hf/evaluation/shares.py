@@ -1,7 +1,13 @@
-"""Evaluation in several processes: each one works on its share of the rows, and all get all results."""
+"""Evaluation in several processes: each one works on its share of the rows, and all get all results.
+
+A run may be asked to stop while it evaluates. An evaluation that is `stoppable` ends between two batches, in all
+processes: the one that was asked takes part in the next exchange of results with a mark, and all stop there.
+"""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +18,17 @@ from tqdm.auto import tqdm
 
 from ..data.collators import TCLTaskCollator
 from ..models.distributed import is_distributed
+
+_STOPPED = "stopped"  # takes the place of the results of a process that was asked to stop
+_asks: ContextVar[Callable[[], bool] | None] = ContextVar("asks", default=None)
+
+
+class EvaluationStopped(Exception):
+    """An evaluation was asked to stop, and has no result."""
+
+
+class _StoppedHere(Exception):
+    """This process was asked to stop, and has to let the others know."""
 
 
 @dataclass
@@ -36,17 +53,56 @@ def gather_results(results: list, number: int) -> list:
     """
     if not is_distributed():
         return results
-    shares: list[list] = [[] for _ in range(dist.get_world_size())]
-    on_cpu = [item.cpu() if isinstance(item, Tensor) else item for item in results]
-    dist.all_gather_object(shares, on_cpu)
+    shares = _exchange([item.cpu() if isinstance(item, Tensor) else item for item in results])
     device = results[0].device if results and isinstance(results[0], Tensor) else None
     gathered = [shares[row % len(shares)][row // len(shares)] for row in range(number)]
     return gathered if device is None else [item.to(device) for item in gathered]
 
 
+def _exchange(content: Any) -> list[Any]:
+    """Give every process the contents of all, in the order of ranks.
+
+    Raises:
+        EvaluationStopped: if another process was asked to stop.
+    """
+    if not is_distributed():
+        return [content]
+    contents: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(contents, content)
+    if any(isinstance(other, str) and other == _STOPPED for other in contents):
+        raise EvaluationStopped
+    return contents
+
+
+@contextmanager
+def stoppable(is_asked: Callable[[], bool]) -> Iterator[None]:
+    """Let an evaluation in the `with` block stop between two batches when it is asked to. All processes call this.
+
+    Raises:
+        EvaluationStopped: in all processes, if it was asked to in one of them.
+    """
+    token = _asks.set(is_asked)
+    try:
+        yield
+        _exchange(None)  # because another process may have stopped when this one was done
+    except _StoppedHere:
+        _exchange(_STOPPED)
+        raise EvaluationStopped from None
+    finally:
+        _asks.reset(token)
+
+
+def may_stop() -> None:
+    """Stop the evaluation here if it is asked to; every loop of an evaluator calls this between two batches."""
+    is_asked = _asks.get()
+    if is_asked is not None and is_asked():
+        raise _StoppedHere
+
+
 def in_batches(items: list, size: int) -> Iterator[list]:
-    """Split a list into lists of `size` items; the last one may be shorter."""
+    """Split a list into lists of `size` items, between which an evaluation may stop; the last one may be shorter."""
     for start in range(0, len(items), size):
+        may_stop()
         yield items[start : start + size]
 
 

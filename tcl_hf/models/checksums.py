@@ -9,9 +9,11 @@ _WEIGHTS = "*.safetensors"
 
 
 def write_checksums(folder: str | os.PathLike) -> None:
-    """Write the checksums of a folder's weight files."""
-    lines = [f"{checksum(path)}  {path.name}\n" for path in sorted(Path(folder).glob(_WEIGHTS))]
-    (Path(folder) / CHECKSUMS).write_text("".join(lines))
+    """Write the checksums of a folder's weight files, which others may then read as they may read new files."""
+    weights, sums = sorted(Path(folder).glob(_WEIGHTS)), Path(folder) / CHECKSUMS
+    sums.write_text("".join(f"{checksum(path)}  {path.name}\n" for path in weights))
+    for path in weights:
+        path.chmod(sums.stat().st_mode)  # safetensors lets only the owner read what it writes
 
 
 def verify_checksums(folder: str | os.PathLike) -> None:

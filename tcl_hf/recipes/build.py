@@ -37,7 +37,7 @@ from .arguments import (
     TrainingDataArguments,
 )
 from .model_folder import ANSWERS, file_of
-from .tasks import TASKS
+from .tasks import TASKS, Task, TextBatches
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,32 @@ def _limited(args: DataArguments, records: Dataset) -> Dataset:
 
 def usable_records(records: Dataset) -> Dataset:
     """The records without those that cannot be used, about which warnings are logged."""
-    reasons = [why_unusable(record) for record in records]
+    return _without(records, [why_unusable(record) for record in records])
+
+
+def readable_records(records: Dataset, task: Task, args: DataArguments, model: Any, processor: TCLProcessor) -> Dataset:
+    """The records to evaluate a model on, without those whose text its collator would leave out.
+
+    They are looked at before the training, because one of them would end the evaluation after it.
+
+    Raises:
+        DataError: if none is left, or a label is not among the model's classes.
+    """
+    if not isinstance(task.batches, TextBatches):
+        return records  # Evaluations of images with captions leave out what they cannot read.
+    collator = task.batches.evaluation_collator(model.config, processor)
+    texts = records.select_columns([name for name in records.column_names if name not in ("image", "images")])
+    records = _without(records, [collator.why_unreadable(record) for record in texts])
+    if not len(records):
+        raise DataError(
+            f"No record of {', '.join(args.validation_data or args.data)} has a text that {type(model).__name__} can "
+            "read: name other validation_data, or leave it out."
+        )
+    return records
+
+
+def _without(records: Dataset, reasons: list[str | None]) -> Dataset:
+    """The records that have no reason to be left out; those that have one are logged with it."""
     bad = [row for row, reason in enumerate(reasons) if reason is not None]
     for row in bad[:MAX_NAMED]:
         logger.warning("Not evaluated: %s (%s)", records[row].get("image_id"), reasons[row])

@@ -22,10 +22,11 @@ from ..training.adapters import config_of
 from ..training.agreement import Agreement, processes
 from ..training.arguments import TCLTrainingArguments, TrainingError
 from ..training.checkpoints import newest_checkpoint
-from ..training.interruption import PREEMPTED, Preempted, StopSignal
+from ..training.interruption import PREEMPTED, Preempted, StopSignal, ending_when_asked
 from ..training.log import METRICS
 from ..training.matching_start import multiplied_dimensions
 from ..training.optimization import check_something_is_trained, trained_groups
+from ..training.ownership import owned
 from .arguments import CheckpointArguments, ModelArguments, RecipeError, TrainingDataArguments
 from .build import DROPOUT, SIZES
 from .hints import names_of
@@ -255,9 +256,17 @@ def run_phases(command: Command, argv: Sequence[str] | None, train: Callable[[Ph
     Raises:
         RecipeError, TrainingError: for phases that cannot be trained, or that are not those of an earlier run which is
             to go on or is in the way.
-        Preempted: if the run was asked to stop.
+        Preempted: if the run was asked to stop, before, during or between the phases.
     """
-    phases = parse_phases(command, argv)
+    with ending_when_asked():
+        phases = parse_phases(command, argv)
+        state = processes()
+        with owned(phases[-1].folder, Agreement(), state.is_main_process):
+            _run(phases, train)
+
+
+def _run(phases: list[Phase], train: Callable[[Phase], None]) -> None:
+    """Train the phases of a run whose folder is its own."""
     if not phases[0].place:
         train(phases[0])
         return

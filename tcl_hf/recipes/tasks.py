@@ -97,6 +97,11 @@ class TextBatches:
         label2id = dict(config.label2id) if self.with_labels else None
         return TCLTaskCollator(processor, build_augmentation(args, processor), args.max_tokens, label2id=label2id)
 
+    def evaluation_collator(self, config: TCLConfig, processor: TCLProcessor) -> TCLTaskCollator:
+        """Make the collator of an evaluation, which needs no answers."""
+        label2id = dict(config.label2id) if self.with_labels else None
+        return TCLTaskCollator(processor, label2id=label2id, with_answers=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:

@@ -14,6 +14,17 @@ LORA_FIELDS = (
 _OTHER_LORA_NAMES = {"rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 
 
+# The least and the most that a number of a run may be.
+_LEAST: dict[str, float] = {
+    **dict.fromkeys(("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("logging_steps", "save_total_limit"), 1),
+    **dict.fromkeys(("seed", "eval_steps", "save_steps", "dataloader_num_workers", "warmup_steps"), 0),
+    **dict.fromkeys(("learning_rate", "min_learning_rate", "warmup_learning_rate", "weight_decay"), 0),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "max_grad_norm", "max_bad_share"), 0),
+}
+_MOST: dict[str, float] = {"seed": 2**32 - 1, "max_bad_share": 1}  # numpy takes seeds of 32 bits
+
+
 class TrainingError(ValueError):
     """Arguments of a run that contradict each other; the message says what, and the remedy."""
 
@@ -119,6 +130,7 @@ class TCLTrainingArguments:
     max_bad_share: float = field(default=0.1, metadata={"help": "Stop when a larger share of the samples is bad."})
 
     def __post_init__(self):
+        self._check_numbers()
         if self.bf16 and self.fp16:
             raise TrainingError("bf16 and fp16 are both true: choose one of them.")
         if self.push_to_hub and not self.hub_model_id:
@@ -134,6 +146,19 @@ class TCLTrainingArguments:
                 "parts follow its schedule."
             )
         self.lora_fields = None if self.lora is None else read_lora(self.lora)
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers that no run can have."""
+        for name, least in _LEAST.items():
+            value, most = getattr(self, name), _MOST.get(name, math.inf)
+            if not (least <= value <= most and math.isfinite(value)):
+                limit = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+                raise TrainingError(f"{name} must be {limit}, got {value}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise TrainingError(f"{name} must be below 1, got {getattr(self, name)}.")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise TrainingError(f"max_steps must be at least 1, or -1 for the end of all epochs, got {self.max_steps}.")
 
     @property
     def mixed_precision(self) -> str | None:

@@ -124,6 +124,8 @@ def _write_manifest(folder: Path, facts: dict[str, Any]) -> None:
         list(flushed)  # raises the error of a flush
     listed = {path.relative_to(folder).as_posix(): [path.stat().st_size, sums[path]] for path in files}
     (folder / MANIFEST).write_text(json.dumps(facts | {"files": listed}, indent=1) + "\n")
+    for path in files:
+        path.chmod((folder / MANIFEST).stat().st_mode)  # safetensors lets only the owner read what it writes
     _flush(folder / MANIFEST)
     _flush(folder)
 

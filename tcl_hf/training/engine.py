@@ -6,11 +6,13 @@ weight, of the teacher's as of the student's, and gathers the weights of a layer
 buffers: each process holds them whole, and pushes the same rows.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, DistributedType, broadcast
@@ -20,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
+from ..evaluation.shares import EvaluationStopped, stoppable
 from ..models.distributed import whole
 from ..models.encoders import TCLTextLayer, TCLVisionLayer
 from .adapters import add_lora, save_adapted
@@ -179,10 +182,21 @@ class Engine:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return whole(torch.nn.utils.get_total_norm(gradients))
 
-    def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
-        """Run an evaluation on the whole model, in the run's precision; all processes return from it together."""
-        with self.result() as model, self.accelerator.autocast():
-            metrics = evaluate(whole_model(model))
+    def evaluate(
+        self, evaluate: Callable[[nn.Module], dict[str, float]], is_asked_to_stop: Callable[[], bool]
+    ) -> dict[str, float]:
+        """Run an evaluation on the whole model, in the run's precision; all processes return from it together.
+
+        Raises:
+            EvaluationStopped: if it was asked to stop. Random numbers then go on as if it had not begun.
+        """
+        before = _random_states()
+        try:
+            with self.result() as model, self.accelerator.autocast(), stoppable(is_asked_to_stop):
+                metrics = evaluate(whole_model(model))
+        except EvaluationStopped:
+            _restore_random_states(before)
+            raise
         self.accelerator.wait_for_everyone()
         return metrics
 
@@ -207,6 +221,21 @@ class Engine:
         model = self.accelerator.unwrap_model(self.model)
         with model.teacher.lending_weights_to(model) if self.args.average_weights else nullcontext():
             yield model
+
+
+def _random_states() -> tuple[Any, ...]:
+    """The states of the generators that an evaluation may draw from."""
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), of_gpus
+
+
+def _restore_random_states(states: tuple[Any, ...]) -> None:
+    of_python, of_numpy, of_torch, of_gpus = states
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
+    torch.set_rng_state(of_torch)
+    if of_gpus:
+        torch.cuda.set_rng_state_all(of_gpus)
 
 
 # Sharding by FSDP2

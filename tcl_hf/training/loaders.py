@@ -16,9 +16,9 @@ from ..data.pairs import DataError
 from ..data.sampling import BucketSampler, CaptionLengths, VisitedSamples, VisitSampler
 from ..data.skipped import SkippedSamples
 from ..data.streams import StreamLoader
+from ..data.workers import Workers
 from .arguments import TCLTrainingArguments, TrainingError
 from .engine import Engine
-from .interruption import ignore_sigterm
 
 Collator = Callable[[list[dict]], dict[str, Tensor]]
 
@@ -45,11 +45,8 @@ class RunLoader:
     ):
         self.args, self.engine, self.skipped = args, engine, skipped
         self.collator = collator.for_run(skipped) if hasattr(collator, "for_run") else collator
-        self.workers: dict[str, Any] = {
-            "num_workers": args.dataloader_num_workers,
-            "pin_memory": torch.cuda.is_available(),
-            "worker_init_fn": ignore_sigterm,
-        }
+        self.workers = Workers()
+        self.pin_memory = torch.cuda.is_available()
         self.state: list[Any] = []
         if isinstance(dataset, IterableDataset):
             self._read_stream(dataset)
@@ -73,7 +70,8 @@ class RunLoader:
             collate_fn=self.collator,
             generator=torch.Generator().manual_seed(args.seed),
             persistent_workers=args.dataloader_num_workers > 0,  # The order is made here and not in the workers.
-            **self.workers,
+            pin_memory=self.pin_memory,
+            **self.workers.options(args.dataloader_num_workers),
         )
         self.loader = self.engine.accelerator.prepare(loader)  # It gives each process its own batches.
         self.steps_per_epoch = max(math.ceil(len(self.loader) / self.engine.accumulation_steps), 1)
@@ -97,7 +95,9 @@ class RunLoader:
             world_size=engine.accelerator.num_processes,
             any_process=engine.agreement.any,
             skipped=self.skipped,
-            **self.workers,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=self.pin_memory,
+            workers=self.workers,
         )
         self.state = [self.loader]
         self.visits_per_batch, self.steps_per_epoch = 1, args.max_steps  # A stream counts batches itself.
@@ -110,3 +110,8 @@ class RunLoader:
         self.order.begin(epoch, start * self.visits_per_batch)
         for batch in self.loader:
             yield send_to_device(batch, self.engine.device, non_blocking=True)
+
+    def close(self) -> None:
+        """End the workers; the loader cannot be used afterwards."""
+        self.workers.attend(getattr(self.loader, "_iterator", None))  # that of the workers which stay for all epochs
+        self.workers.end()

@@ -5,7 +5,9 @@ the model (`models/modeling_tcl.py`).
 """
 
 import logging
+import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..data.pairs import DataError
 from ..data.skipped import SkippedSamples
+from ..evaluation.shares import EvaluationStopped
 from ..models.processing_tcl import TCLProcessor
 from .adapters import check_output_dir
 from .arguments import TCLTrainingArguments, TrainingError
@@ -35,6 +38,7 @@ from .interruption import PREEMPTED, Preempted, StopSignal
 from .loaders import Collator, RunLoader
 from .log import METRICS, Meter, MetricsLog
 from .optimization import learning_rate
+from .ownership import owned
 from .progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -82,8 +86,10 @@ class TrainingRun:
         """
         self.output_dir = Path(self.args.output_dir)
         self.skipped = SkippedSamples(self.output_dir / SKIPPED, self.args.max_bad_share)
-        with self.stop_signal, self.skipped.naming_dead_workers():
+        with self.stop_signal, self.skipped.naming_dead_workers(), ExitStack() as self.held:
             self.prepare()
+            if self.evaluator and self.progress.evaluation_due:
+                self.evaluate(self.evaluator)
             while not self.is_done:
                 self.train_epoch()
             self.finish()
@@ -103,6 +109,7 @@ class TrainingRun:
         set_seed(args.seed, device_specific=True)  # Each process has its own dropout masks and negatives.
         self.engine.prepare(self.model)
         self.loader = RunLoader(self.dataset, self.collator, args, self.engine, self.skipped)
+        self.held.callback(self.loader.close)
         self.progress, self.meter, self.monitor = Progress(self.skipped), Meter(), Monitor()
         self.accelerator.register_for_checkpointing(*self.loader.state, self.progress, self.meter, self.monitor)
         if args.report_to:
@@ -112,6 +119,7 @@ class TrainingRun:
             self._resume()
         self.metrics_log = MetricsLog(self.output_dir / METRICS, self.progress.step, self.accelerator)
         self.guard = UpdateGuard(self.engine.device)
+        self.has_saved = False  # whether there is a model or a checkpoint of this run
         self.is_first_forward = True  # whether the next forward begins an optimizer step
         self.line: dict[str, float] = {}  # the last one of the log
         is_hidden = not self.accelerator.is_main_process
@@ -119,9 +127,9 @@ class TrainingRun:
         self.engine.model.train()
 
     def _open_folder(self) -> None:
-        """Make the run's folder, and see to what an earlier run has left there."""
-        with self.accelerator.main_process_first():
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+        """Make the run's folder, own it, and see to what an earlier run has left there."""
+        is_main = self.accelerator.is_main_process
+        self.lock = self.held.enter_context(owned(self.output_dir, self.engine.agreement, is_main))
         check_output_dir(self.output_dir, self.args)
         if self.args.resume:
             return
@@ -154,7 +162,7 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         self.engine.load_state(checkpoint)
         self.accelerator.wait_for_everyone()  # before any process adds to the list of skipped samples
-        if self.progress.step >= self.num_steps:
+        if self.progress.step >= self.num_steps + self.progress.evaluation_due:
             raise TrainingError(
                 f"{checkpoint} is at step {self.progress.step}, and the run is to end at {self.num_steps}: "
                 "raise num_train_epochs or max_steps."
@@ -263,11 +271,10 @@ class TrainingRun:
         self.bar.update()
         if self.is_done or step % args.logging_steps == 0:
             self.log()
-        # The last model is saved before its evaluation, which may fail, unless the best one is to be kept.
-        if self.is_done and not args.metric_for_best_model:
-            self.engine.save_model(self.output_dir, self.processor)
         if self.evaluator and (self.is_done or (args.eval_steps and step % args.eval_steps == 0)):
             self.evaluate(self.evaluator)
+        elif self.is_done:
+            self.save_model()
         if self.is_done:  # The model is saved, so that a checkpoint is not needed.
             return
         if self.engine.agreement.any(self.stop_signal.received):
@@ -291,6 +298,7 @@ class TrainingRun:
             **statistics,
             "skipped_samples": self.skipped.count,
         }
+        self.lock.check()
         self.monitor.watch(self.line)
         self.guard.check(newest_checkpoint(self.output_dir))
         self.skipped.check()
@@ -298,28 +306,47 @@ class TrainingRun:
         self.bar.set_postfix({k: f"{self.line[k]:.3g}" for k in ("loss", "pairs_per_second") if k in self.line})
 
     def evaluate(self, evaluator: Evaluator) -> None:
-        """Evaluate and write a line of the log; save the model if it is the best so far and that is asked for."""
+        """Evaluate and write a line of the log; save the model if it is the best so far and that is asked for.
+
+        The model is saved before it is evaluated, because an evaluation may fail: the last one, and else the first one
+        that would be lost. With `metric_for_best_model` it never takes the place of a better one.
+        """
         self.guard.check(newest_checkpoint(self.output_dir))
-        metrics = self.engine.evaluate(evaluator)
         wanted = self.args.metric_for_best_model
+        if self.progress.best == -math.inf if wanted else self.is_done or not self.has_saved:
+            self.save_model()
+        self.progress.evaluation_due = True
+        try:
+            metrics = self.engine.evaluate(evaluator, lambda: self.stop_signal.received)
+        except EvaluationStopped:
+            self.stop()
+        self.progress.evaluation_due = False
         if wanted and wanted not in metrics:
             raise TrainingError(f"metric_for_best_model: there is no metric '{wanted}' among {', '.join(metrics)}.")
         if wanted and metrics[wanted] > self.progress.best:
             self.progress.best = metrics[wanted]
-            self.engine.save_model(self.output_dir, self.processor)
+            self.save_model()
         self.line = {"step": self.progress.step, "epoch": self.progress.epoch, **metrics}
         self.metrics_log.write(self.line)
         self.engine.model.train()
         self.meter.restart_clock()
 
+    def save_model(self) -> None:
+        """Save the model with its processor, as the result of the run so far."""
+        self.lock.check()
+        self.engine.save_model(self.output_dir, self.processor)
+        self.has_saved = True
+
     def save_checkpoint(self) -> Path:
         """Write a checkpoint and begin to push it."""
+        self.lock.check()
         self.guard.check(newest_checkpoint(self.output_dir))
         step, limit, pusher = self.progress.step, self.args.save_total_limit, self.push_checkpoint
         spared = pusher.on_its_way if pusher else None
         checkpoint = save_checkpoint(
             self.accelerator, self.output_dir, step, limit, self.engine.agreement, spared, self.order
         )
+        self.has_saved = True
         if pusher:
             pusher.start(checkpoint)
         self.meter.restart_clock()

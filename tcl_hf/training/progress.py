@@ -17,6 +17,7 @@ class Progress:
         epoch: epochs that are done.
         batch: batches of the present epoch that are done, in each process.
         best: the highest value so far of the metric by which the model is kept.
+        evaluation_due: whether the model of this step is still to be evaluated, because an evaluation was stopped.
     """
 
     skipped: SkippedSamples
@@ -24,6 +25,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     best: float = -math.inf
+    evaluation_due: bool = False
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers, and under `samples` the counts of samples."""

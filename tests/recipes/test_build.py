@@ -5,14 +5,21 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from helpers import png, questions, tiny
+from helpers import png, questions, statements, tiny
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
-from tcl_hf import TCLConfig, TCLForQuestionAnswering, TCLProcessor
+from tcl_hf import TCLConfig, TCLForQuestionAnswering, TCLForVisualEntailment, TCLProcessor
 from tcl_hf.data.annotations.questions import QUESTION_FEATURES
 from tcl_hf.data.pairs import DataError
 from tcl_hf.data.tokenizer import train_tokenizer
-from tcl_hf.recipes.arguments import ModelArguments, PretrainingDataArguments, RecipeError, TaskArguments
+from tcl_hf.evaluation.answers import evaluate_answers
+from tcl_hf.recipes.arguments import (
+    FinetuningDataArguments,
+    ModelArguments,
+    PretrainingDataArguments,
+    RecipeError,
+    TaskArguments,
+)
 from tcl_hf.recipes.build import (
     MAX_NAMED,
     add_words,
@@ -21,6 +28,8 @@ from tcl_hf.recipes.build import (
     cut_off_tuning_data,
     load_evaluation_data,
     load_pretraining_data,
+    readable_records,
+    usable_records,
 )
 from tcl_hf.recipes.parsing import PRETRAIN, parse_recipe
 from tcl_hf.recipes.results import evaluation_protocol
@@ -176,6 +185,32 @@ def test_held_out_samples_that_cannot_be_used_are_named_and_left_out(tmp_path, c
     assert len(records) == 1
     assert "Not evaluated: 1.png (UnidentifiedImageError" in caplog.text
     assert "Not evaluated: x (no caption)" in caplog.text
+
+
+def test_records_that_the_collator_would_leave_out_are_not_evaluated(caplog):
+    """`why_unusable` passes them, and the evaluation at the end of a training would fail on them."""
+    rows = questions(4)
+    rows[2]["question"] = "...?!"
+    records = Dataset.from_list([{**row, "captions": []} for row in rows])
+    assert len(usable_records(records)) == 4
+    model, processor = tiny(TCLForQuestionAnswering)
+    args = FinetuningDataArguments(task="question_answering", data=["mine"])
+    task = TASKS["question_answering"]
+    readable = readable_records(records, task, args, model, processor)
+    assert readable["image_id"] == ["0", "1", "3"] and "Not evaluated: 2 (no question)" in caplog.text
+    evaluate_answers(model, processor, readable, ["red", "green"], 2)
+    with pytest.raises(ValueError, match="A record cannot be evaluated"):
+        evaluate_answers(model, processor, records, ["red", "green"], 2)
+    with pytest.raises(DataError, match="No record of mine has a text that TCLForQuestionAnswering can read"):
+        readable_records(records.select([2]), task, args, model, processor)
+
+
+def test_labels_to_evaluate_that_the_model_does_not_have_are_refused_before_training():
+    records = Dataset.from_list(statements(("entailment", "irony")))
+    model, processor = tiny(TCLForVisualEntailment)
+    args = FinetuningDataArguments(task="visual_entailment", data=["mine"])
+    with pytest.raises(DataError, match="has the label 'irony', but the model has the classes"):
+        readable_records(records, TASKS["visual_entailment"], args, model, processor)
 
 
 def test_many_samples_that_cannot_be_used_are_counted(tmp_path, caplog):

@@ -100,7 +100,7 @@ def stop_after(monkeypatch):
         def after_step(self) -> None:
             taken.append(1)
             if len(taken) == step and not kill:
-                self.stop_signal.received = True
+                self.stop_signal.ask()
             real(self)
             if len(taken) == step and kill:
                 raise Killed

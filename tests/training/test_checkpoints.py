@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import losses, small_patches, tiny_records, tiny_run
+from safetensors.torch import load_file
 
 from tcl_hf import TCLForPreTraining
+from tcl_hf.evaluation.shares import in_batches
 from tcl_hf.training.arguments import TrainingError
 from tcl_hf.training.checkpoints import (
     CHECKPOINTS,
@@ -47,6 +49,8 @@ def test_a_manifest_lists_every_file_and_the_processes(tmp_path):
     names = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
     assert manifest["files"].keys() == names - {MANIFEST} and names > {"model.safetensors", "optimizer.bin"}
     assert what_is_damaged(checkpoint) is None
+    modes = {path.stat().st_mode for path in checkpoint.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "metrics.jsonl").stat().st_mode}  # Who may read the log may read the weights.
     for name, (size, digest) in manifest["files"].items():
         content = (checkpoint / name).read_bytes()
         assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
@@ -119,6 +123,33 @@ def test_a_run_that_is_asked_to_stop_saves_and_exits_with_its_own_code(reference
     assert newest_checkpoint(tmp_path).name == "step-00000003"
     resumed(tmp_path)
     assert losses(tmp_path) == losses(reference)
+
+
+@pytest.mark.parametrize("eval_steps", [4, 0], ids=["in the middle", "at the end"])
+def test_an_evaluation_stops_between_two_batches_and_is_done_anew(tmp_path, eval_steps):
+    """The line of the log is then that of a run that was never stopped, although an evaluation draws random numbers."""
+    batches = []
+
+    def evaluate(model, asks_at=None):
+        drawn = 0.0
+        for rows in in_batches(list(range(4)), 1):
+            batches.append(rows)
+            drawn += torch.rand(()).item()
+            if len(batches) == asks_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return {"recall": drawn}
+
+    options = {"eval_steps": eval_steps}
+    tiny_run(tmp_path / "whole", evaluate=evaluate, **options)
+    batches.clear()
+    with pytest.raises(Preempted):
+        tiny_run(tmp_path / "stopped", evaluate=lambda model: evaluate(model, 2), **options)
+    assert len(batches) == 2
+    assert newest_checkpoint(tmp_path / "stopped").name == f"step-{eval_steps or 6:08d}"
+    resumed(tmp_path / "stopped", evaluate=evaluate, **options)
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from tcl_hf.training.log import read_metrics
 
 def test_a_run_leaves_a_model_that_loads_its_processor_and_metrics(reference):
     model = TCLModel.from_pretrained(reference)
+    modes = {(reference / name).stat().st_mode for name in ("model.safetensors", "config.json", "metrics.jsonl")}
+    assert len(modes) == 1  # Who may read the log may read the weights.
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     tiny_processor().from_pretrained(reference)
     lines = read_metrics(reference / "metrics.jsonl")
@@ -350,6 +352,35 @@ def test_the_model_is_saved_before_the_last_evaluation(tmp_path):
     with pytest.raises(RuntimeError):
         tiny_run(tmp_path, evaluate=fail)
     TCLModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"eval_steps": 2}, {"metric_for_best_model": "recall"}], ids=["first", "best"])
+def test_a_model_is_saved_before_an_evaluation_that_fails(tmp_path, options):
+    weights = {}
+
+    def fail(model):
+        weights.update({name: value.clone() for name, value in model.state_dict().items()})
+        raise RuntimeError("evaluation failed")
+
+    with pytest.raises(RuntimeError):
+        tiny_run(tmp_path, evaluate=fail, **options)
+    saved = TCLForPreTraining.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in weights.items())
+
+
+def test_the_best_model_stays_if_a_later_evaluation_fails(tmp_path):
+    scores, kept = iter([1.0]), {}
+
+    def evaluate(model):
+        score = next(scores, None)
+        if score is None:
+            raise RuntimeError("evaluation failed")
+        kept["best"] = model.itm_head.weight.detach().clone()
+        return {"accuracy": score}
+
+    with pytest.raises(RuntimeError):
+        tiny_run(tmp_path, evaluate=evaluate, eval_steps=2, metric_for_best_model="accuracy")
+    assert torch.equal(TCLForPreTraining.from_pretrained(tmp_path).itm_head.weight, kept["best"])
 
 
 def test_too_much_bad_data_stops_the_run(tmp_path):

@@ -5,28 +5,28 @@ from figure_style import Drawing
 
 def draw() -> None:
     """Write `docs/images/queue_and_teacher.svg`."""
-    drawing = Drawing(7.8, 4.6)
-    drawing.box(0.2, 3.3, 2.2, 0.85, "student\nlearns by gradient", "image")
-    drawing.box(0.2, 1.0, 2.2, 0.85, "teacher\nfollows slowly", "teacher")
-    drawing.arrow((1.3, 3.3), (1.3, 1.85), text="each step: 99.5 % of itself\n+ 0.5 % of the student", broken=True)
-    drawing.box(3.3, 3.45, 1.2, 0.55, "query", "image")
-    drawing.arrow((2.4, 3.72), (3.3, 3.72), text="view a", at=(2.82, 3.98))
+    drawing = Drawing(5.2, 4.7)
+    drawing.box(0.1, 3.6, 1.6, 0.85, "student\nlearns by gradient", "image")
+    drawing.box(0.1, 1.15, 1.6, 0.85, "teacher\nfollows slowly", "teacher")
+    drawing.arrow((0.9, 3.6), (0.9, 2.0), text="each step:\n99.5 % of itself,\n0.5 % student", broken=True)
+    drawing.box(2.4, 3.78, 0.9, 0.5, "query", "image")
+    drawing.arrow((1.7, 4.03), (2.4, 4.03), text="view a", at=(2.03, 4.3))
 
-    drawing.cells(3.3, 1.25, 0.34, [["loss", "teacher", "teacher", "teacher"]])
-    drawing.cells(5.1, 1.25, 0.34, [["plain"] * 6])
-    drawing.label(4.05, 1.0, "keys of this batch")
-    drawing.label(6.5, 1.0, "queue: keys of earlier batches")
-    drawing.arrow((2.4, 1.42), (3.3, 1.42), text="view b", at=(2.82, 1.68))
-    drawing.arrow((4.05, 0.85), (4.05, 0.55), (5.2, 0.55), (5.2, 1.25))
-    drawing.label(4.1, 0.28, "pushed after the comparison")
-    drawing.arrow((7.17, 0.85), (7.17, 0.45))
-    drawing.label(6.75, 0.28, "the oldest leave")
+    drawing.cells(2.3, 1.43, 0.28, [["loss", "teacher", "teacher", "teacher"]], gap=0.03)
+    drawing.cells(3.7, 1.43, 0.28, [["plain"] * 4], gap=0.03)
+    drawing.arrow((1.7, 1.57), (2.3, 1.57), text="view b", at=(2.0, 1.84))
+    drawing.label(2.9, 1.17, "this batch")
+    drawing.label(4.45, 1.17, "queue: earlier")
+    drawing.arrow((2.9, 1.0), (2.9, 0.65), (3.68, 0.65), (3.68, 1.5))
+    drawing.label(2.6, 0.35, "pushed after the comparison")
+    drawing.arrow((4.77, 1.0), (4.77, 0.55))
+    drawing.label(4.5, 0.35, "oldest leave")
 
-    drawing.arrow((3.6, 3.45), (3.47, 1.62), color="#bf4f6f")
-    for x in (4.22, 5.27, 6.03, 7.17):
-        drawing.arrow((4.1, 3.45), (x, 1.62), broken=True)
-    drawing.label(2.98, 2.62, "pull", weight="bold")
-    drawing.label(6.0, 3.0, "push away", weight="bold")
+    drawing.arrow((2.55, 3.78), (2.44, 1.74), color="#bf4f6f")
+    for x in (2.75, 3.06, 3.84, 4.15, 4.77):
+        drawing.arrow((3.0, 3.78), (x, 1.74), broken=True)
+    drawing.label(2.1, 2.75, "pull", weight="bold")
+    drawing.label(4.45, 3.0, "push away", weight="bold")
     drawing.save("queue_and_teacher")
 
 

@@ -264,6 +264,7 @@ class ImageIndex:
             raise SearchError("remove() needs image_ids, a folder or a filter, which say what to remove.")
         condition = " AND ".join(conditions)
         with self._storage.writing():
+            self._storage.refresh()
             number = self._storage.table.count_rows(condition)
             self._storage.table.delete(condition)
             self._storage.tidy()

@@ -135,6 +135,7 @@ class Indexing:
     def _as_writer(self) -> Iterator[None]:
         """The first process writes, and every process reads what is there before it does."""
         with self._alone():
+            self.storage.refresh()  # in every process
             rows = self.storage.rows(_KEYS)
             columns = [rows[name].to_pylist() for name in _KEYS]
             self.old = {image_id: Known(*facts) for image_id, *facts in zip(*columns, strict=True)}

@@ -176,11 +176,14 @@ class Storage:
         except OSError as error:
             raise SearchError(f"{self.uri} cannot be written ({error.strerror or error}).") from error
         try:
-            with plain_errors(self.uri):
-                self.table.checkout_latest()
             yield
         finally:
             lock.release()
+
+    def refresh(self) -> None:
+        """Read what other processes have written."""
+        with plain_errors(self.uri):
+            self.table.checkout_latest()
 
     def rows(self, columns: Sequence[str], where: str | None = None, limit: int | None = None) -> pa.Table:
         """Some columns of all rows, or of those that a filter in SQL selects."""

@@ -1,15 +1,15 @@
 """Time the index of pictures: `python benchmarks/search.py [--pictures 10000] [--vectors 1000000]`.
 
-Pictures are OpenMoji's at several sizes and rotations. Indexing is compared with reading, decoding and encoding alone, which
-the same threads and the same batches do. Then copies of the files fill the folder up to `--files`; their content is known,
-so that they are not encoded. The folder is synchronised again, and texts are searched with and without re-ranking.
+Pictures are OpenMoji's at several sizes and rotations. Indexing is compared with reading, decoding and encoding alone,
+which the same threads and the same batches do. Then copies of the files fill the folder up to `--files`; their content
+is known, so that they are not encoded. The folder is synchronised again, and texts are searched with and without
+re-ranking.
 
 `--vectors` fills another table with random unit vectors. Near each of the queries are twenty more, with cosines drawn
 between `--near`. It measures recall@10 of the approximate search against the exact one, its latency, and the memory.
 """
 
 import argparse
-import json
 import resource
 import shutil
 import tempfile
@@ -28,7 +28,7 @@ from tcl_hf.data.images import open_image
 from tcl_hf.search import ImageIndex, SearchModel
 from tcl_hf.search.encoding import AHEAD, in_threads
 from tcl_hf.search.ranking import NUM_READERS, default_model, read_rgb
-from tcl_hf.search.storage import SEARCH_OPTIONS, approximate, make_vector_index
+from tcl_hf.search.storage import approximate, make_vector_index
 
 BATCH = 32
 PLANTED = 20
@@ -60,9 +60,7 @@ def read_and_encode(folder: Path, model: SearchModel) -> None:
     """Read, decode and encode all pictures, and keep nothing."""
     paths = sorted(folder.iterdir())
     with ThreadPoolExecutor(NUM_READERS) as threads:
-        pixels = in_threads(
-            lambda path: model.pixel_values(read_rgb(path.read_bytes())), paths, threads, AHEAD * BATCH
-        )
+        pixels = in_threads(lambda path: model.pixel_values(read_rgb(path.read_bytes())), paths, threads, AHEAD * BATCH)
         batch = []
         for number, one in enumerate(pixels, 1):
             batch.append(one)
@@ -142,9 +140,11 @@ def time_vectors(place: Path, args: argparse.Namespace) -> None:
         taken.append(1000 * (time.perf_counter() - start))
     recall = np.mean([len({*row} & {*right}) / 10 for row, right in zip(found[1:], exact.tolist(), strict=True)])
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{args.vectors} vectors of {args.dim} dimensions, neighbours at cosines of {args.near[0]} to {args.near[1]}:")
+    print(
+        f"{args.vectors} vectors of {args.dim} dimensions, neighbours at cosines of {args.near[0]} to {args.near[1]}:"
+    )
     print(f"recall@10 {recall:.3f}, {percentiles(taken[1:])}, memory of the process {memory:.2f} GB")
-    print(f"the approximate index took {built:.0f} s to make; {json.dumps(SEARCH_OPTIONS)}")
+    print(f"the approximate index took {built:.0f} s to make")
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def decode(picture: Picture, is_known: Callable[[str], bool], model: SearchModel
             "bytes": picture.content,
         }
         return Decoded(picture, digest, model.pixel_values(image), row)
-    except (*IMAGE_ERRORS, MemoryError) as error:
+    except IMAGE_ERRORS as error:
         return Decoded(picture, reason=f"{type(error).__name__}: {error}")
 
 

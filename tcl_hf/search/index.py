@@ -21,7 +21,7 @@ from ..models.processing_tcl import TCLProcessor
 from .encoding import Row, tensor_of
 from .indexing import Changes, Indexing
 from .ranking import EncodedText, SearchModel, read_pixels, read_rgb
-from .storage import FACTS, About, SearchError, Storage, plain_errors, quoted
+from .storage import FACTS, About, SearchError, Storage, approximate, plain_errors, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -349,7 +349,7 @@ class ImageIndex:
         columns = [*FACTS, "thumbnail", "vector", *(["states"] if with_states else [])]
         with plain_errors(self.uri):
             query: Any = self._storage.table.search(vector.cpu().numpy(), vector_column_name="vector")
-            query = query.distance_type("dot").select([*columns, "_distance"]).limit(number)
+            query = approximate(query.distance_type("dot")).select([*columns, "_distance"]).limit(number)
             if where is not None:
                 query = query.where(where, prefilter=True)
             return query.to_list()

@@ -170,7 +170,7 @@ class Indexing:
 
     def _check_any(self, folder: str, found: Folder) -> None:
         """Refuse a folder without pictures, which may be a disk that is not mounted."""
-        if not found.files and not found.unreadable:
+        if not found.files and not any(map(os.path.isdir, found.unreadable)):
             raise SearchError(
                 f"{folder} holds no pictures: name the folder that they are in. (Pictures of it that are in the index "
                 "stay there; `ImageIndex.remove(folder=...)` removes them.)"
@@ -229,21 +229,26 @@ class Indexing:
             tqdm(total=total, desc="Indexing", unit="picture", disable=not self.progress) as bar,
         ):
             try:
-                for batch in self._batches(in_threads(read, pictures, threads, AHEAD * self.batch_size), bar):
+                for batch, num_read in self._batches(in_threads(read, pictures, threads, AHEAD * self.batch_size)):
                     new = [one for one in batch if one.pixels is not None]
                     rows: list[Any] = encode_rows(new, model, states_left) if new else []
                     states_left -= len(rows) * self.world_size
                     committer.add(gathered(rows + [one for one in batch if one.pixels is None]))
+                    bar.update(num_read * self.world_size)
             finally:
                 threads.shutdown(wait=False, cancel_futures=True)
                 committer.close()
 
-    def _batches(self, decoded: Iterator[Decoded], bar: Any) -> Iterator[list[Decoded]]:
-        """Batches of pictures that can be used. All processes get equally many, of which the last may be empty."""
+    def _batches(self, decoded: Iterator[Decoded]) -> Iterator[tuple[list[Decoded], int]]:
+        """Batches of pictures that can be used, with the number of those that were read for it.
+
+        All processes get equally many, of which the last may be empty.
+        """
         while True:
             batch: list[Decoded] = []
+            num_read = 0
             for one in decoded:
-                bar.update(self.world_size)
+                num_read += 1
                 if one.reason is not None:
                     self.reasons.append((one.picture.path or one.picture.name, one.reason))
                     continue
@@ -251,9 +256,9 @@ class Indexing:
                 num_new = sum(other.pixels is not None for other in batch[-self.batch_size :])
                 if num_new == self.batch_size or len(batch) == _KNOWN:
                     break
-            if not any_left(bool(batch)):
+            if not any_left(num_read > 0):
                 return
-            yield batch
+            yield batch, num_read
 
     def _states_left(self) -> int:
         """The number of pictures whose states may still be kept."""

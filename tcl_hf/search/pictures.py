@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ class Picture:
 
 @dataclass
 class Folder:
-    """The pictures in a folder: sizes and times of change by path, and the folders in it that cannot be listed."""
+    """The pictures in a folder: sizes and times of change by path, and what cannot be listed or read, with reasons."""
 
     files: dict[str, tuple[int, int]] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -90,22 +91,34 @@ def pictures_in(folder: str, without: str = "") -> Folder:
                     if entry.is_dir():
                         waiting.append(entry.path)
                     elif entry.name.lower().endswith(PICTURES):
-                        status = entry.stat()
-                        found.files[entry.path] = (status.st_size, status.st_mtime_ns)
+                        _take_file(entry, found)
         except OSError as error:
             found.unreadable[place] = error.strerror or str(error)
     found.files = dict(sorted(found.files.items()))
     return found
 
 
+def _take_file(entry: os.DirEntry, found: Folder) -> None:
+    """Note a file, or why it cannot be read."""
+    try:
+        if not entry.is_file():  # To open a pipe could wait for ever.
+            raise OSError("not a regular file")
+        status = entry.stat()
+        found.files[entry.path] = (status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        found.unreadable[entry.path] = error.strerror or str(error)
+
+
 def file_picture(path: str, source: str, caption: str | None = None, name: str | None = None) -> Picture:
     """The picture of a file.
 
     Raises:
-        OSError: if it is not there.
+        OSError: if it is not there, or is not a regular file.
     """
     path = os.path.abspath(path)
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"not a regular file: '{path}'")
     name = os.path.basename(path) if name is None else name
     return Picture(path, path, None, name, source, caption, status.st_size, status.st_mtime_ns)
 

@@ -7,8 +7,8 @@ import shutil
 import pytest
 from helpers import photo, tiny
 
+import tcl_hf_command as program
 from tcl_hf import TCLForImageTextRetrieval
-from tcl_hf.cli import main as program
 
 pytest.importorskip("lancedb", reason="LanceDB is not installed")
 

@@ -66,7 +66,7 @@ def test_pairs_above_a_threshold_are_kept_with_their_scores(tmp_path, searcher, 
     assert 0 < len(expected) < len(scores) == 20
     assert kept_in(tmp_path / "out", kind) == expected
     assert (result.records, result.pairs, result.kept_pairs, result.skipped) == (11, 20, len(expected), 1)
-    assert "cannot identify image" in (tmp_path / "out" / "skipped.jsonl").read_text()
+    assert "a file in none of the formats" in (tmp_path / "out" / "skipped.jsonl").read_text()
     if kind == "parquet":
         rows = load_rows(tmp_path / "out")
         for row in rows:

@@ -7,17 +7,19 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from helpers import encoded, photo, png, stirred, tiny, tiny_processor, tiny_records, write_tar
 from PIL import Image
+from torch.nn import functional as F
 
 from tcl_hf import TCLForImageTextRetrieval
 from tcl_hf.data.images import open_image
 from tcl_hf.models.modeling_tcl import MATCHES, log_odds_of
 from tcl_hf.search import ImageIndex, SearchError
 from tcl_hf.search.pages import hit_facts, write_page
-from tcl_hf.search.storage import Storage
+from tcl_hf.search.storage import About, Storage, schema_of
 
 pytest.importorskip("lancedb", reason="LanceDB is not installed")
 
@@ -260,15 +262,18 @@ def test_bad_files_are_listed_and_skipped(tmp_path, searcher, folder, caplog):
     (folder / "text.jpg").write_text("not a picture")
     (folder / "cut.png").write_bytes((folder / "00.png").read_bytes()[:200])
     (folder / "empty.webp").touch()
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "broken.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "loop").symlink_to(folder)
     Image.new("1", (30_000, 8_000)).save(folder / "bomb.png")
     (folder / "notes.txt").write_text("left out, because its name is not that of a picture")
     index = ImageIndex.create(tmp_path / "index", searcher)
-    assert vars(index.sync(folder, progress=False)) == changes(new=12, skipped=4)
+    assert vars(index.sync(folder, progress=False)) == changes(new=12, skipped=6)
     lines = [json.loads(line) for line in (tmp_path / "index" / "skipped.jsonl").read_text().splitlines()]
     reasons = {Path(line["image_id"]).name: line["reason"] for line in lines}
-    assert reasons.keys() == {"text.jpg", "cut.png", "empty.webp", "bomb.png"}
+    assert reasons.keys() == {"text.jpg", "cut.png", "empty.webp", "bomb.png", "pipe.jpg", "broken.jpg"}
     assert "DecompressionBomb" in reasons["bomb.png"] and "zero bytes" in reasons["empty.webp"]
-    assert "4 pictures or folders cannot be read and are left out (all are listed in" in caplog.text
+    assert "6 pictures or folders cannot be read and are left out (all are listed in" in caplog.text
     for name in reasons:
         (folder / name).unlink()
     assert vars(index.sync(folder, progress=False)) == changes(unchanged=12)
@@ -374,3 +379,34 @@ def test_heic_pictures_are_read_where_the_extra_is_installed(tmp_path, searcher)
     assert (hit.width, hit.height) == (64, 48)
     difference = np.abs(np.asarray(hit.image()).astype(int) - np.asarray(photo(64, 48, seed=5)).astype(int))
     assert difference.mean() < 8
+
+
+@pytest.mark.parametrize("dim", [256, 20])
+def test_many_rows_are_searched_through_an_approximate_index(tmp_path, monkeypatch, dim):
+    monkeypatch.setattr("tcl_hf.search.storage.EXACT_BELOW", 1500)
+    about = About("", "", "", dim, (2, 2), "float32", 0)
+    index = ImageIndex(Storage.create(str(tmp_path / "index"), about), None)
+    generator = torch.Generator().manual_seed(0)
+    vectors = F.normalize(torch.randn(2000, dim, generator=generator), dim=-1)
+
+    def write(rows):
+        facts = {"image_id": [str(row) for row in rows], "width": list(rows), "thumbnail": [b""] * len(rows)}
+        table = pa.table(facts | {"vector": vectors[list(rows)].tolist()})
+        blank = {name: pa.nulls(len(rows), kind) for name, kind in zip(schema.names, schema.types, strict=True)}
+        index._storage.write(pa.table(blank | {name: table[name] for name in table.column_names}, schema=schema))
+        index._storage.tidy()
+
+    schema = schema_of(about)
+    write(range(1000))
+    assert index.stats().search == "exact"
+    write(range(1000, 1900))
+    assert index.stats().search == "approximate"
+    write(range(1900, 2000))  # They are found although they are not in the approximate index yet.
+    queries = F.normalize(torch.randn(20, dim, generator=generator), dim=-1)
+    shares = []
+    for query in queries:
+        found = [int(row["image_id"]) for row in index._candidates(query, 10, None, with_states=False)]
+        shares.append(len({*found} & {*(vectors @ query).topk(10).indices.tolist()}) / 10)
+    assert sum(shares) / len(shares) >= 0.95
+    some = index._candidates(queries[0], 10, "width >= 1950", with_states=False)
+    assert [row["width"] for row in some] == (1950 + (vectors[1950:] @ queries[0]).topk(10).indices).tolist()

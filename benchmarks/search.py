@@ -135,7 +135,7 @@ def time_vectors(place: Path, args: argparse.Namespace) -> None:
     found, taken = [], []
     for query in [queries[0], *queries]:  # The first one opens the index.
         start = time.perf_counter()
-        search = approximate(table.search(query).distance_type("dot")).select(["number", "_distance"]).limit(10)
+        search = approximate(table.search(query).distance_type("cosine")).select(["number", "_distance"]).limit(10)
         found.append([row["number"] for row in search.to_list()])
         taken.append(1000 * (time.perf_counter() - start))
     recall = np.mean([len({*row} & {*right}) / 10 for row, right in zip(found[1:], exact.tolist(), strict=True)])

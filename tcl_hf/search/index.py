@@ -267,7 +267,7 @@ class ImageIndex:
             self._storage.refresh()
             number = self._storage.table.count_rows(condition)
             self._storage.table.delete(condition)
-            self._storage.tidy()
+            self._storage.tidy(number)
         return number
 
     def stats(self) -> IndexStats:
@@ -349,7 +349,7 @@ class ImageIndex:
         columns = [*FACTS, "thumbnail", "vector", *(["states"] if with_states else [])]
         with plain_errors(self.uri):
             query: Any = self._storage.table.search(vector.cpu().numpy(), vector_column_name="vector")
-            query = approximate(query.distance_type("dot")).select([*columns, "_distance"]).limit(number)
+            query = approximate(query.distance_type("cosine")).select([*columns, "_distance"]).limit(number)
             if where is not None:
                 query = query.where(where, prefilter=True)
             return query.to_list()

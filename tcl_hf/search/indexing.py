@@ -321,7 +321,7 @@ class Indexing:
         if self.rank == 0:
             self.changes.skipped = len(self.reasons)
             self._list_skipped()
-            self.storage.tidy()
+            self.storage.tidy(len(self.gone))
         if is_distributed():
             changes = [self.changes]
             dist.broadcast_object_list(changes)

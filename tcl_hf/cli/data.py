@@ -29,6 +29,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("source", nargs="+", help="a source, as --data of pretrain takes it, or several")
     parser.add_argument("--split", default="train", help="the split to look at")
     parser.add_argument("--image_root", help="folder that the paths of images start from")
+    parser.add_argument(
+        "--allow_outside_root", action="store_true", help="open images that a list names outside of image_root"
+    )
     parser.add_argument("--image_column", help="column of the images, if its name is unusual")
     parser.add_argument("--caption_column", help="column of the captions, if its name is unusual")
     parser.add_argument("--tokenizer", help="tokenizer or model to count tokens with; one is trained if not given")
@@ -43,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print facts about a source, and draw samples."""
     args = parser().parse_args(argv)
-    options = {name: getattr(args, name) for name in ("image_root", "image_column", "caption_column")}
+    names = ("image_root", "allow_outside_root", "image_column", "caption_column")
+    options = {name: getattr(args, name) for name in names}
     records = load_pairs(args.source, args.split, **options)
     columns = recognised_columns(args.source[0], args.split, options["image_column"], options["caption_column"])
     counts = {args.split: len(records)} | _other_splits(args.source, args.split, options)

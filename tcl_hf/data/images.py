@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from ..models.image_processing_tcl import upright
 from ..models.tokenization_tcl import clean_caption
 from .captions import usable_captions
+from .roots import OUTSIDE
 
 with contextlib.suppress(ImportError):  # the extra `heic`
     from pillow_heif import register_heif_opener
@@ -42,7 +43,7 @@ def open_image(image: object) -> Image.Image:
     or scaled.
 
     Raises:
-        ValueError: if the image is missing, or the range of its values is not known.
+        ValueError: if the image is missing, lies outside of its root, or the range of its values is not known.
         OSError: if it cannot be read, is not in one of `FORMATS`, or its path is not that of a regular file. (To open a
             pipe or a device could wait for ever, and immune to signals.)
         DecompressionBombWarning: if it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million). For more than
@@ -59,6 +60,10 @@ def open_image(image: object) -> Image.Image:
     if isinstance(image, bytes):
         image = io.BytesIO(image)
     elif isinstance(image, str | os.PathLike):
+        if str(image).startswith(OUTSIDE):
+            raise ValueError(
+                f"an image outside of image_root, and allow_outside_root is not set: '{str(image).removeprefix(OUTSIDE)}'"
+            )
         if not stat.S_ISREG(os.stat(image).st_mode):
             raise OSError(f"not a regular file: '{os.fspath(image)}'")
     else:

@@ -13,7 +13,8 @@ from datasets import Dataset, IterableDataset
 from .captions import CAPTION_COLUMNS, TEXT_COLUMNS
 from .embedded.openmoji import load_openmoji
 from .records import FEATURES, IMAGE_COLUMNS, PATH_COLUMNS, DataError, as_records, find_column
-from .sources import Files, find_files, has_pattern, is_remote
+from .roots import is_remote
+from .sources import Files, find_files, has_pattern
 from .tables import column_names, list_records
 from .webdataset import fields_of, tar_records
 
@@ -34,6 +35,7 @@ def load_pairs(
     image_root: str | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
+    allow_outside_root: bool = False,
 ) -> Dataset | IterableDataset:
     """Load image-text pairs as records `image`, `captions`, `image_id`.
 
@@ -53,13 +55,17 @@ def load_pairs(
         streaming: read the data while training instead of before.
         image_root: folder that the paths of images start from; None for the folder of the list, or one in it.
         image_column, caption_column: names of the columns, if they are not among the usual ones.
+        allow_outside_root: open images that a list or table names by absolute paths or `../` outside of `image_root`.
+            Otherwise they are samples that cannot be used.
 
     Raises:
-        DataError: if the source does not exist, has no samples, or lacks an image or caption column.
+        DataError: if the source does not exist, has no samples, names only images outside of their root, or lacks an
+            image or caption column.
     """
     options: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
     if isinstance(source, list):
-        parts = [load_pairs(one, split, streaming=streaming, image_root=image_root, **options) for one in source]
+        given = {"image_root": image_root, "allow_outside_root": allow_outside_root, **options}
+        parts = [load_pairs(one, split, streaming=streaming, **given) for one in source]
         if not parts:
             raise DataError("No data was named: give a source, for example openmoji.")
         if len(parts) == 1:
@@ -73,7 +79,8 @@ def load_pairs(
         if files is not None and files.kind == "tar":
             return _read_tars(source, files.paths, streaming, **options)
         if files is not None and files.kind in ("json", "table"):
-            dataset = _read_lists(files.paths, split, streaming, image_root=image_root, **options)
+            roots = {"image_root": image_root, "allow_outside_root": allow_outside_root}
+            dataset = _read_lists(files.paths, split, streaming, **roots, **options)
             return _with_rows(dataset, source, split)
         dataset = _with_rows(_open(source, split, files, streaming), source, split)
     if dataset.features == FEATURES and image_column is None and caption_column is None:
@@ -81,7 +88,7 @@ def load_pairs(
     root = image_root
     if root is None and files is not None:
         root = os.path.dirname(files.paths[0])
-    return as_records(dataset, source, image_root=root, **options)
+    return as_records(dataset, source, image_root=root, allow_outside_root=allow_outside_root, **options)
 
 
 def open_source(source: str, split: str, *, streaming: bool = False) -> Dataset | IterableDataset:

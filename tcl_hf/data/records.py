@@ -11,6 +11,7 @@ import datasets
 from datasets import Dataset, IterableDataset
 
 from .captions import TEXT_COLUMNS, caption_texts
+from .roots import OUTSIDE, below
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "img", "pixel_values")
 # Further names, of columns that hold the paths of images, and of texts in lists.
@@ -94,17 +95,33 @@ def only_addresses(source: str, place: str, column: str = "url") -> DataError:
     )
 
 
+def refuse_outside(paths: list[str | None], source: str, root: str) -> None:
+    """Refuse a source of which each of the given images leaves the root.
+
+    Raises:
+        DataError: with the arguments that read it.
+    """
+    named = [path for path in paths if path]
+    if named and all(path.startswith(OUTSIDE) for path in named):
+        raise DataError(
+            f"{source} names images outside of {root or 'its folder'}, such as {named[0].removeprefix(OUTSIDE)}: name "
+            "the folder that holds them with image_root, or set allow_outside_root to true if you trust the list."
+        )
+
+
 def as_records(
     dataset: Dataset | IterableDataset,
     source: str,
     image_column: str | None,
     caption_column: str | None,
     image_root: str | None = None,
+    allow_outside_root: bool = False,
 ) -> Dataset | IterableDataset:
     """Rename the columns of a data set to those of a record, leave images undecoded, and make captions lists.
 
     Args:
         image_root: folder that images start from where they are paths.
+        allow_outside_root: see `below`.
 
     Raises:
         DataError: if there are no such columns, or addresses in place of images.
@@ -115,7 +132,8 @@ def as_records(
     image = find_column(columns, image_column, PATH_COLUMNS, "image", source)
     caption = find_column(columns, caption_column, TEXT_COLUMNS, "caption", source)
     if image_root is not None and _holds_paths(dataset, image):
-        dataset = dataset.map(partial(_below, column=image, root=image_root), features=dataset.features)
+        start_from_root = partial(_below, column=image, root=image_root, allow_outside_root=allow_outside_root)
+        dataset = dataset.map(start_from_root, features=dataset.features)
     image_id = next((name for name in ID_COLUMNS if name in columns), None)
     record_of = partial(_record_of, image=image, caption=caption, image_id=image_id)
     dataset = dataset.cast_column(image, datasets.Image(decode=False))
@@ -141,7 +159,7 @@ def _holds_paths(dataset: Dataset | IterableDataset, image: str) -> bool:
     return isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")
 
 
-def _below(row: dict, column: str, root: str) -> dict:
+def _below(row: dict, column: str, root: str, allow_outside_root: bool) -> dict:
     """A row whose image is a path, with the path below a root.
 
     Raises:
@@ -150,7 +168,7 @@ def _below(row: dict, column: str, root: str) -> dict:
     path = row[column]
     if path and ADDRESS.match(path):
         raise only_addresses(path, f"the column {column}", column)
-    return {column: os.path.join(root, path) if path else None}
+    return {column: below(root, path, allow_outside_root) if path else None}
 
 
 def _record_of(row: dict, number: int, image: str, caption: str, image_id: str | None, number_mark: str = "") -> dict:

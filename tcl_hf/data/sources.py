@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 import fsspec
 
 from .records import DataError
+from .roots import is_remote
 
 # The kinds of files that hold samples, by the end of their names in lower case.
 KINDS = {
@@ -35,11 +36,6 @@ class Files:
 
     kind: str
     paths: tuple[str, ...]
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is an address that fsspec opens, such as `s3://bucket/train.tar`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
 
 
 def find_files(source: str, split: str) -> Files | None:

@@ -27,8 +27,10 @@ from .records import (
     check_addresses,
     find_column,
     only_addresses,
+    refuse_outside,
 )
-from .sources import image_beside, is_remote
+from .roots import OUTSIDE, below, is_remote
+from .sources import image_beside
 
 _DELIMITERS = ("\t", "|", ";", ",")
 # A line of the captions of Flickr8k and Flickr30k.
@@ -46,6 +48,7 @@ def list_records(
     image_root: str | None,
     image_column: str | None = None,
     caption_column: str | None = None,
+    allow_outside_root: bool = False,
     stamps: Sequence[tuple] = (),
 ) -> Iterator[dict]:
     """The records of lists, one after another.
@@ -58,19 +61,22 @@ def list_records(
         split_names: which of Karpathy's splits to read; other lists have no splits.
         image_root: folder that the images' paths start from; None for the folder of each file, or a folder in it.
         image_column, caption_column: names of the columns, or of the keys; None for the usual ones.
+        allow_outside_root: see `roots.below`.
         stamps: sizes and times of the files. They are not read: `datasets` makes the name of its cache of them.
 
     Raises:
-        DataError: if a file has no such columns, or addresses in place of images.
+        DataError: if a file has no such columns, has addresses in place of images, or names images outside of the root.
     """
     for file in files:
-        images = _Images(file, image_root)
+        images = _Images(file, image_root, allow_outside_root)
         image_names = (image_column,) if image_column is not None else PATH_COLUMNS
         caption_names = (caption_column,) if caption_column is not None else TEXT_COLUMNS
         rows = map(_in_lower_case, _rows(file, split_names, image_column, caption_column))
         first = list(itertools.islice(rows, _TRIED_ROWS))
         if first:
             _check_columns(file, list({name: None for row in first for name in row}), image_column, caption_column)
+            opened = [images.open(_first(row, image_names)) for row in first]
+            refuse_outside([image and image["path"] for image in opened], file, images.root)
         for number, row in enumerate(itertools.chain(first, rows)):
             image, caption = _first(row, image_names), _first(row, caption_names)
             image_id = _first(row, ID_COLUMNS)
@@ -208,9 +214,10 @@ def _from_base64(image: Any) -> Any:
 class _Images:
     """Finds the images of a list: below a root, or below one of the folders beside the list."""
 
-    def __init__(self, file: str, image_root: str | None):
-        self.file, self.image_root = file, image_root
+    def __init__(self, file: str, image_root: str | None, allow_outside_root: bool):
+        self.file, self.image_root, self.allow_outside_root = file, image_root, allow_outside_root
         self.root = image_root if image_root is not None else os.path.dirname(file)
+        self.folder = self.root  # in the root, from which paths start
         self.tried, self.is_found = 0, False
         self.foreign = ""  # the beginning of absolute paths, which the root stands for
 
@@ -236,27 +243,34 @@ class _Images:
             image = image.replace("\\", "/")  # a list from Windows
         if not self.is_found and self.tried < _TRIED_ROWS and not is_remote(self.root):
             self._look_for(image)
+        return {"bytes": None, "path": self._path_of(image)}
+
+    def _path_of(self, image: str) -> str:
         if self.foreign and image.startswith(self.foreign):
             image = image[len(self.foreign) :]
-        return {"bytes": None, "path": os.path.join(self.root, image)}
+        return below(self.root, image, self.allow_outside_root, self.folder)
 
     def _look_for(self, image: str) -> None:
-        """Move the root to the folder beside the list in which an image is, unless it is below the root itself.
+        """Let paths start from the folder beside the list in which an image is, unless they start from the root.
 
-        Of an absolute path that does not exist, because the list comes from another machine, the longest end that is
+        Of an absolute path outside of the root, because the list comes from another machine, the longest end that is
         found counts.
         """
         self.tried += 1
-        if os.path.exists(os.path.join(self.root, image)):
+        if _is_there(self._path_of(image)):
             self.is_found = True
             return
         places = [self.root or ".", *_folders_in(self.root or ".")]
         starts = [0] if not os.path.isabs(image) else [mark.end() for mark in re.finditer("/+", image)]
         for start in starts:
             for place in places:
-                if os.path.exists(os.path.join(place, image[start:])):
-                    self.root, self.foreign, self.is_found = place, image[:start], True
+                if _is_there(below(self.root, image[start:], self.allow_outside_root, place)):
+                    self.folder, self.foreign, self.is_found = place, image[:start], True
                     return
+
+
+def _is_there(path: str) -> bool:
+    return not path.startswith(OUTSIDE) and os.path.exists(path)
 
 
 def _folders_in(folder: str) -> list[str]:

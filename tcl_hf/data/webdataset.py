@@ -11,7 +11,7 @@ import datasets
 
 from ..models.tokenization_tcl import encodable
 from .captions import caption_texts
-from .sources import is_remote
+from .roots import is_remote
 
 _FIRST_MEMBERS = 50
 _LARGEST_MEMBER = 2**28  # bytes; a sparse file of a few bytes in a tar may stand for terabytes of zeros

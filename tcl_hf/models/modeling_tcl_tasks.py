@@ -252,7 +252,8 @@ class TCLForTextAssignment(TCLTaughtModel):
                 drawn = draw_two_images(self.tcl.image_features(states))
             first_image_index, second_image_index, labels = drawn
         else:
-            for name, index in (("first", first_image_index), ("second", second_image_index)):
+            indices: dict[str, Any] = {"first": first_image_index, "second": second_image_index}
+            for name, index in indices.items():
                 check_index(f"{name}_image_index", index, len(input_ids), len(states), "images", self.training)
         images = (states[first_image_index], states[second_image_index])
         fused = self.tcl.text_model(input_ids, attention_mask, encoder_hidden_states=images)

@@ -40,6 +40,7 @@ class DataArguments:
     validation_data: list[str] = option([], "Sources to evaluate on; the sources in --data if there are none here.")
     validation_split: str = option("validation", "Split to evaluate on; empty for none.")
     image_root: str | None = option(None, "Folder to which the image paths of annotation files are relative.")
+    allow_outside_root: bool = option(False, "Open images that a list names outside of image_root, if you trust it.")
     image_column: str | None = option(None, "Column of the images, if its name is unusual.")
     caption_column: str | None = option(None, "Column of the captions, if its name is unusual.")
     eval_images: int = option(1000, "Evaluate on at most this many samples; 0 for all.")

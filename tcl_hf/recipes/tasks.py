@@ -37,8 +37,8 @@ from ..models.processing_tcl import MAX_QUESTION_TOKENS, MAX_TOKENS, TCLProcesso
 from .arguments import DataArguments, TrainingDataArguments
 
 # Arguments that not every task reads, by the part of a task that reads them.
-_OF_PAIRS = ("image_root", "image_column", "caption_column")
-_OF_ANNOTATIONS = ("image_root", "annotations")
+_OF_PAIRS = ("image_root", "allow_outside_root", "image_column", "caption_column")
+_OF_ANNOTATIONS = ("image_root", "allow_outside_root", "annotations")
 _OF_EVALUATION = (
     *("validation_data", "eval_images", "eval_max_tokens", "per_device_eval_batch_size"),
     *("eval_steps", "metric_for_best_model"),
@@ -226,7 +226,7 @@ TASKS = {
     "visual_entailment": Task(
         model_class=TCLForVisualEntailment,
         load=load_entailment,
-        load_options=("image_root",),
+        load_options=("image_root", "allow_outside_root"),
         batches=TextBatches(with_labels=True),
         result_type="visual-entailment",
         evaluate=_evaluate_statements,
@@ -236,7 +236,7 @@ TASKS = {
     "visual_reasoning": Task(
         model_class=TCLForVisualReasoning,
         load=load_reasoning,
-        load_options=("image_root",),
+        load_options=("image_root", "allow_outside_root"),
         batches=TextBatches(with_labels=True),
         result_type="visual-reasoning",
         evaluate=_evaluate_statements,

@@ -16,7 +16,13 @@ logger = logging.getLogger(__name__)
 ENTAILMENT_FEATURES = datasets.Features({**FEATURES, "label": TEXT, "pair_id": TEXT})
 
 
-def load_entailment(source: str | list[str], split: str = "train", *, image_root: str | None = None) -> Dataset:
+def load_entailment(
+    source: str | list[str],
+    split: str = "train",
+    *,
+    image_root: str | None = None,
+    allow_outside_root: bool = False,
+) -> Dataset:
     """Load hypotheses about images as records `image`, `image_id`, `captions` (the hypothesis), `label`, `pair_id`.
 
     `label` is "entailment", "neutral" or "contradiction"; `pair_id` is None where a file does not have it. Rows
@@ -25,12 +31,14 @@ def load_entailment(source: str | list[str], split: str = "train", *, image_root
     Args:
         source: one or several of SNLI-VE's JSON lines; ALBEF's JSON list or other JSON lines of `image` or `image_id`,
             `sentence` and `label` (".jpg" is added to a name without an ending); a `datasets` source of such columns.
-        split, image_root: as in `load_records`.
+        split, image_root, allow_outside_root: as in `load_records`.
 
     Raises:
         DataError: naming file, row and remedy, if a field or an image is missing or a label is not one of the three.
     """
-    return load_records(_read_entailment, ENTAILMENT_FEATURES, source, split, image_root)
+    return load_records(
+        _read_entailment, ENTAILMENT_FEATURES, source, split, image_root, allow_outside_root=allow_outside_root
+    )
 
 
 def _read_entailment(source: Source) -> Iterator[dict]:

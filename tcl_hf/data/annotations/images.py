@@ -12,6 +12,7 @@ import datasets
 from datasets import Dataset
 
 from ..pairs import DataError, open_source
+from ..roots import below
 from .rows import Row
 
 
@@ -54,10 +55,11 @@ class ImageFinder:
     Args:
         root: a folder of image files, parquet files with `image_id` and `image` or a folder of them, or one such place
             for each value of a row's `dataset`. The folder of the annotations if None.
+        allow_outside_root: see `roots.below`.
     """
 
-    def __init__(self, root: str | dict[str, str] | None):
-        self.root = root
+    def __init__(self, root: str | dict[str, str] | None, allow_outside_root: bool = False):
+        self.root, self.allow_outside_root = root, allow_outside_root
         self.tables: dict[str, Dataset] = {}
         self._is_folder = functools.cache(os.path.isdir)
         self._index_of_root = functools.cache(self._open_root)
@@ -101,7 +103,8 @@ class ImageFinder:
             )
         folder = next((name for name in folders if self._is_folder(os.path.join(root, name))), "")
         file = image if os.path.splitext(image)[1] else f"{image}.jpg"
-        return {"bytes": None, "path": os.path.join(root, folder, file)}
+        start = os.path.join(root, folder)
+        return {"bytes": None, "path": below(root, file, self.allow_outside_root, start)}
 
     def _root_of(self, row: Row) -> str:
         if isinstance(self.root, dict):

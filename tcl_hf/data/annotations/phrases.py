@@ -43,6 +43,7 @@ def load_phrases(
     *,
     image_root: str | None = None,
     annotations: str | list[str] | None = None,
+    allow_outside_root: bool = False,
 ) -> Dataset:
     """Load phrases and their boxes as records `image`, `image_id`, `captions`, `phrases`, `proposals`, size.
 
@@ -66,13 +67,13 @@ def load_phrases(
         split: as in `load_records`. "test" is RefCOCO's "testA" and "testB" together; either can be chosen, also for
             ALBEF's list.
         annotations: the RefCOCO folder of ALBEF's list; if None, the folder `refcoco+` beside the list, if it exists.
-        image_root: as in `load_records`.
+        image_root, allow_outside_root: as in `load_records`.
 
     Raises:
         DataError: naming file, row and remedy, if something is missing, a phrase is not at its characters, a box
             lies outside the image, or a pickle holds more than plain data (it is not executed).
     """
-    return load_records(_read_phrases, PHRASE_FEATURES, source, split, image_root, annotations)
+    return load_records(_read_phrases, PHRASE_FEATURES, source, split, image_root, annotations, allow_outside_root)
 
 
 def _read_phrases(source: Source) -> Iterator[dict]:

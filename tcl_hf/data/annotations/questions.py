@@ -32,6 +32,7 @@ def load_questions(
     *,
     image_root: str | dict[str, str] | None = None,
     annotations: str | list[str] | None = None,
+    allow_outside_root: bool = False,
 ) -> Dataset:
     """Load questions about images as records `image`, `image_id`, `question`, `question_id`, `answers`, `weight`.
 
@@ -47,6 +48,7 @@ def load_questions(
             Genome);
             a `datasets` source with `image`, `question` and `answer` or `answers`, or with `image` and `qa`, a list of
             `question` and `answer`, each of which becomes a record.
+        allow_outside_root: as in `load_records`.
         image_root: as in `load_records`; a dictionary has one for each `dataset` of ALBEF's lists.
         annotations: files with the answers to VQA v2's questions.
         split: as in `load_records`.
@@ -54,7 +56,7 @@ def load_questions(
     Raises:
         DataError: naming file, row and remedy, if a field or an image is missing or a question has no annotation.
     """
-    return load_records(_read_questions, QUESTION_FEATURES, source, split, image_root, annotations)
+    return load_records(_read_questions, QUESTION_FEATURES, source, split, image_root, annotations, allow_outside_root)
 
 
 def _read_questions(source: Source) -> Iterator[dict]:

@@ -23,7 +23,13 @@ REASONING_FEATURES = datasets.Features(
 )
 
 
-def load_reasoning(source: str | list[str], split: str = "train", *, image_root: str | None = None) -> Dataset:
+def load_reasoning(
+    source: str | list[str],
+    split: str = "train",
+    *,
+    image_root: str | None = None,
+    allow_outside_root: bool = False,
+) -> Dataset:
     """Load sentences about two images as records `images`, `image_id` (of the left), `captions`, `label`, `pair_id`.
 
     `label` is "True" or "False"; `pair_id` is NLVR2's identifier, None where a file does not have it.
@@ -35,12 +41,14 @@ def load_reasoning(source: str | list[str], split: str = "train", *, image_root:
             otherwise in `image_root` itself;
             ALBEF's JSON list of `sentence`, `label` and `images`, two paths;
             a `datasets` source with `image_0` and `image_1`, or `images`.
-        split, image_root: as in `load_records`.
+        split, image_root, allow_outside_root: as in `load_records`.
 
     Raises:
         DataError: naming file, row and remedy, if a field or an image is missing or a label is not one of the two.
     """
-    return load_records(_read_reasoning, REASONING_FEATURES, source, split, image_root)
+    return load_records(
+        _read_reasoning, REASONING_FEATURES, source, split, image_root, allow_outside_root=allow_outside_root
+    )
 
 
 def _read_reasoning(source: Source) -> Iterator[dict]:

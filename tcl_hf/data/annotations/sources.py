@@ -11,6 +11,7 @@ from datasets import Dataset
 from datasets.utils import tqdm
 
 from ..pairs import SPLIT_NAMES, DataError, open_source
+from ..records import refuse_outside
 from .images import ImageFinder, look_up_images, table_reference
 from .rows import COLUMN_NAMES, Row, read_json_rows
 
@@ -57,6 +58,7 @@ def load_records(
     split: str,
     image_root: str | dict[str, str] | None = None,
     annotations: str | list[str] | None = None,
+    allow_outside_root: bool = False,
 ) -> Dataset:
     """Load one or several sources as one table of records.
 
@@ -70,6 +72,7 @@ def load_records(
             and `image`, of whatever splits. The folder of the annotations if None. A dictionary gives one such place
             for each value of the field `dataset`.
         annotations: further files or folders with the annotations that belong to the source.
+        allow_outside_root: open images by absolute paths or `../` outside of `image_root`, see `roots.below`.
 
     Raises:
         DataError: naming file, row and remedy, if there is nothing to read, or a field or an image is missing.
@@ -78,11 +81,14 @@ def load_records(
     if not names:
         raise DataError("No data was named: give a source, for example a JSON file of annotations.")
     files = [annotations] if isinstance(annotations, str) else annotations or []
-    images = ImageFinder(image_root)
+    images = ImageFinder(image_root, allow_outside_root)
     records = (record for name in names for record in read(Source(name, split, files, images)))
     records = iter(tqdm(records, desc="Reading annotations", unit=" rows"))
     parts = []
     while part := list(islice(records, _TABLE_ROWS)):
+        if not parts:
+            found = (image for record in part for image in record.get("images") or [record.get("image")])
+            refuse_outside([image and image["path"] for image in found], " and ".join(names), "image_root")
         parts.append(Dataset.from_list(part, features=features))
     if not parts:
         raise DataError(f"{' and '.join(names)} holds no records in its split '{split}'.")

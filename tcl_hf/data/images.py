@@ -61,9 +61,8 @@ def open_image(image: object) -> Image.Image:
         image = io.BytesIO(image)
     elif isinstance(image, str | os.PathLike):
         if str(image).startswith(OUTSIDE):
-            raise ValueError(
-                f"an image outside of image_root, and allow_outside_root is not set: '{str(image).removeprefix(OUTSIDE)}'"
-            )
+            path = str(image).removeprefix(OUTSIDE)
+            raise ValueError(f"an image outside of image_root, and allow_outside_root is not set: '{path}'")
         if not stat.S_ISREG(os.stat(image).st_mode):
             raise OSError(f"not a regular file: '{os.fspath(image)}'")
     else:

@@ -1,10 +1,21 @@
 """Configurations of TCL: sizes from the paper, one weight for each pre-training objective."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # the paper's code keeps tau in this range
 POOLINGS = ("cls", "mean", "cls_mean")
+
+
+def _check_model_type(where: str, found: str | None, expected: str) -> None:
+    """Refuse the config of another model, from which transformers would take the fields that have the same names."""
+    if found not in (None, "", expected):
+        raise ValueError(
+            f"{where} is the config of a '{found}' and not of a '{expected}': TCLModel.from_vision_text_pretrained "
+            "starts a new TCL from encoders of other models."
+        )
 
 
 @strict
@@ -63,6 +74,16 @@ class TCLVisionConfig(PreTrainedConfig):
             raise ValueError(f"vision_config.output_grid={self.output_grid} must be 1 or more, or None for all.")
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Make a config of its dictionary, as transformers does.
+
+        Raises:
+            ValueError: for the dictionary of another model.
+        """
+        _check_model_type(config_dict.get("_name_or_path") or "It", config_dict.get("model_type"), cls.model_type)
+        return super().from_dict(config_dict, **kwargs)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches along the height and the width of images of a size in pixels."""
@@ -126,6 +147,16 @@ class TCLTextConfig(PreTrainedConfig):
             )
         _check_heads("text_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Make a config of its dictionary, as transformers does.
+
+        Raises:
+            ValueError: for the dictionary of another model.
+        """
+        _check_model_type(config_dict.get("_name_or_path") or "It", config_dict.get("model_type"), cls.model_type)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_fusion_layers(self) -> int:
@@ -238,6 +269,10 @@ class TCLConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
+        for name, config_class in self.sub_configs_defaults.items():
+            given: Any = getattr(self, name)
+            found = given.get("model_type") if isinstance(given, dict) else getattr(given, "model_type", None)
+            _check_model_type(name, found, config_class.model_type)
         super().__post_init__(**kwargs)
         self.text_config.encoder_hidden_size = self.vision_config.hidden_size
         for name in ("image_pooling", "text_pooling"):

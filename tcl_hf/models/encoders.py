@@ -27,7 +27,7 @@ from transformers.utils import can_return_tuple
 from .attention import KeyValue, TCLAttention
 from .checksums import verify_checksums, write_checksums
 from .configuration_tcl import TCLConfig, TCLTextConfig, TCLVisionConfig, kept_patches
-from .fitting import fit_shapes, part_of, repeat_fusion_layers, resize_positions
+from .fitting import fit_shapes, part_of, repeat_fusion_layers, resize_positions, why_incomplete
 from .input_checks import check_fusion_rows, check_mask
 from .losses import pool_locals
 from .momentum import SharedModule
@@ -60,6 +60,8 @@ class TCLPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["temperature", "queue.image", "queue.text"]
     # Every class opens every checkpoint of a whole model, whatever heads were saved with it.
     _keys_to_ignore_on_load_unexpected = [r"^(teacher|queue|itm_head|lm_head|cls_head|ta_head|text_decoder)\."]
+    _why_incomplete: str | None = None  # the problem of the checkpoint that the model was opened from
+    is_quantized = False  # transformers sets it
     accepts_loss_kwargs = False  # every loss is a mean over its own batch
     loss_names: tuple[str, ...] = ("loss",)  # the losses of the output, to be logged; None where one is not computed
     # For model cards and repositories on the Hub.
@@ -97,17 +99,39 @@ class TCLPreTrainedModel(PreTrainedModel):
             write_checksums(save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, **kwargs) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, strict: bool = True, **kwargs
+    ) -> Any:
         """Open as transformers does, with the same arguments. The weights of a folder are first compared with their
         checksums.
 
+        Args:
+            strict: refuse a checkpoint that lacks weights of this class, or has some that it has no place for. Heads
+                that the checkpoint was saved without may start new, and what the teacher lacks is copied. `False`
+                opens every checkpoint, as transformers does, and what is missing has random values.
+
         Raises:
             OSError: if there is no such checkpoint, or a file of it is damaged.
-            ValueError: if it is a checkpoint of another model than TCL.
+            ValueError: if it is a checkpoint of another model than TCL, or of another number of layers, or is cut.
         """
         if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
             verify_checksums(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder", "")))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        opened = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = opened[0] if isinstance(opened, tuple) else opened  # with `output_loading_info`
+        if strict and model._why_incomplete is not None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path or 'The checkpoint'} is not a whole {cls.__name__}: "
+                f"{model._why_incomplete}. Open it with the config that it was saved with, get its files again, or "
+                "pass strict=False to start what is missing from random values."
+            )
+        return opened
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Note what a checkpoint lacks or has too much, before transformers leaves out what it need not warn of."""
+        if not self.is_quantized:  # A quantised checkpoint has other names.
+            unexpected, names = loading_info.unexpected_keys, set(self.state_dict())
+            self._why_incomplete = why_incomplete(self, names, loading_info.missing_keys, unexpected)
+        super()._adjust_missing_and_unexpected_keys(loading_info)
 
     @staticmethod
     def _load_pretrained_model(

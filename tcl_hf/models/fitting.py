@@ -17,6 +17,44 @@ _IMAGE_POSITIONS = re.compile(r"(^|vision_model\.)embeddings\.position_embedding
 _TEXT_LAYER = re.compile(r"(?P<stack>|(.*\.)?text_model\.)layers\.(?P<number>\d+)\.(?P<name>.*)")
 _CROSS_KEY_VALUE = re.compile(r"\.cross_attn\.[kv]_proj\.")
 
+# Heads of a task: a checkpoint may lack them as a whole, because it was saved by a model of another task.
+_HEAD = re.compile(r"(itm_head|lm_head|cls_head|ta_head|text_decoder\.lm_head|text_decoder|teacher|queue)\.")
+_UNUSED = re.compile(r"tcl\.(visual_projection|text_projection|temperature)")  # unless the losses contrast features
+
+
+def why_incomplete(model: Any, names: set[str], missing: set[str], unexpected: set[str]) -> str | None:
+    """Which weights a checkpoint lacks that cannot start new, and which ones the model has no place for, in words.
+
+    Args:
+        names: the entries of the model's state.
+        missing: those that the checkpoint lacks, without what was copied to the teacher or is tied.
+        unexpected: entries of the checkpoint that the model does not have.
+    """
+    tied = getattr(model, "all_tied_weights_keys", {})
+    loaded = {head[1] for key in names - missing - set(tied) if (head := _HEAD.match(key))}
+    lacking = sorted(key for key in missing if not _may_start_new(model, key, loaded))
+    left_over = sorted(key for key in unexpected if not _HEAD.match(key) and not key.endswith("position_ids"))
+    problems = [
+        f"it lacks {len(lacking)} weights, such as {lacking[0]}" if lacking else "",
+        f"it has {len(left_over)} weights for which the model has no place, such as {left_over[0]}"
+        if left_over
+        else "",
+    ]
+    return ", and ".join(filter(None, problems)) or None
+
+
+def _may_start_new(model: Any, key: str, loaded: set[str]) -> bool:
+    """Whether a weight is one of a head of which the checkpoint has nothing, or one that no loss uses."""
+    if _UNUSED.match(key):
+        return not getattr(model, "contrasts", False)
+    head = _HEAD.match(key)
+    if head is None:
+        return False
+    if head[1] == "text_decoder" and _CROSS_KEY_VALUE.search(key):  # see `fill_decoder`
+        text = model.config.text_config
+        return text.encoder_hidden_size != text.hidden_size
+    return head[1] in ("teacher", "queue") or head[1] not in loaded
+
 
 def shape_of(entry: Any) -> tuple[int, ...]:
     """The shape of an entry of a checkpoint."""

@@ -112,6 +112,11 @@ class TCLTokenizer(BertTokenizer):
     ):
         kwargs.setdefault("model_max_length", MAX_LENGTH)
         super().__init__(vocab, *args, add_sep_token=add_sep_token, clean_up_text=clean_up_text, **kwargs)
+        if len(self) <= len(self.all_special_tokens):
+            raise ValueError(
+                f"{kwargs.get('name_or_path') or 'The tokenizer'} has no vocabulary: its folder needs tokenizer.json "
+                "or vocab.txt. Save the processor beside the model, or name another tokenizer."
+            )
         self.add_sep_token = add_sep_token
         sep = f" {self.sep_token}" if add_sep_token else ""
         self._tokenizer.post_processor = processors.TemplateProcessing(

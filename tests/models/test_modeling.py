@@ -165,7 +165,7 @@ def test_an_empty_checkpoint_still_gives_a_sound_model(tmp_path):
     config = small_patches()
     config.save_pretrained(tmp_path)
     save_file({"itm_head.bias": torch.zeros(2)}, tmp_path / "model.safetensors", {"format": "pt"})
-    model = TCLForPreTraining.from_pretrained(tmp_path)
+    model = TCLForPreTraining.from_pretrained(tmp_path, strict=False)
     assert model.tcl.temperature.item() == pytest.approx(0.07)
     assert_teacher_equals_student(model)
     assert_new_queue(model.queue)

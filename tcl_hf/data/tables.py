@@ -76,7 +76,7 @@ def list_records(
         if first:
             _check_columns(file, list({name: None for row in first for name in row}), image_column, caption_column)
             opened = [images.open(_from_base64(_first(row, image_names))) for row in first]
-            refuse_outside([image and image["path"] for image in opened], file, images.root)
+            refuse_outside([image["path"] for image in opened if image], file, images.root)
         for number, row in enumerate(itertools.chain(first, rows)):
             image, caption = _first(row, image_names), _first(row, caption_names)
             image_id = _first(row, ID_COLUMNS)

@@ -269,7 +269,8 @@ class TCLConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
-        for name, config_class in self.sub_configs_defaults.items():
+        parts: dict[str, Any] = {"vision_config": TCLVisionConfig, "text_config": TCLTextConfig}
+        for name, config_class in parts.items():
             given: Any = getattr(self, name)
             found = given.get("model_type") if isinstance(given, dict) else getattr(given, "model_type", None)
             _check_model_type(name, found, config_class.model_type)

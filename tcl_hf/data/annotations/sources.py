@@ -84,11 +84,11 @@ def load_records(
     images = ImageFinder(image_root, allow_outside_root)
     records = (record for name in names for record in read(Source(name, split, files, images)))
     records = iter(tqdm(records, desc="Reading annotations", unit=" rows"))
-    parts = []
+    parts: list[Dataset] = []
     while part := list(islice(records, _TABLE_ROWS)):
         if not parts:
             found = (image for record in part for image in record.get("images") or [record.get("image")])
-            refuse_outside([image and image["path"] for image in found], " and ".join(names), "image_root")
+            refuse_outside([image["path"] for image in found if image], " and ".join(names), "image_root")
         parts.append(Dataset.from_list(part, features=features))
     if not parts:
         raise DataError(f"{' and '.join(names)} holds no records in its split '{split}'.")

@@ -7,16 +7,15 @@ interrupted goes on where it was. Without a source, it prints facts of the index
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 from accelerate import Accelerator
 
-from ..data.sources import SHARDS, find_files
 from ..search.index import MAX_STATES_BYTES, ImageIndex
 from ..search.indexing import Changes
+from ..search.pictures import is_picture_folder
 from ..search.ranking import default_model
 from ..search.storage import DEFAULT_INDEX, is_index
 from .command_line import argument_parser, command
@@ -56,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     changes: dict[str, Changes] = {}
     for source in args.source:
         options = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-        files = find_files(source, args.split) if os.path.isdir(source) else None
-        if os.path.isdir(source) and (files is None or files.kind not in SHARDS):
+        if is_picture_folder(source):
             changes[source] = index.sync(source, **options)
         else:
             changes[source] = index.add(source, args.split, **options)

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from ..data.images import IMAGE_ERRORS
 from ..data.pairs import load_pairs
-from ..data.sources import find_files, is_remote
+from ..data.sources import is_remote
 from ..models.modeling_tcl import MATCHES
 from ..models.processing_tcl import TCLProcessor
 from .encoding import Row, tensor_of
 from .indexing import Changes, Indexing
+from .pictures import is_picture_folder
 from .ranking import EncodedText, SearchModel, read_pixels, read_rgb
 from .storage import FACTS, About, SearchError, Storage, approximate, plain_errors, quoted
 
@@ -206,10 +207,8 @@ class ImageIndex:
             DataError: if the source cannot be loaded.
         """
         run = Indexing(self._storage, self, batch_size, num_workers, progress)
-        if isinstance(source, str | os.PathLike) and os.path.isdir(source):
-            folder = os.path.abspath(source)
-            if find_files(folder, split) is None:
-                return run.sync(folder, deletes=False)
+        if isinstance(source, str | os.PathLike) and is_picture_folder(source):
+            return run.sync(os.path.abspath(source), deletes=False)
         if isinstance(source, str | os.PathLike):
             records: Any = load_pairs(os.fspath(source), split, **options)
             return run.add(records, os.fspath(source), _length(records))

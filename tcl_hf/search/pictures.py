@@ -14,14 +14,12 @@ from PIL import Image
 
 from ..data.images import IMAGE_ERRORS
 from ..data.pairs import load_pairs
-from ..data.sources import find_files
+from ..data.records import DataError
+from ..data.sources import IMAGE_ENDINGS, find_files
 from .storage import SearchError
 
 # The ends of the names of picture files, in lower case. Those of HEIC cannot be read without the extra `heic`.
-PICTURES = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"),
-    *(".jp2", ".ppm", ".pgm"),
-)
+PICTURES = (*IMAGE_ENDINGS, ".jfif", ".heic", ".heif", ".jp2", ".ppm", ".pgm")
 THUMBNAIL_QUALITY = 85
 
 
@@ -96,6 +94,16 @@ def pictures_in(folder: str, without: str = "") -> Folder:
             found.unreadable[place] = error.strerror or str(error)
     found.files = dict(sorted(found.files.items()))
     return found
+
+
+def is_picture_folder(source: str | os.PathLike) -> bool:
+    """Whether a source is a folder with picture files in it, or one that has nothing else to read either."""
+    if not os.path.isdir(source):
+        return False
+    try:
+        return bool(pictures_in(os.path.abspath(source)).files) or find_files(os.fspath(source), "train") is None
+    except DataError:
+        return False
 
 
 def _take_file(entry: os.DirEntry, found: Folder) -> None:

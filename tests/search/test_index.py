@@ -234,6 +234,18 @@ def test_a_folder_has_the_captions_of_its_list(tmp_path, searcher, folder):
     assert [hit.name for hit in index.search(TEXT, where="caption LIKE '%blue%'")] == ["00.png"]
 
 
+def test_other_files_beside_pictures_do_not_matter(tmp_path, searcher, folder):
+    for name in ("one.csv", "two.csv", "notes.json"):
+        (folder / name).write_text("image,caption\n")
+    write_tar(folder / "backup.tar", [("note.md", b"")])
+    index = filled(tmp_path, searcher, folder)
+    assert vars(index.add(folder, progress=False)) == changes(unchanged=12)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_tar(shards / "0.tar", [("0.png", png(0)), ("0.txt", b"a dog")])
+    assert vars(index.add(shards, progress=False)) == changes(new=1)
+
+
 def test_filters_and_k_beyond_the_index(tmp_path, searcher, folder):
     index = filled(tmp_path, searcher, folder)
     assert len(index.search(TEXT, k=100)) == 12

@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import GOLDEN, ROOT
+from helpers import GOLDEN, ROOT, tiny_processor
 
 import tcl_hf
 from tcl_hf import TCLForPreTraining
@@ -149,7 +149,7 @@ def test_every_public_function_and_class_of_the_original_is_there():
     assert {name for names in described.values() for name in names} <= everywhere
 
 
-def test_the_output_that_the_page_shows_is_what_converting_prints(tmp_path, monkeypatch, capsys):
+def test_converting_prints_what_the_page_shows_and_the_folder_opens_as_it_says(tmp_path, monkeypatch, capsys):
     """Numbers are compared to 4 digits, because other processors round differently."""
     blocks = dict(
         re.findall(r"```bash\n(tcl-hf convert [^\n]*)\n```\n\n```text\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -169,3 +169,8 @@ def test_the_output_that_the_page_shows_is_what_converting_prints(tmp_path, monk
                 assert words == wanted
     original, back = (torch.load(file, weights_only=True)["model"] for file in ("pretrain.pth", "back.pth"))
     assert original.keys() == back.keys() and all(torch.equal(original[name], back[name]) for name in original)
+    tiny_processor().save_pretrained("models/tiny")
+    opens = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    names: dict = {}
+    exec(opens.replace("models/tcl_4m", "models/tiny"), names)
+    assert names["model"].teacher is None and names["processor"].tokenizer is not None

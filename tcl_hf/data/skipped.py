@@ -18,6 +18,8 @@ from .sampling import Visit
 
 _WORKERS, _NOTE_BYTES = 128, 256  # Workers whose samples are noted, and the bytes of a note.
 _SHARED = get_context("spawn")  # so that its objects reach a process however it is started
+# PyTorch's words for a dead worker, with its process id; it raises them at any point of the main process.
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)")
 _Visited = tuple[str, int, int]  # image id, epoch, index; several samples may share one, as texts about an image do
 
 
@@ -145,7 +147,7 @@ class SkippedSamples:
         try:
             yield
         except RuntimeError as error:
-            dead = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+            dead = DEAD_WORKER.search(str(error))
             if dead is None:
                 raise
             begun = "; ".join(f"worker {pid} {self._begun_by(pid)}" for pid in dead[1].split(", "))

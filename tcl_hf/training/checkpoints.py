@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch.utils.serialization import config as serialization
 
+from ..data.skipped import DEAD_WORKER
 from ..models.checksums import checksum
 from .agreement import Agreement
 
@@ -77,6 +78,8 @@ def save_checkpoint(
         with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
             accelerator.save_state(str(unfinished))
     except (OSError, RuntimeError, SafetensorError) as error:  # Torch and safetensors raise errors of their own.
+        if DEAD_WORKER.search(str(error)):
+            raise  # It has nothing to do with the disk.
         failure = error
     is_saved = not agreement.any(failure is not None)
     if accelerator.is_main_process and is_saved:

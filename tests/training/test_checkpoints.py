@@ -13,6 +13,7 @@ from helpers import losses, small_patches, tiny_records, tiny_run
 from safetensors.torch import load_file
 
 from tcl_hf import TCLForPreTraining
+from tcl_hf.data.pairs import DataError
 from tcl_hf.evaluation.shares import in_batches
 from tcl_hf.training.arguments import TrainingError
 from tcl_hf.training.checkpoints import (
@@ -173,6 +174,15 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(reference, tmp_path, sma
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["step-00000002"]
     resumed(tmp_path)
     assert losses(tmp_path) == losses(reference)
+
+
+def test_a_worker_that_dies_while_a_checkpoint_is_saved_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def save(accelerator, folder):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr("accelerate.Accelerator.save_state", save)
+    with pytest.raises(DataError, match="A worker of the loader died"):
+        tiny_run(tmp_path, save_steps=2)
 
 
 def test_another_number_of_processes_is_refused(tmp_path):

@@ -26,6 +26,11 @@ def caption_texts(value: Any) -> list[str]:
     return [encodable(text[:MAX_CHARACTERS]) for text in texts if isinstance(text, str)]
 
 
+def _as_list(captions: Any) -> Any:
+    """The captions of a record; one that stands alone, and not in a list, is not taken for a list of letters."""
+    return [captions] if isinstance(captions, str) else captions or ()
+
+
 def usable_captions(record: dict, clean: Callable[[str], str]) -> list[str]:
     """The captions of a record that the model can read, in their order.
 
@@ -35,7 +40,7 @@ def usable_captions(record: dict, clean: Callable[[str], str]) -> list[str]:
     Raises:
         ValueError: if there are none.
     """
-    captions = [text[:MAX_CHARACTERS] for text in record.get("captions") or () if isinstance(text, str)]
+    captions = [text[:MAX_CHARACTERS] for text in _as_list(record.get("captions")) if isinstance(text, str)]
     decoded = [text for text in captions if NOT_UTF8 not in text]
     if captions and not decoded:
         raise ValueError("a caption that is not UTF-8")

@@ -71,6 +71,8 @@ def load_pairs(
         if len(parts) == 1:
             return parts[0]
         return datasets.concatenate_datasets([part.select_columns(list(FEATURES)) for part in parts])
+    if not source.strip():
+        raise DataError("The name of the data is empty: give a source, for example openmoji.")
     if source == "openmoji":
         dataset = load_openmoji(split)
         return _as_stream(dataset) if streaming else dataset

@@ -28,9 +28,10 @@ def verify_checksums(folder: str | os.PathLike) -> None:
     if not sums.is_file():
         return
     for line in sums.read_text(errors="replace").splitlines():
-        expected, _, name = line.partition("  ")
-        path = Path(folder) / os.path.basename(name)
-        if path.is_file() and checksum(path) != expected:
+        expected, _, name = line.strip().partition(" ")
+        # Behind the sum and a space stands a second space, or the `*` of `sha256sum -b`.
+        path = Path(folder) / os.path.basename(name.removeprefix(" ").removeprefix("*"))
+        if path.is_file() and checksum(path) != expected.lower():
             raise OSError(
                 f"{path} is not the file that was saved: its checksum differs from {CHECKSUMS}. Download or copy it "
                 f"again, or remove {CHECKSUMS} if you changed the weights yourself."

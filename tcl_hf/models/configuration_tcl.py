@@ -6,6 +6,20 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # the paper's code keeps tau in this range
+# Sizes far beyond those of any model are mistakes or attacks: 100,000 layers take hours to build.
+_MOST = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 100_000,
+    "encoder_hidden_size": 100_000,
+    "intermediate_size": 1_000_000,
+    "num_attention_heads": 10_000,
+    "image_size": 100_000,
+    "num_channels": 1000,
+    "vocab_size": 10_000_000,
+    "max_position_embeddings": 1_000_000,
+    "type_vocab_size": 1000,
+    "images_per_text": 100,
+}
 POOLINGS = ("cls", "mean", "cls_mean")
 
 
@@ -72,6 +86,7 @@ class TCLVisionConfig(PreTrainedConfig):
             )
         if self.output_grid is not None and self.output_grid < 1:
             raise ValueError(f"vision_config.output_grid={self.output_grid} must be 1 or more, or None for all.")
+        _check_sizes("vision_config", self)
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
 
@@ -145,6 +160,7 @@ class TCLTextConfig(PreTrainedConfig):
                 f"text_config.fusion_layer={self.fusion_layer} lies outside the "
                 f"{self.num_hidden_layers} layers of the text model: choose 0 to {self.num_hidden_layers}."
             )
+        _check_sizes("text_config", self)
         _check_heads("text_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
 
@@ -326,6 +342,15 @@ def _checked_lock(name: str, lock: bool | int, num_layers: int) -> bool | int:
 def kept_patches(num_patches: int, patch_dropout: float) -> int:
     """The number of patches of an image that are left when a share of them is dropped; at least one."""
     return max(1, round(num_patches * (1 - patch_dropout)))
+
+
+def _check_sizes(where: str, config: Any) -> None:
+    """Refuse sizes below 1, and those with which building the model would take hours or all memory."""
+    for name, most in _MOST.items():
+        size = getattr(config, name, 1)
+        least = 0 if name == "num_hidden_layers" else 1
+        if not least <= size <= most:
+            raise ValueError(f"{where}.{name}={size} must be from {least} to {most:,}.")
 
 
 def _check_heads(where: str, hidden_size: int, num_attention_heads: int) -> None:

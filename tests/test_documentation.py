@@ -1,6 +1,7 @@
 """The site has every page and every public name."""
 
 import ast
+import importlib.util
 import re
 
 import pytest
@@ -9,37 +10,25 @@ from helpers import ROOT
 
 import tcl_hf
 
+pytest.importorskip("mkdocs", reason="MkDocs is not installed")
 DOCS = ROOT / "docs"
-# Commands are described by their help, and annotations of data sets by the pages of the tasks.
-MODULES = [
-    path for path in sorted((ROOT / "tcl_hf").rglob("*.py")) if "cli" not in path.parts and path.stem != "__main__"
-]
+SPEC = importlib.util.spec_from_file_location("documentation_site", DOCS / "site.py")
+site = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(site)
+# Commands are described by their help.
+MODULES = [path for path in sorted((ROOT / "tcl_hf").rglob("*.py")) if "cli" not in path.parts]
 
 
-def public_names(path) -> list[str]:
-    """The public classes and functions that a module defines."""
-    kinds = (ast.ClassDef, ast.FunctionDef)
-    body = ast.parse(path.read_text()).body
-    return [node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
-
-
-def module_name(path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
-
-
-def described() -> set[str]:
-    """The modules whose public names the reference lists."""
-    pages = (DOCS / "reference").glob("*.md")
-    return {name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(), flags=re.M)}
-
-
-def test_the_reference_lists_every_module_with_public_names_and_no_other():
-    assert described() == {module_name(path) for path in MODULES if public_names(path)}
+def test_the_reference_has_a_page_for_every_package_but_that_of_the_commands():
+    packages = {path.name for path in (ROOT / "tcl_hf").iterdir() if (path / "__init__.py").is_file()}
+    assert packages == {*site.PACKAGES, "cli"}
 
 
 @pytest.mark.parametrize("name", tcl_hf.__all__)
 def test_the_reference_lists_every_name_of_the_package(name):
-    assert getattr(tcl_hf, name).__module__ in described()
+    module = getattr(tcl_hf, name).__module__
+    assert f"::: {module}\n" in site.reference()["reference/models.md"]
+    assert name in site.public_names(ROOT / f"{module.replace('.', '/')}.py")
 
 
 def pages_of(nav) -> set[str]:
@@ -52,8 +41,53 @@ def pages_of(nav) -> set[str]:
 def test_every_page_is_in_the_navigation():
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     found = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.suffix in (".md", ".ipynb")}
-    assert pages_of(config["nav"]) == found
+    assert pages_of(config["nav"]) == found | site.reference().keys()
 
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def public_functions():
+    """The public functions and methods: their place, their node, and whether a base may describe them."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            inside = node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else [node]
+            for function in inside:
+                if isinstance(function, kinds) and not function.name.startswith("_"):
+                    inherits = function is not node and bool(node.bases)
+                    yield f"{path.relative_to(ROOT)}:{function.lineno} {function.name}", function, inherits
+
+
+def arguments_of(function) -> set[str]:
+    given = function.args
+    named = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+    starred = [one for one in (given.vararg, given.kwarg) if one is not None]
+    return {one.arg for one in named + starred if one.arg not in ("self", "cls")}
+
+
+# Argument names of a docstring: a line may describe several, "image_mean, image_std: ...".
+_ARGS = re.compile(r"^Args:\n((?:[ ]{4}.*\n?|\n)+)", flags=re.M)
+_NAMES = re.compile(r"^ {4}(\w[\w, *]*):", flags=re.M)
+
+
+@pytest.mark.parametrize("rule", ["described", "arguments", "errors", "names"])
+def test_public_functions_describe_their_arguments_and_errors(rule):
+    """From four arguments on each is described; errors that a function raises itself are named."""
+    wrong = []
+    for place, function, inherits in public_functions():
+        text = ast.get_docstring(function) or ""
+        raises = any(isinstance(node, ast.Raise) and node.exc is not None for node in ast.walk(function))
+        refers = re.search(r"[Aa]rguments (are|as)\b|for the arguments|the arguments\b", text)
+        section = _ARGS.search(text + "\n")
+        names = (
+            {name.strip(" *") for line in _NAMES.findall(section[1]) for name in line.split(",")} if section else set()
+        )
+        wrong += {
+            "described": [place] * (not text and not inherits),
+            "arguments": [place] * (len(arguments_of(function)) >= 4 and bool(text) and not section and not refers),
+            "errors": [place] * (raises and bool(text) and "Raises:" not in text),
+            "names": [f"{place}: {names - arguments_of(function)}"] * bool(names - arguments_of(function)),
+        }[rule]
+    assert not wrong

@@ -105,6 +105,8 @@ class PublicBackend(httpcore2.AsyncNetworkBackend):
     ) -> httpcore2.AsyncNetworkStream:
         """A connection to one of the host's addresses; TLS is still checked against the name.
 
+        See `httpcore2.AsyncNetworkBackend` for the arguments.
+
         Raises:
             AddressError: see `public_addresses`.
             httpcore2.ConnectError: if none of the addresses answers.

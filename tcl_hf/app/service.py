@@ -121,7 +121,11 @@ class Service:
         return await self._read(read)
 
     async def pictures(self, given: Sequence[str | bytes]) -> list[Image.Image]:
-        """The pictures of a list."""
+        """The pictures of a list.
+
+        Raises:
+            RequestError: for too many, or for one that cannot be read.
+        """
         if len(given) > self.limits.images:
             raise RequestError(
                 413, f"images: {len(given)} pictures are more than {self.limits.images}; send several requests."
@@ -141,7 +145,11 @@ class Service:
     # Answers, one method for each path
 
     async def embed(self, request: EmbedRequest) -> EmbedResponse:
-        """Feature vectors of texts and pictures."""
+        """Feature vectors of texts and pictures.
+
+        Raises:
+            RequestError: if there are none, or one cannot be read.
+        """
         embedder = self.heads.embedder
         if not request.texts and not request.images:
             raise RequestError(422, "There is nothing to embed; send texts, images or both.")
@@ -171,7 +179,11 @@ class Service:
         return MatchResponse(results=results)
 
     async def search(self, request: SearchRequest) -> SearchResponse:
-        """Pictures of the index for a text, a picture, or both."""
+        """Pictures of the index for a text, a picture, or both.
+
+        Raises:
+            RequestError: for a query that cannot be read or answered.
+        """
         if request.text is not None:
             check_texts([request.text], self.limits, "text")
         query: dict[str, Any] = request.model_dump(include={"k", "rerank", "where"}) | {"text": None, "image": None}

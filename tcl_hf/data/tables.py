@@ -94,7 +94,13 @@ def list_records(
 def column_names(
     file: str, split_names: Sequence[str], image_column: str | None = None, caption_column: str | None = None
 ) -> list[str]:
-    """The names of the columns, or of the keys, in the first rows of a list."""
+    """The names of the columns, or of the keys, in the first rows of a list.
+
+    Args:
+        file: path or address of the list.
+        split_names: names of the split that is wanted, for lists that hold several.
+        image_column, caption_column: names that the caller gave, for lists whose first line is not one of names.
+    """
     rows = itertools.islice(_rows(file, split_names, image_column, caption_column), _TRIED_ROWS)
     return list({str(name): None for row in rows for name in row})
 

@@ -320,7 +320,11 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def enclosing_box(boxes: Tensor) -> Tensor:
-    """The smallest box (4,) around all the boxes (G, 4); a ValueError if G is 0."""
+    """The smallest box (4,) around all the boxes (G, 4).
+
+    Raises:
+        ValueError: if G is 0.
+    """
     _check_boxes(boxes)
     if not len(boxes):
         raise ValueError("There are 0 boxes to enclose: leave out phrases without boxes.")

@@ -93,7 +93,11 @@ def stoppable(is_asked: Callable[[], bool]) -> Iterator[None]:
 
 
 def may_stop() -> None:
-    """Stop the evaluation here if it is asked to; every loop of an evaluator calls this between two batches."""
+    """Stop the evaluation here if it is asked to; every loop of an evaluator calls this between two batches.
+
+    Raises:
+        _StoppedHere: which `stoppable` catches.
+    """
     is_asked = _asks.get()
     if is_asked is not None and is_asked():
         raise _StoppedHere
@@ -110,6 +114,13 @@ def collated_batches(
     collator: TCLTaskCollator, records: Sequence[dict], batch_size: int, device: torch.device, progress: bool
 ) -> Iterator[dict[str, Tensor]]:
     """Batches of this process's share of the records, on the device.
+
+    Args:
+        collator: makes a batch of records.
+        records: those of all processes.
+        batch_size: records in a batch of one process.
+        device: where the model is.
+        progress: whether the main process shows a bar.
 
     Raises:
         ValueError: if a record cannot be read, because a result without it would be that of other data.

@@ -321,7 +321,14 @@ class VisualGroundingPipeline(_ImageTextPipeline):
     def postprocess(
         self, outputs: dict, sliding: bool = False, threshold: float = 0.5, draw: bool = False
     ) -> dict[str, Any]:
-        """`box`, `score`, `point`, `heat_map`, and with `draw` also `drawn`."""
+        """`box`, `score`, `point`, `heat_map`, and with `draw` also `drawn`.
+
+        Args:
+            outputs: those of `_forward`, with the heat map.
+            sliding: propose the box that holds the most heat for its size, in place of the region of the hottest pixel.
+            threshold: share of the highest heat that pixels of the region have.
+            draw: draw map and box into the image.
+        """
         heat_map, image, boxes = outputs["heat_map"][0], outputs["image"], outputs["boxes"]
         if boxes is None and sliding:
             boxes = sliding_boxes(image.size).tolist()

@@ -26,7 +26,17 @@ def eager_attention_forward(
     is_causal: bool = False,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Textbook attention that also returns its weights (N, H, L, P)."""
+    """Textbook attention that also returns its weights (N, H, L, P), with the interface of transformers.
+
+    Args:
+        module: the layer; dropout is applied while it is in training mode.
+        query: (N, H, L, D).
+        key, value: (N, H, P, D).
+        attention_mask: added to the scores, (N or 1, 1, L or 1, P); None for none.
+        scaling: factor of the scores.
+        dropout: share of the weights that are dropped.
+        is_causal: whether a query sees only keys up to its own position.
+    """
     scores = (query * scaling) @ key.mT  # a query has fewer numbers than it has scores
     if (
         attention_mask is None and is_causal and query.shape[2] > 1

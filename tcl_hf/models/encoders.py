@@ -195,7 +195,12 @@ class TCLVisionEmbeddings(nn.Module):
             self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """Embed images (B, 3, height, width): (B, 1 + R + P, D)."""
+        """Embed images (B, 3, height, width): (B, 1 + R + P, D).
+
+        Raises:
+            ValueError: if they do not divide into patches, or have another size than the model and positions are not
+                to be interpolated.
+        """
         size, patch = self.config.image_size, self.config.patch_size
         height, width = pixel_values.shape[-2:]
         if interpolate_pos_encoding:
@@ -426,6 +431,9 @@ class TCLTextEmbeddings(nn.Module):
 
         Args:
             num_past: how many tokens come before these, whose keys and values are cached.
+
+        Raises:
+            ValueError: if both or none are given, or there are more tokens than positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("A text is given as input_ids or as inputs_embeds: pass exactly one of them.")
@@ -569,6 +577,13 @@ class TCLTextModel(TCLTextPreTrainedModel):
         cache: Cache | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run the first layers on token ids (N, L) with their mask (N, L): states of the text alone (N, L, D).
+
+        Args:
+            input_ids: token ids (N, L).
+            attention_mask: 1 for tokens and 0 for padding, (N, L); all are tokens if None.
+            inputs_embeds: words already embedded (N, L, D), in place of the ids.
+            output_attentions, output_hidden_states: return those of every layer too.
+            cache: keys and values of tokens before these.
 
         Raises:
             ValueError: if the mask is that of other texts.

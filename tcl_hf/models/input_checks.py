@@ -82,6 +82,13 @@ def check_index(
 
     Values are not read from another device in training, because a step would wait for them.
 
+    Args:
+        name: of the index, for the error.
+        index: (N,).
+        rows, rows_of: how many entries there must be, and of what.
+        number, of: how many things the index chooses from, and what they are.
+        training: whether the model is in training mode.
+
     Raises:
         ValueError: naming the index and the value.
     """

@@ -300,7 +300,14 @@ class TCLAnswerDecoder(PredictsWords, TCLTextPreTrainedModel, GenerationMixin):
     def next_tokens(
         self, questions: Tensor, answer_ids: Tensor, question_mask: Tensor | None, question_index: Tensor | None
     ) -> Tensor:
-        """Logits (A, L, V) of the tokens after those of answers (A, L) to questions with states (Q, P, width)."""
+        """Logits (A, L, V) of the tokens after those of answers (A, L) to questions with states (Q, P, width).
+
+        Args:
+            questions: states of the questions (Q, P, width).
+            answer_ids: token ids of the answers (A, L).
+            question_mask: 1 for tokens of the questions and 0 for padding, (Q, P).
+            question_index: the question of each answer (A,); answer i belongs to question i if None.
+        """
         projected = self.text_model.project_images(questions)
         return self.lm_head(self.decode(answer_ids, projected, question_mask, question_index).last_hidden_state)
 

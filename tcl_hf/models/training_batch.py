@@ -110,7 +110,15 @@ class View:
 def encode_view(
     tcl: Any, batch: TrainingBatch, pixel_values: Tensor, texts: bool, masked_texts: bool, patch_dropout: float = 0.0
 ) -> View:
-    """Encode a batch by a [`TCLModel`]: its images, and its texts and masked texts where they are asked for."""
+    """Encode a batch by a [`TCLModel`]: its images, and its texts and masked texts where they are asked for.
+
+    Args:
+        tcl: student or teacher.
+        batch: the batch, of which the texts are read.
+        pixel_values: the view of the images (B, 3, height, width), or kept states of them (B, P, D).
+        texts, masked_texts: whether to encode them.
+        patch_dropout: share of each image's patches that are dropped.
+    """
     image_states = tcl.encode_image(
         pixel_values, interpolate_pos_encoding=batch.interpolate_pos_encoding, patch_dropout=patch_dropout
     )

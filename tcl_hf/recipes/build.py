@@ -99,6 +99,13 @@ def readable_records(records: Dataset, task: Task, args: DataArguments, model: A
 
     They are looked at before the training, because one of them would end the evaluation after it.
 
+    Args:
+        records: those to evaluate on.
+        task: the row of the table of tasks.
+        args: its data.
+        model: the model to evaluate, whose labels count.
+        processor: the model's.
+
     Raises:
         DataError: if none is left, or a label is not among the model's classes.
     """
@@ -131,6 +138,9 @@ def load_pretraining_data(args: PretrainingDataArguments) -> tuple[Pairs, Datase
     """Load the pairs to train on, which may be a stream, and the records to evaluate on.
 
     The records are those of `with_held_out`.
+
+    Raises:
+        DataError: if the data cannot be read, or `data_weights` are given for sources that are not streams.
     """
     pairs: Pairs
     if args.data_weights and not args.streaming:

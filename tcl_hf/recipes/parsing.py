@@ -139,7 +139,11 @@ class Given:
         return cls(command, place, recipe, phases, argv, objects, task)
 
     def parsed(self, changes: dict[str, Any] | None = None) -> tuple:
-        """One object of each of the command's types; `changes` override the recipe, and the command line both."""
+        """One object of each of the command's types; `changes` override the recipe, and the command line both.
+
+        Raises:
+            RecipeError: for a word of the command line that does not belong to an option.
+        """
         changes = changes or {}
         recipe = _filled(self.recipe | changes)
         recipe = self._defaults(recipe) | recipe
@@ -191,6 +195,11 @@ class RecipeParser(HfArgumentParser):
     """A parser whose errors are exceptions."""
 
     def error(self, message: str):
+        """Refuse the command line in a sentence.
+
+        Raises:
+            RecipeError: always.
+        """
         raise RecipeError(f"{message[0].upper()}{message[1:]} (--help lists the options).")
 
 

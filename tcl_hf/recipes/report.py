@@ -80,7 +80,7 @@ class Run:
     def write_card(
         self, results: str, metrics: dict[str, float], pictures: list[tuple[str, str]], example: dict[str, Any] | None
     ) -> None:
-        """Write the run's card; see `cards.Card`."""
+        """Write the run's card; see `cards.Card` for the arguments."""
         task, datasets = self.data_args.task, self.data_args.dataset_names
         training = f"fine-tuned for {task.replace('_', ' ')}" if TASKS[task].is_downstream else "pre-trained"
         names = [name_of_model(model) for model in self.base_models]

@@ -121,6 +121,10 @@ def start_fusion(
 ) -> None:
     """Start the fusion layer in closed form from the samples, see `start_matching`.
 
+    Args:
+        data_args: lengths of texts and batches.
+        model, processor, samples: those of the run.
+
     Raises:
         RecipeError: if the samples are a stream.
         TrainingError: if the model has no single fusion layer of enough width, or there are too few samples.

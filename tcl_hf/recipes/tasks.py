@@ -167,7 +167,13 @@ def _evaluate_retrieval(model, processor, records, args, answers) -> Evaluation:
 def choose_rerank_weight_on(
     model: TCLForImageTextRetrieval, processor: TCLProcessor, records: Sequence[dict], args: DataArguments
 ) -> float:
-    """The weight of the combined score that is best on records which results are not reported on."""
+    """The weight of the combined score that is best on records which results are not reported on.
+
+    Args:
+        model, processor: those to evaluate.
+        records: the records.
+        args: the number of candidates, the batch size, and the other arguments of the evaluation.
+    """
     return tune_rerank_weight(model, processor, records, **_retrieval_options(args))
 
 

@@ -45,7 +45,14 @@ class Decoded:
 def in_threads(
     function: Callable[[Given], Made], items: Iterable[Given], threads: ThreadPoolExecutor, ahead: int
 ) -> Iterator[Made]:
-    """Results of a function in the order of the items, of which at most `ahead` are computed ahead."""
+    """Results of a function in the order of the items, of which some are computed ahead.
+
+    Args:
+        function: called for each item.
+        items: read as they are needed.
+        threads: where the function runs.
+        ahead: how many items at most are computed before their results are taken.
+    """
     waiting: deque[Future[Made]] = deque()
     for item in items:
         waiting.append(threads.submit(function, item))

@@ -120,6 +120,12 @@ def _take_file(entry: os.DirEntry, found: Folder) -> None:
 def file_picture(path: str, source: str, caption: str | None = None, name: str | None = None) -> Picture:
     """The picture of a file.
 
+    Args:
+        path: the file.
+        source: the folder or source that it belongs to.
+        caption: a text about it, if its source has one.
+        name: its name in the source; that of the file if None.
+
     Raises:
         OSError: if it is not there, or is not a regular file.
     """
@@ -132,7 +138,12 @@ def file_picture(path: str, source: str, caption: str | None = None, name: str |
 
 
 def bytes_picture(content: bytes, source: str, caption: str | None = None, name: str = "") -> Picture:
-    """The picture of the bytes of a file, whose key is their hash, so that equal ones are one picture."""
+    """The picture of the bytes of a file, whose key is their hash, so that equal ones are one picture.
+
+    Args:
+        content: the bytes.
+        source, caption, name: as in `file_picture`.
+    """
     return Picture(hash_of(content), None, content, name, source, caption, len(content), 0)
 
 

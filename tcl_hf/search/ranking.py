@@ -371,7 +371,15 @@ class TCLCrossEncoder:
         return_documents: bool = False,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """The images for a text, best first: `corpus_id`, `score` and, if asked for, the image itself as `text`."""
+        """The images for a text, best first: `corpus_id`, `score` and, if asked for, the image itself as `text`.
+
+        Args:
+            query: the text.
+            documents: the images.
+            top_k: how many to return; all if None.
+            return_documents: whether each result holds its image too.
+            options: those of `predict`.
+        """
         scores = self.predict([(query, document) for document in documents], convert_to_tensor=True, **options)
         order = scores.argsort(descending=True, stable=True).tolist()[:top_k]
         found = [{"corpus_id": row, "score": scores[row].item()} for row in order]

@@ -82,7 +82,14 @@ def schema_of(about: About) -> pa.Schema:
 
 @contextmanager
 def plain_errors(place: str) -> Iterator[None]:
-    """Turn errors of the database into a `SearchError` of one sentence."""
+    """Turn errors of the database into one sentence.
+
+    Args:
+        place: the index, for the sentence.
+
+    Raises:
+        SearchError: for an error of the database, or a full disk.
+    """
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:

@@ -175,6 +175,12 @@ def add_results(folder: Path, result_type: str, metrics: dict[str, float], proto
     """Add results to the metadata of the card in a folder, where they replace earlier ones of the same measurement.
 
     A folder without a card stays as it is.
+
+    Args:
+        folder: the model's folder.
+        result_type: the task's name on the Hub.
+        metrics: the numbers by name.
+        protocol: how they were measured.
     """
     if not (folder / CARD).is_file():
         return

@@ -240,6 +240,12 @@ def pull(repo_id: str, folder: str | os.PathLike, *, revision: str | None = None
     An interrupted download resumes. Every file appears only when it is whole, and weights are compared with their
     checksums.
 
+    Args:
+        repo_id: name of the repository, such as "user/name".
+        folder: where its files go.
+        revision: branch, tag or commit; the main branch if None.
+        token: the token to read with; that of the login if None.
+
     Raises:
         HubError: if the repository or revision does not exist, cannot be read with this token or cannot be reached, or
             if a file is damaged.

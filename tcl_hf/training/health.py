@@ -48,9 +48,11 @@ class Monitor:
         self.mean_loss = math.nan
 
     def state_dict(self) -> dict[str, float]:
+        """The state that a checkpoint keeps."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take over the state that a checkpoint has kept."""
         vars(self).update(state)
 
     def watch(self, line: dict[str, float]) -> list[str]:

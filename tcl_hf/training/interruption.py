@@ -68,7 +68,11 @@ def launcher() -> int | None:
 
 @contextmanager
 def ending_when_asked() -> Iterator[None]:
-    """Let a signal to stop end the process at once with `PREEMPTED`, as long as there is nothing to save."""
+    """Let a signal to stop end the process at once with `PREEMPTED`, as long as there is nothing to save.
+
+    Raises:
+        Preempted: where the signal arrives.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

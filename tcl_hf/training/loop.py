@@ -96,7 +96,11 @@ class TrainingRun:
         return self.line
 
     def prepare(self) -> None:
-        """Make everything that the run needs, and bring it to where the run begins or goes on."""
+        """Make everything that the run needs, and bring it to where the run begins or goes on.
+
+        Raises:
+            TrainingError: if the best model is to be kept by a metric and there is nothing to evaluate on.
+        """
         args = self.args
         self.engine = Engine(args)
         self.accelerator = self.engine.accelerator
@@ -310,6 +314,9 @@ class TrainingRun:
 
         The model is saved before it is evaluated, because an evaluation may fail: the last one, and else the first one
         that would be lost. With `metric_for_best_model` it never takes the place of a better one.
+
+        Raises:
+            TrainingError: if `metric_for_best_model` is not among the metrics.
         """
         self.guard.check(newest_checkpoint(self.output_dir))
         wanted = self.args.metric_for_best_model
@@ -353,7 +360,11 @@ class TrainingRun:
         return checkpoint
 
     def stop(self) -> NoReturn:
-        """Save a checkpoint and end the run, which was asked to stop."""
+        """Save a checkpoint and end the run, which was asked to stop.
+
+        Raises:
+            Preempted: always; it ends the process with the exit status of a run that goes on with `--resume`.
+        """
         checkpoint = self.save_checkpoint()
         logger.warning("The run was asked to stop: %s is saved; go on with --resume.", checkpoint)
         self.finish()

@@ -146,6 +146,12 @@ def learning_rate(args: TCLTrainingArguments, step: int, epoch: int, num_steps: 
 
     "cosine" warms up linearly and then follows a cosine to the last step. "paper" warms up in stairs of 100 steps
     within the first epoch, and then takes one value for each epoch from the cosine over all epochs.
+
+    Args:
+        args: the schedule and its rates.
+        step: the optimizer step.
+        epoch: the epoch that it belongs to, from 0.
+        num_steps: steps of the whole run.
     """
     low, high = args.min_learning_rate, args.learning_rate
     if args.lr_scheduler_type == "paper":

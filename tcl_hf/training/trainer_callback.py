@@ -10,6 +10,7 @@ class TCLMomentumCallback(TrainerCallback):
     """
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
+        """Move the teacher of `model`; see `transformers.TrainerCallback` for the arguments."""
         model = getattr(model, "module", model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the model.
         model.alpha = model.config.alpha * min(1.0, state.epoch or 0.0)

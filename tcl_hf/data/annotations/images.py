@@ -77,6 +77,9 @@ class ImageFinder:
         Args:
             usual_name: name of the file if the row does not give one; the image id if None.
             folders: folders of the root, of which the first that exists holds the file. The root does if none exists.
+
+        Raises:
+            DataError: if the row names no image, or one that is not there.
         """
         image, image_id = row.get("image"), row.get("image_id")
         name = image or usual_name or image_id
@@ -89,7 +92,17 @@ class ImageFinder:
         return {"image": found, "image_id": image_id}
 
     def find(self, row: Row, image: str | dict, image_id: str | None = None, folders: tuple[str, ...] = ()) -> dict:
-        """Return one undecoded image: `image` itself if it is one, otherwise the image of this name or id."""
+        """Return one undecoded image.
+
+        Args:
+            row: the row that names it, for the error.
+            image: the image itself, which is returned, or the name of its file.
+            image_id: its id in the source of images; the name if None.
+            folders: folders of the root, of which the first that exists holds the file.
+
+        Raises:
+            DataError: if it is not there.
+        """
         if isinstance(image, dict):
             return image
         root = self._root_of(row)

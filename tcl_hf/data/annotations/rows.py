@@ -57,6 +57,7 @@ class Row:
         return replace(self, fields=others[key] | self.fields)
 
     def missing(self, column: str) -> DataError:
+        """The error for a column that the row lacks."""
         names = ", ".join(COLUMN_NAMES.get(column, (column,)))
         return self.error(
             f"it has no '{column}' (looked for {names} among {', '.join(self.fields)}): add it, or rename its field."
@@ -68,18 +69,29 @@ class Row:
         return next((self.fields[name] for name in names if self.fields.get(name) is not None), None)
 
     def require(self, column: str) -> Any:
+        """The value of a column.
+
+        Raises:
+            DataError: if the row lacks it.
+        """
         value = self.get(column)
         if value is None:
             raise self.missing(column)
         return value
 
     def text(self, column: str) -> str:
+        """The text of a column.
+
+        Raises:
+            DataError: if the row lacks it, or it is not a text.
+        """
         value = self.require(column)
         if not isinstance(value, str):
             raise self.error(f"its '{column}' is {value!r}: it must be a text.")
         return value
 
     def text_or_none(self, column: str) -> str | None:
+        """The text of a column; None if the row lacks it."""
         value = self.get(column)
         return None if value is None else str(value)
 

@@ -1,6 +1,6 @@
 """Configurations of TCL: sizes from the paper, one weight for each pre-training objective."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -230,7 +230,7 @@ class TCLConfig(PreTrainedConfig):
     """
 
     model_type = "tcl"
-    sub_configs = {"vision_config": TCLVisionConfig, "text_config": TCLTextConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": TCLVisionConfig, "text_config": TCLTextConfig}
     sub_configs_defaults = specs_of(sub_configs)
 
     vision_config: dict | PreTrainedConfig | None = None

@@ -11,16 +11,16 @@ import os
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from tqdm.auto import trange
 
 from tcl_hf import TCLConfig, TCLForPreTraining
-from tcl_hf.training.agreement import Agreement
+from tcl_hf.training.arguments import TCLTrainingArguments
 from tcl_hf.training.checkpoints import save_checkpoint
-from tcl_hf.training.optimization import parameter_groups
+from tcl_hf.training.engine import Engine
 
 BLOCK = 2**26
 
@@ -39,18 +39,17 @@ def write_raw(path: Path, num_bytes: int) -> float:
     return seconds
 
 
-def base_model() -> Accelerator:
-    """The paper's model and its optimizer after a step, as training holds them."""
-    accelerator = Accelerator(cpu=True)
+def base_model() -> Engine:
+    """The engine of a run of the paper's model after a step, as training holds it."""
+    engine = Engine(TCLTrainingArguments())
     model = TCLForPreTraining(TCLConfig())
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.02), fused=True)
+    engine.prepare(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.randn_like(parameter)
-    accelerator.prepare(model, optimizer)
-    optimizer.step()
-    optimizer.zero_grad()
-    return accelerator
+    engine.optimizer.step()
+    engine.optimizer.zero_grad()
+    return engine
 
 
 def main() -> None:
@@ -59,13 +58,14 @@ def main() -> None:
     parser.add_argument("--folder", help="folder on the disk to measure, in which a temporary folder is made")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    accelerator = base_model()
+    engine = base_model()
     raw, blocked = [], []
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
 
         def save(step: int) -> Path:
-            return save_checkpoint(accelerator, folder, step, 1, Agreement())
+            write = partial(engine.save_state, states={})
+            return save_checkpoint(engine.accelerator, folder, step, 1, engine.agreement, write)
 
         num_bytes = sum(path.stat().st_size for path in save(0).iterdir())
         for step in trange(1, args.repeats + 1, desc="Writing"):

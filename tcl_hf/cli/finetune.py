@@ -8,9 +8,10 @@ from pathlib import Path
 from transformers import set_seed
 
 from ..data.sampling import SharedImages, shuffle_images
+from ..models.whole_files import replace_file
 from ..recipes.arguments import RecipeError
 from ..recipes.build import add_words, candidate_answers, load_split, open_model, readable_records, with_held_out
-from ..recipes.model_folder import ANSWERS, replace_file
+from ..recipes.model_folder import ANSWERS
 from ..recipes.parsing import FINETUNE, parser_of
 from ..recipes.phases import Phase, run_phases
 from ..recipes.report import Run, write_finetuning_report
@@ -21,6 +22,7 @@ from ..recipes.train import command_line, train_task
 from ..training.adapters import describe_lora
 from ..training.agreement import processes
 from ..training.interruption import StopSignal
+from ..training.run_folder import tokenizer_of_run
 from .command_line import command
 
 
@@ -42,7 +44,7 @@ def _train(phase: Phase, started_by: str) -> None:
     if task.batches is None:
         raise RecipeError(f"The task {data_args.task} is evaluated without training: run `tcl-hf evaluate` for it.")
     set_seed(args.seed)
-    model, processor = open_model(checkpoint_args, task.model_class)
+    model, processor = open_model(checkpoint_args, task.model_class, tokenizer=tokenizer_of_run(args))
     samples = load_split(data_args, data_args.data, data_args.split)
     samples, records = with_held_out(data_args, samples) if task.evaluate else (samples, None)
     if data_args.shuffle_images:

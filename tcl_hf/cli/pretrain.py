@@ -19,6 +19,7 @@ from ..recipes.train import command_line, train_task
 from ..training.adapters import describe_lora
 from ..training.agreement import processes
 from ..training.interruption import StopSignal
+from ..training.run_folder import tokenizer_of_run
 from .command_line import command
 
 
@@ -42,7 +43,7 @@ def _train(phase: Phase, started_by: str) -> None:
     tuning = None
     if records:  # the settings are chosen by evaluations
         pairs, tuning = cut_off_tuning_data(data_args, pairs)
-    model, processor = build_model(model_args, captions_of(pairs))
+    model, processor = build_model(model_args, captions_of(pairs), tokenizer_of_run(args))
     check_fusion_start(model_args, model)
     if data_args.keeps_states:
         pairs, records, tuning = with_kept_states(data_args, args, model, processor, pairs, records, tuning)

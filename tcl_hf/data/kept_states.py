@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from ..models.encoders import TCLVisionModel
 from ..models.processing_tcl import TCLProcessor
+from ..models.whole_files import replace_file
 from .augmentation import TCLAugmentation
 from .images import IMAGE_ERRORS, identity_of, open_image
 from .records import DataError
@@ -392,7 +393,7 @@ def _make_shards(
     """Compute and write some shards."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        (place / MANIFEST).write_text(json.dumps(asdict(plan), indent=2) + "\n")
+        replace_file(place / MANIFEST, json.dumps(asdict(plan), indent=2) + "\n")
     except OSError as error:
         raise DataError(
             f"The folder {place} for kept states cannot be written ({error.strerror or error}): name another "

@@ -4,6 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from .whole_files import replace_file
+
 CHECKSUMS = "SHA256SUMS"
 _WEIGHTS = "*.safetensors"
 
@@ -11,7 +13,7 @@ _WEIGHTS = "*.safetensors"
 def write_checksums(folder: str | os.PathLike) -> None:
     """Write the checksums of a folder's weight files, which others may then read as they may read new files."""
     weights, sums = sorted(Path(folder).glob(_WEIGHTS)), Path(folder) / CHECKSUMS
-    sums.write_text("".join(f"{checksum(path)}  {path.name}\n" for path in weights))
+    replace_file(sums, "".join(f"{checksum(path)}  {path.name}\n" for path in weights))
     for path in weights:
         path.chmod(sums.stat().st_mode)  # safetensors lets only the owner read what it writes
 

@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pickle import UnpicklingError
 from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset
@@ -42,6 +43,9 @@ from .tasks import TASKS, Task, TextBatches
 logger = logging.getLogger(__name__)
 
 Pairs: TypeAlias = Dataset | IterableDataset | MixedStreams
+
+# What readers of model files raise beside the usual: for damaged weights, pickles with code, and JSON of other shapes.
+_DAMAGE = (SafetensorError, UnpicklingError, KeyError, AttributeError, RecursionError)
 
 MAX_NAMED = 10  # records that cannot be used and are named in warnings; the others are counted
 
@@ -291,7 +295,10 @@ def config_of_checkpoint(args: CheckpointArguments, to_train: bool = True) -> TC
 
 
 def open_model(
-    args: CheckpointArguments, model_class: type[TCLPreTrainedModel], to_train: bool = True
+    args: CheckpointArguments,
+    model_class: type[TCLPreTrainedModel],
+    to_train: bool = True,
+    tokenizer: TCLTokenizer | None = None,
 ) -> tuple[Any, TCLProcessor]:
     """Open a TCL checkpoint, or LoRA adapters of one, as a head of `model_class`, with its processor.
 
@@ -300,6 +307,7 @@ def open_model(
 
     Args:
         to_train: give the model a teacher, unless `config` says otherwise.
+        tokenizer: that of a run which goes on, in place of the checkpoint's.
 
     Raises:
         RecipeError: if there is no checkpoint, or the arguments contradict it.
@@ -309,15 +317,18 @@ def open_model(
     try:
         config = config_of_checkpoint(args, to_train)  # first, because it names a model that is not a TCL
         processor = TCLProcessor.from_pretrained(args.model)
+        processor.tokenizer = processor.tokenizer if tokenizer is None else tokenizer
         config.text_config.bos_token_id = processor.tokenizer.cls_token_id
         config.text_config.eos_token_id = processor.tokenizer.sep_token_id
         processor.image_size = config.vision_config.image_size
         return open_checkpoint(args.model, model_class, config), processor
-    except (ValueError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-        raise RecipeError(f"{args.model} cannot be opened: {error}") from error
+    except (*_DAMAGE, ValueError, TypeError, OSError, RuntimeError) as error:
+        raise RecipeError(f"{args.model} cannot be opened: {error or type(error).__name__}") from error
 
 
-def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPreTraining, TCLProcessor]:
+def build_model(
+    args: ModelArguments, captions: Iterable[str], tokenizer: TCLTokenizer | None = None
+) -> tuple[TCLForPreTraining, TCLProcessor]:
     """Make the model to pre-train and its processor.
 
     The model starts from a TCL checkpoint (see `open_model`), from encoders of transformers (folders, names on the Hub,
@@ -327,6 +338,7 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
 
     Args:
         captions: texts to train a tokenizer on; they are read only if no tokenizer is given.
+        tokenizer: that of a run which goes on, in place of all others.
 
     Raises:
         RecipeError: if the arguments contradict each other or the parts do not fit.
@@ -336,14 +348,14 @@ def build_model(args: ModelArguments, captions: Iterable[str]) -> tuple[TCLForPr
             raise RecipeError(
                 "--model brings its encoders and tokenizer: leave out the others (vision_model, text_model, tokenizer)."
             )
-        return open_model(args, TCLForPreTraining)
+        return open_model(args, TCLForPreTraining, tokenizer=tokenizer)
     try:
         vision = text = None
         if args.vision_model:
             vision = _read_encoder(read_vision_encoder, args.vision_model, args.image_size)
         if args.text_model:
             text = _read_encoder(read_text_encoder, args.text_model, args.fusion_layer, args.num_fusion_layers)
-        tokenizer = _tokenizer(args, captions)
+        tokenizer = _tokenizer(args, captions) if tokenizer is None else tokenizer
         text_vocab_size = text.config["vocab_size"] if text else 0
         ids = {"vocab_size": max(len(tokenizer), text_vocab_size), "pad_token_id": tokenizer.pad_token_id}
         ids |= {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from ..models.whole_files import replace_file
 from ..training.adapters import config_of
 from .arguments import DataArguments, FinetuningDataArguments, RecipeError
 from .tasks import TASKS
@@ -38,13 +39,6 @@ def write_task(folder: Path, args: DataArguments) -> None:
     if "data" in names:
         content["data"] = args.data
     replace_file(folder / TASK, json.dumps(content, indent=2) + "\n")
-
-
-def replace_file(file: Path, content: str) -> None:
-    """Write a text file completely or not at all."""
-    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    unfinished.write_text(content, encoding="utf-8")
-    os.replace(unfinished, file)
 
 
 def read_task(model: str, names_data: bool) -> dict[str, Any]:

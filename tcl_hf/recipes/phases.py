@@ -7,6 +7,7 @@ last.
 
 import gc
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -18,19 +19,21 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedModel
 
 from ..models.configuration_tcl import TCLConfig
+from ..models.whole_files import replace_file
 from ..training.adapters import config_of
 from ..training.agreement import Agreement, processes
 from ..training.arguments import TCLTrainingArguments, TrainingError
 from ..training.checkpoints import newest_checkpoint
+from ..training.identity import FREE, names_of_kind
 from ..training.interruption import PREEMPTED, Preempted, StopSignal, ending_when_asked
 from ..training.log import METRICS
 from ..training.matching_start import multiplied_dimensions
 from ..training.optimization import check_something_is_trained, trained_groups
 from ..training.ownership import owned
+from ..training.run_folder import check_new, clear
 from .arguments import CheckpointArguments, ModelArguments, RecipeError, TrainingDataArguments
 from .build import DROPOUT, SIZES
 from .hints import names_of
-from .model_folder import replace_file
 from .parsing import Command, Given, check_names, check_task
 from .starting import check_kept_views
 
@@ -40,12 +43,7 @@ _OF_RUN = frozenset({"output_dir", "resume", "task"})
 # What only the first phase reads, because the others start from its model.
 _OF_START = names_of(ModelArguments) - names_of(CheckpointArguments) - {"fusion_start"} | {"model"}
 # What may change when a run goes on, because the model does not depend on it; `config` is compared by its fields.
-_FREE = frozenset(
-    {
-        *("output_dir", "resume", "config", "logging_steps", "save_steps", "save_total_limit", "report_to"),
-        *("push_to_hub", "hub_model_id", "dataloader_num_workers", "kept_states_dir", "max_bad_share"),
-    }
-)
+_FREE = names_of_kind(FREE) | {"config"}
 
 
 @dataclass
@@ -129,6 +127,20 @@ class Phase:
             f"\n\nThe run had {len(lines)} phases, each of which started from the model of the one before. They "
             f"changed these arguments of the recipe; `{METRICS}` is that of the last phase:\n\n" + "\n".join(lines)
         )
+
+    def check_start(self, output_dir: str | os.PathLike) -> None:
+        """Refuse a folder that holds what the run starts from.
+
+        Raises:
+            RecipeError: naming the model and the folder.
+        """
+        for source in self.base_models:
+            if Path(source).exists() and Path(source).resolve().is_relative_to(Path(output_dir).resolve()):
+                where = "is the folder" if Path(source).resolve() == Path(output_dir).resolve() else "holds the folder"
+                raise RecipeError(
+                    f"output_dir={output_dir} {where} of the model that the run starts from, {source}, which would be "
+                    "lost: choose another output_dir."
+                )
 
     def check_following(self, model: PreTrainedModel) -> None:
         """Refuse phases after this one that could not be trained, while nothing is lost yet.
@@ -260,6 +272,7 @@ def run_phases(command: Command, argv: Sequence[str] | None, train: Callable[[Ph
     """
     with ending_when_asked():
         phases = parse_phases(command, argv)
+        phases[0].check_start(phases[0].args.output_dir)
         state = processes()
         with owned(phases[-1].folder, Agreement(), state.is_main_process):
             _run(phases, train)
@@ -267,7 +280,10 @@ def run_phases(command: Command, argv: Sequence[str] | None, train: Callable[[Ph
 
 def _run(phases: list[Phase], train: Callable[[Phase], None]) -> None:
     """Train the phases of a run whose folder is its own."""
+    args = phases[0].args
     if not phases[0].place:
+        if not args.resume:
+            check_new(args.output_dir, args.overwrite_output_dir)
         train(phases[0])
         return
     state = processes()
@@ -294,7 +310,8 @@ def _as_run(phase: Phase, goes_on: bool) -> Phase:
     Args:
         goes_on: whether it goes on from a checkpoint.
     """
-    args = replace(phase.args, output_dir=str(phase.folder), resume=goes_on)
+    # That it replaces nothing was seen before, and without a checkpoint it starts again.
+    args = replace(phase.args, output_dir=str(phase.folder), resume=goes_on, overwrite_output_dir=True)
     model_args = phase.model_args
     if phase.number > 1:
         untouched = _untouched(model_args)  # what only the first phase reads
@@ -338,10 +355,15 @@ def _number_finished(phases: list[Phase]) -> int:
     run = phases[-1].folder
     done = max((phase.number for phase in phases if (phase.folder / FINISHED).exists()), default=0)
     if not phases[0].args.resume:
-        if done or any(newest_checkpoint(phase.folder) for phase in phases):
+        if phases[0].args.overwrite_output_dir:
+            _clear_phases(phases)
+        elif done or any(newest_checkpoint(phase.folder) for phase in phases):
             raise TrainingError(
-                f"{run} holds phases of an earlier run: go on with --resume, or choose another output_dir."
+                f"{run} holds phases of an earlier run: go on with --resume, choose another output_dir, or replace "
+                "them with --overwrite_output_dir true."
             )
+        else:
+            check_new(run, overwrite=False)
         return 0
     if done:
         _check_finished(phases[:done])
@@ -354,6 +376,16 @@ def _number_finished(phases: list[Phase]) -> int:
                 "remove them, or choose another output_dir."
             )
     return done
+
+
+def _clear_phases(phases: list[Phase]) -> None:
+    """Remove the checkpoints of an earlier run, and the marks of its finished phases."""
+    state = processes()
+    if state.is_main_process:
+        for phase in phases:
+            (phase.folder / FINISHED).unlink(missing_ok=True)
+            clear(phase.folder)
+    state.wait_for_everyone()
 
 
 def _check_finished(phases: list[Phase]) -> None:

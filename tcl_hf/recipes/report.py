@@ -1,6 +1,7 @@
 """The report of a run: tables of results, curves, sheets of pictures, and the model card."""
 
 import functools
+import io
 import logging
 import math
 import random
@@ -18,6 +19,7 @@ from ..evaluation.protocol import EvaluationProtocol
 from ..evaluation.retrieval import chance_recall, search_images
 from ..models.modeling_tcl import TCLForImageTextRetrieval
 from ..models.processing_tcl import TCLProcessor
+from ..models.whole_files import replace_file
 from ..sharing.cards import METHOD, Card, name_of_model
 from ..training.log import METRICS, read_metrics
 from .arguments import DataArguments
@@ -118,7 +120,7 @@ def sample_sheet(records: Sequence[dict], path: Path, columns: int = 5) -> None:
         axis.imshow(open_image(record["image"]).convert("RGB"))
         text = textwrap.shorten(record["captions"][0], 78, placeholder="...")
         axis.set_title(textwrap.fill(text, 26), fontsize=8, parse_math=False)
-    figure.savefig(path, dpi=90)
+    _save(figure, path, dpi=90)
 
 
 def results_table(
@@ -168,7 +170,7 @@ def plot_training(lines: list[dict[str, float]], path: Path) -> None:
     recall.set_ylim(bottom=0)
     if recall.lines:
         recall.legend()
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
 
 
 def write_picture_sheets(
@@ -246,7 +248,7 @@ def picture_sheet(
             is_right = right is not None and image == right[row]
             for spine in axis.spines.values():
                 spine.set(color="tab:green" if is_right else "lightgrey", linewidth=3 if is_right else 1)
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
 
 
 def write_pretraining_report(
@@ -352,7 +354,7 @@ def prediction_sheet(records: Sequence[dict], predictions: list[dict], path: Pat
             color=color,
             parse_math=False,
         )
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
 
 
 def _framed(picture: Image.Image) -> Image.Image:
@@ -392,7 +394,7 @@ def plot_task(lines: list[dict[str, float]], metric: str, path: Path) -> None:
     loss.set(xlabel="step", ylabel="loss", title="Training loss")
     _plot_values(measured, lines, metric, marker="o")
     measured.set(xlabel="step", ylabel=metric, title="Held-out data")
-    figure.savefig(path, dpi=110)
+    _save(figure, path, dpi=110)
 
 
 def write_finetuning_report(run: Run, metrics: dict[str, float], metric: str, records: Sequence[dict] | None) -> str:
@@ -422,6 +424,13 @@ def _subplots(size: tuple[float, float], rows: int, columns: int) -> tuple["Figu
         raise ImportError("Curves and picture sheets need matplotlib: pip install matplotlib.") from error
     figure = Figure(size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: "Figure", path: Path, dpi: int) -> None:
+    """Write a figure as a PNG, whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    replace_file(path, picture.getvalue())
 
 
 def _plot_values(axis: "Axes", lines: list[dict[str, float]], name: str, **style: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..evaluation.protocol import EvaluationProtocol
 from ..evaluation.shares import Evaluation
 from ..models.configuration_tcl import TCLConfig
+from ..models.whole_files import replace_file
 from .arguments import DataArguments
 from .tasks import TASKS
 
@@ -68,12 +69,12 @@ def write_results(folder: Path, evaluation: Evaluation, protocol: EvaluationProt
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = protocol.to_dict() | {"images_shuffled": protocol.images_shuffled, "metrics": evaluation.metrics}
-    (folder / "evaluation.json").write_text(json.dumps(content, indent=2) + "\n")
+    replace_file(folder / "evaluation.json", json.dumps(content, indent=2) + "\n")
     if evaluation.predictions:
-        (folder / "predictions.json").write_text(json.dumps(evaluation.predictions) + "\n")
+        replace_file(folder / "predictions.json", json.dumps(evaluation.predictions) + "\n")
     if is_cut and TASKS[protocol.task].result_files:
         names = ", ".join(TASKS[protocol.task].result_files)
         logger.warning("%s is not written, because eval_images limits the evaluation: leave it out.", names)
         return
     for name, content_of in TASKS[protocol.task].result_files.items():
-        (folder / name).write_text(json.dumps(content_of(evaluation.predictions)) + "\n")
+        replace_file(folder / name, json.dumps(content_of(evaluation.predictions)) + "\n")

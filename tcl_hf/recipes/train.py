@@ -10,12 +10,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..models.processing_tcl import TCLProcessor
+from ..models.whole_files import replace_file
 from ..sharing.hub import BackgroundPush
 from ..training.agreement import processes
 from ..training.arguments import TCLTrainingArguments
+from ..training.identity import settings_of
 from ..training.loop import TrainingRun
-from .arguments import RecipeError, TrainingDataArguments
-from .model_folder import replace_file, write_task
+from .arguments import TrainingDataArguments
+from .model_folder import write_task
 from .phases import Phase
 from .tasks import TASKS, choose_rerank_weight_on
 
@@ -49,12 +51,7 @@ def train_task(
         NonFiniteError, Preempted, CheckpointWriteError, TrainingError, DataError: as in `TrainingRun.train`.
     """
     task, phase = TASKS[data_args.task], phase or Phase((data_args, None, args))
-    source = getattr(phase.start, "model", None)
-    if source and Path(source).resolve() == Path(args.output_dir).resolve():
-        raise RecipeError(
-            f"output_dir={args.output_dir} is the folder of the model that the run starts from, which would be lost: "
-            "choose another output_dir."
-        )
+    phase.check_start(args.output_dir)
     phase.check_following(model)
     if processes().is_main_process:  # before training, so that a run that is stopped has it too
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -76,7 +73,10 @@ def train_task(
     pushes = args.push_to_hub and processes().is_main_process
     push = BackgroundPush(str(args.hub_model_id)) if pushes else None
     evaluation = evaluate if records else None
-    run = TrainingRun(model, samples, collator, processor, args, evaluation, push, phase.stop_signal, not phase.is_last)
+    of_run: dict[str, Any] = {"stop_signal": phase.stop_signal, "is_followed": not phase.is_last}
+    run = TrainingRun(
+        model, samples, collator, processor, args, evaluation, push, **of_run, recipe=settings_of(*phase.arguments)
+    )
     metrics = run.train()
     # The last model is saved before its evaluation. The best one is saved after its own, with the weight chosen there.
     is_outdated = chooses_weight and "rerank_weight" in metrics and not args.metric_for_best_model

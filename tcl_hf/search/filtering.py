@@ -22,7 +22,7 @@ from ..data.images import IMAGE_ERRORS
 from ..data.pairs import load_pairs
 from ..data.skipped import SkippedSamples
 from ..models.modeling_tcl import MATCHES
-from ..recipes.model_folder import replace_file
+from ..models.whole_files import replace_file
 from .encoding import AHEAD, in_threads
 from .indexing import SKIPPED
 from .pair_files import FORMATS, pair_file

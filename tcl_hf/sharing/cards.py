@@ -3,18 +3,24 @@
 All cards follow the template `card_template.md`.
 """
 
+import io
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
 from ..data.embedded.encoders import find_embedded
 from ..data.embedded.openmoji import ATTRIBUTION
 from ..data.images import open_image
 from ..evaluation.protocol import EvaluationProtocol
 from ..models.encoders import TCLPreTrainedModel
+from ..models.whole_files import replace_file
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 CARD = "README.md"
@@ -108,7 +114,7 @@ class Card:
         )
         if self.adapter_of is not None:
             mark_as_adapter(card, name_of_model(self.adapter_of))
-        card.save(folder / CARD)
+        replace_file(folder / CARD, str(card))
         return card
 
     def _widget(self, folder: Path) -> list[dict[str, str]] | None:
@@ -116,7 +122,9 @@ class Card:
         pipeline_tag = self.model_class.pipeline_tag
         if self.example is None or pipeline_tag is None or "image" not in self.example:
             return None
-        open_image(self.example["image"]).convert("RGB").save(folder / EXAMPLE)
+        picture = io.BytesIO()
+        open_image(self.example["image"]).convert("RGB").save(picture, "PNG")
+        replace_file(folder / EXAMPLE, picture.getvalue())
         text_field = "text" if pipeline_tag == "visual-question-answering" else "candidate_labels"
         text = self.example.get("question") or ", ".join(self.example["captions"])
         return [{"src": EXAMPLE, text_field: text}]
@@ -174,7 +182,7 @@ def eval_results(result_type: str, metrics: dict[str, float], protocol: Evaluati
 def add_results(folder: Path, result_type: str, metrics: dict[str, float], protocol: EvaluationProtocol) -> None:
     """Add results to the metadata of the card in a folder, where they replace earlier ones of the same measurement.
 
-    A folder without a card stays as it is.
+    A folder without a card stays as it is; so does a card that cannot be read, about which a warning is logged.
 
     Args:
         folder: the model's folder.
@@ -184,14 +192,19 @@ def add_results(folder: Path, result_type: str, metrics: dict[str, float], proto
     """
     if not (folder / CARD).is_file():
         return
-    card = ModelCard.load(folder / CARD)
+    try:
+        card = ModelCard.load(folder / CARD)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, YAMLError) as error:
+        reason = str(error).strip().splitlines()[0]
+        logger.warning("%s cannot be read (%s): the results are not added to it.", folder / CARD, reason)
+        return
     new = eval_results(result_type, metrics, protocol)
     old = card.data.eval_results or []
     kept = [result for result in old if not any(result.is_equal_except_value(other) for other in new)]
     if kept or new:
         card.data.model_name = card.data.model_name or folder.resolve().name
         card.data.eval_results = [*kept, *new]
-        card.save(folder / CARD)
+        replace_file(folder / CARD, str(card))
 
 
 def plain_card(

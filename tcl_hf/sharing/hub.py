@@ -26,8 +26,9 @@ from .. import models
 from ..models.checksums import verify_checksums, write_checksums
 from ..models.encoders import TCLPreTrainedModel
 from ..models.processing_tcl import TCLProcessor
+from ..models.whole_files import replace_file
 from ..training.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, config_of
-from ..training.checkpoints import CHECKPOINTS, newest_checkpoint
+from ..training.checkpoints import CHECKPOINTS, files_of, newest_whole_checkpoint, what_is_damaged
 from .cards import CARD, EXAMPLE, mark_as_adapter, plain_card
 from .convert import class_of, open_saved
 from .original_files import CheckpointError
@@ -113,12 +114,14 @@ def export(
         model.save_pretrained(target, max_shard_size=max_shard_size)
     processor.save_pretrained(target)
     shared = [path for pattern in SHARED_FILES for path in sorted(folder.glob(pattern))]
-    checkpoint = newest_checkpoint(folder) if training_state else None
+    checkpoint = newest_whole_checkpoint(folder) if training_state else None
     if checkpoint:
-        shared += [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+        shared += [checkpoint / name for name in files_of(checkpoint)]
     for path in shared:
         copy = target / path.relative_to(folder)
-        if path.resolve().is_relative_to(folder.resolve()):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if _is_inside(path, folder):
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
         else:
@@ -129,9 +132,14 @@ def export(
     elif base is not None:
         card = ModelCard.load(target / CARD)
         mark_as_adapter(card, base)
-        card.save(target / CARD)
+        replace_file(target / CARD, str(card))
     if with_code:
         _add_code(target, model_class)
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file is in a folder, and not a link to one outside of it."""
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _base_on_hub(folder: Path, base_model: str | None, with_code: bool) -> str | None:
@@ -155,6 +163,8 @@ def _copy_adapters(folder: Path, target: Path, base: str) -> None:
     """Copy adapters, whose config then names this base model."""
     target.mkdir(parents=True, exist_ok=True)
     for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG, MODEL_CONFIG):
+        if not (folder / name).is_file() or not _is_inside(folder / name, folder):
+            raise HubError(f"{folder / name} cannot be shared: it is missing, or a link to a file outside of {folder}.")
         shutil.copyfile(folder / name, target / name)
     _edit(target / ADAPTER_CONFIG, {"base_model_name_or_path": base})
     write_checksums(target)
@@ -289,13 +299,16 @@ class BackgroundPush:
         self.future = self.api.run_as_future(self._push, checkpoint)
 
     def _push(self, checkpoint: Path) -> CommitInfo:
+        damage = what_is_damaged(checkpoint)  # here, because it takes time, and training goes on meanwhile
+        if damage is not None:
+            raise HubError(f"it is damaged: {damage}")
         with _hub_errors(self.repo_id, None):
             self.api.create_repo(self.repo_id, private=True, exist_ok=True)
             return self.api.upload_folder(
                 repo_id=self.repo_id,
                 folder_path=checkpoint.parent,
                 path_in_repo=CHECKPOINTS,
-                allow_patterns=f"{checkpoint.name}/*",
+                allow_patterns=[f"{checkpoint.name}/{name}" for name in files_of(checkpoint)],
                 delete_patterns="step-*",
                 commit_message=f"Checkpoint {checkpoint.name}",
             )

@@ -111,6 +111,14 @@ class TCLTrainingArguments:
         default=None, metadata={"help": "Repository on the Hub for push_to_hub: user/name; made if it is missing."}
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in output_dir."})
+    ignore_random_states: bool = field(
+        default=False,
+        metadata={"help": "Resume with other random numbers where those of the checkpoint cannot be used."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace the run or model that output_dir holds, which is refused otherwise."},
+    )
     lora: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": f"Train LoRA adapters: fields of PEFT's LoraConfig as JSON ({', '.join(LORA_FIELDS)})."},

@@ -1,13 +1,16 @@
 """Checkpoints of a run: written whole or not at all, verified before they are read, and the oldest removed.
 
-A checkpoint is a folder of what Accelerate saves, and a manifest with the size and checksum of every file, which is
-written last. The folder has another name until all of it is on the disk, and is then renamed.
+A checkpoint is a folder of what `Engine.save_state` writes, and a manifest, which is written last, with the size and
+checksum of every file and the identity of the run. The folder has another name until all of it is on the disk, and is
+then renamed.
 """
 
 import json
 import logging
 import os
+import re
 import shutil
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
@@ -25,7 +28,9 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
+FORMAT = 2  # Checkpoints of the first format had no number, and held pickles.
 _NAME = "step-????????"
+_PART = re.compile(r"[\w-][\w.-]*", re.ASCII)  # a part of a file's name: not hidden, not "..", without wildcards
 _REMOVED = ".removed"  # the end of the name of a checkpoint that is being removed
 
 
@@ -53,15 +58,17 @@ def save_checkpoint(
     step: int,
     limit: int,
     agreement: Agreement,
+    save: Callable[[Path], None],
     spared: Path | None = None,
-    order: dict[str, Any] | None = None,
+    identity: dict[str, Any] | None = None,
 ) -> Path:
     """Save the state of all processes as the checkpoint of a step, and remove the oldest beyond `limit`.
 
     Args:
         agreement: of all processes, which call this together.
+        save: writes the files of the state into a folder, for each process.
         spared: a checkpoint that is still needed, and is not removed.
-        order: facts that the order of the samples follows from, for the manifest.
+        identity: of the run, for the manifest.
 
     Raises:
         CheckpointWriteError: if it cannot be written, for example to a full disk; earlier ones are as they were.
@@ -76,7 +83,7 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         # The checksums of the manifest are stronger, and a second pass over all bytes would cost time.
         with serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
-            accelerator.save_state(str(unfinished))
+            save(unfinished)
     except (OSError, RuntimeError, SafetensorError) as error:  # Torch and safetensors raise errors of their own.
         if DEAD_WORKER.search(str(error)):
             raise  # It has nothing to do with the disk.
@@ -84,8 +91,8 @@ def save_checkpoint(
     is_saved = not agreement.any(failure is not None)
     if accelerator.is_main_process and is_saved:
         try:
-            facts = {"step": step, "num_processes": accelerator.num_processes, "order": order or {}}
-            _write_manifest(unfinished, facts)
+            facts = {"format": FORMAT, "step": step, "num_processes": accelerator.num_processes}
+            _write_manifest(unfinished, facts | {"identity": identity or {}})
             shutil.rmtree(final, ignore_errors=True)
             unfinished.rename(final)
             _flush(final.parent)
@@ -147,9 +154,14 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     return max((output_dir / CHECKPOINTS).glob(_NAME), default=None)
 
 
+def saved_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run by their names, the newest first."""
+    return sorted((output_dir / CHECKPOINTS).glob(_NAME), reverse=True)
+
+
 def newest_whole_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint whose files agree with its manifest; the log names newer ones that do not."""
-    for checkpoint in sorted((output_dir / CHECKPOINTS).glob(_NAME), reverse=True):
+    for checkpoint in saved_checkpoints(output_dir):
         damage = what_is_damaged(checkpoint)
         if damage is None:
             return checkpoint
@@ -157,20 +169,56 @@ def newest_whole_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def what_is_damaged(checkpoint: Path) -> str | None:
-    """The first difference between a checkpoint and its manifest, in words; None if it is whole."""
+def what_is_damaged(checkpoint: Path, names: Collection[str] | None = None) -> str | None:
+    """The first difference between a checkpoint and its manifest, in words; None if it is whole.
+
+    Args:
+        names: the files to look at; all of them if None.
+    """
     try:
         for name, (size, expected) in read_manifest(checkpoint)["files"].items():
+            if names is not None and name not in names:
+                continue
             path = checkpoint / name
             if not path.is_file():
                 return f"its file {name} is missing"
+            if not path.resolve().is_relative_to(checkpoint.resolve()):
+                return f"its file {name} is a link out of it"
             if path.stat().st_size != size or checksum(path) != expected:
                 return f"its file {name} is not what was saved"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         return f"its manifest cannot be read ({error})"
     return None
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """`step`, `num_processes`, `order` and `files` of a checkpoint."""
-    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    """`format`, `step`, `num_processes`, `identity` and `files` of a checkpoint; `format` is 1 in old ones.
+
+    Raises:
+        OSError, ValueError: if there is no manifest, or it lists something else than files of the checkpoint.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = {"format": 1, "identity": {}} | manifest
+        for name in ("format", "step", "num_processes"):
+            if type(manifest[name]) is not int:
+                raise ValueError(f"{name} is {manifest[name]!r}")
+        if not isinstance(manifest["identity"], dict):
+            raise ValueError(f"identity is {manifest['identity']!r}")
+        for name, (size, sum_of_file) in manifest["files"].items():
+            if not all(map(_PART.fullmatch, name.split("/"))):
+                raise ValueError(f"'{name}' is not the name of a file in a checkpoint")
+            if type(size) is not int or type(sum_of_file) is not str:
+                raise ValueError(f"the entry of {name} is not a size and a checksum")
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return manifest
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    """The names of the files that make up a checkpoint: those of its manifest and the manifest, and no others.
+
+    Raises:
+        OSError, ValueError: as `read_manifest`.
+    """
+    return [*sorted(read_manifest(checkpoint)["files"]), MANIFEST]

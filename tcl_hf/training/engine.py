@@ -6,20 +6,28 @@ weight, of the teacher's as of the student's, and gathers the weights of a layer
 buffers: each process holds them whole, and pushes the same rows.
 """
 
-import random
+import importlib
+import logging
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, DistributedType, broadcast
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast,
+    send_to_device,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..evaluation.shares import EvaluationStopped, stoppable
@@ -31,8 +39,35 @@ from .allocation import keep_freed_memory
 from .arguments import TCLTrainingArguments, TrainingError
 from .optimization import trained_groups
 from .precision import mixed_precision_of
+from .run_folder import replacing_model
+from .states import (
+    STATE_ERRORS,
+    random_states,
+    read_state,
+    read_tensors,
+    restore_optimizer,
+    restore_random_states,
+    tensors_of,
+    write_state,
+    write_tensors,
+)
+
+logger = logging.getLogger(__name__)
 
 SHARDED_LAYERS = (TCLVisionLayer, TCLTextLayer)
+
+# The files of a checkpoint, all of them safetensors. Processes that hold a part each write one each.
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+RUN = "run.safetensors"  # the states of everything else
+RANDOM = "random-states.safetensors"
+
+DEEPSPEED = "deepspeed"  # DeepSpeed's own folder in a checkpoint, with pickles
+# What DeepSpeed puts into its pickles beside tensors and plain values: data without behaviour of its own.
+_OF_DEEPSPEED = {
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
+}
 
 
 class Engine:
@@ -131,21 +166,113 @@ class Engine:
                 "train with DDP or FSDP2."
             )
 
-    def load_state(self, checkpoint: Path) -> None:
-        """Restore the state of all processes from a checkpoint.
+    def describe(self) -> dict[str, Any]:
+        """Facts about the launch on which the result of a run depends."""
+        return {
+            "kind": self.accelerator.distributed_type.value,
+            "processes": self.accelerator.num_processes,
+            "precision": self.accelerator.mixed_precision,
+            "accumulation": self.accumulation_steps,
+            "device": self.device.type,
+        }
+
+    def save_state(self, folder: Path, states: dict[str, Any]) -> None:
+        """Write the state of all processes into a folder; each of them has to call it.
+
+        Args:
+            states: further objects by name, of whose `state_dict` that of the main process is written.
 
         Raises:
-            TrainingError: if the optimizer of the checkpoint has other groups of parameters.
+            OSError, RuntimeError, SafetensorError: if a file cannot be written.
+        """
+        accelerator = self.accelerator
+        folder.mkdir(parents=True, exist_ok=True)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.model.save_checkpoint(str(folder), DEEPSPEED)
+        else:
+            tensors = tensors_of(accelerator.unwrap_model(self.model))
+            if accelerator.is_main_process or self.is_sharded:
+                write_tensors(self._own(folder / WEIGHTS), self._held(tensors))
+                write_state(self._own(folder / OPTIMIZER), self.optimizer.state_dict())
+        write_state(self._of_process(folder / RANDOM), random_states(self.device))
+        if accelerator.is_main_process:
+            content = {name: one.state_dict() for name, one in states.items()}
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            write_state(folder / RUN, {"states": content, "scaler": scaler, "forwards": accelerator.step})
+
+    def load_state(self, folder: Path, states: dict[str, Any]) -> None:
+        """Restore the state of all processes; no file of the folder is opened in a way that could execute it.
+
+        Args:
+            states: the objects whose states were written, by name.
+
+        Raises:
+            TrainingError: if a file cannot be used, or the optimizer has other groups of parameters.
         """
         try:
-            self.accelerator.load_state(str(checkpoint))
-        except ValueError as error:
-            if "parameter group" not in str(error):
+            self._load_weights(folder)
+            run = read_state(folder / RUN)
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(run["scaler"])
+            self.accelerator.step = int(run["forwards"])
+            content = send_to_device(run["states"], self.device)
+            if content.keys() != states.keys():
+                raise ValueError(f"{folder / RUN} holds the states of {', '.join(content)}")
+            for name, one in states.items():
+                one.load_state_dict(content[name])
+            self._load_random_states(folder)
+        except STATE_ERRORS as error:
+            if isinstance(error, TrainingError):
                 raise
+            if "parameter group" in str(error):
+                raise TrainingError(
+                    f"{folder} has other groups of parameters: name the same parts in part_learning_rates as before, "
+                    "train the same layers with the same decay_rule, and leave layer_decay at 1 or below 1 as it was."
+                ) from error
             raise TrainingError(
-                f"{checkpoint} has other groups of parameters: name the same parts in part_learning_rates as before, "
-                "train the same layers with the same decay_rule, and leave layer_decay at 1 or below 1 as it was."
+                f"{folder} cannot be resumed: {error or type(error).__name__}. Remove it to go on from the checkpoint "
+                "before it, or start a new run."
             ) from error
+
+    def _load_weights(self, folder: Path) -> None:
+        """Restore model and optimizer."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            check_pickles(folder / DEEPSPEED)
+            self.model.load_checkpoint(str(folder), DEEPSPEED)
+            return
+        tensors = tensors_of(self.accelerator.unwrap_model(self.model))
+        read_tensors(self._own(folder / WEIGHTS), self._held(tensors))
+        for tensor in tensors.values():
+            if self.is_sharded and not isinstance(tensor, DTensor):  # The main process alone has written it.
+                broadcast(tensor.data)
+        restore_optimizer(self.optimizer, read_state(self._own(folder / OPTIMIZER)))
+
+    def _load_random_states(self, folder: Path) -> None:
+        """Restore the generators of this process, or, where that is asked for, go on with those that there are."""
+        file = self._of_process(folder / RANDOM)
+        try:
+            restore_random_states(read_state(file), self.device)
+        except ValueError as error:
+            if not self.args.ignore_random_states:
+                raise TrainingError(
+                    f"{file}: {error}. The run would not go on bit for bit: resume with --ignore_random_states true to "
+                    "go on with other random numbers."
+                ) from error
+            logger.warning("%s: %s. The run goes on with other random numbers (ignore_random_states).", file, error)
+
+    def _held(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that this process writes: all of them, or its parts; the main process also what is not cut."""
+        if self.accelerator.is_main_process or not self.is_sharded:
+            return tensors
+        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+
+    def _own(self, file: Path) -> Path:
+        """The file of this process where each holds a part, and else the one file of all."""
+        return self._of_process(file) if self.is_sharded else file
+
+    def _of_process(self, file: Path) -> Path:
+        """The file with the number of this process in its name."""
+        return file.with_stem(f"{file.stem}-{self.accelerator.process_index:05d}")
 
     def forward(self, batch: dict[str, Tensor], alpha: float) -> Any:
         """The model's output, with its losses; `alpha` is the share of the teacher's targets."""
@@ -190,12 +317,12 @@ class Engine:
         Raises:
             EvaluationStopped: if it was asked to stop. Random numbers then go on as if it had not begun.
         """
-        before = _random_states()
+        before = random_states(self.device)
         try:
             with self.result() as model, self.accelerator.autocast(), stoppable(is_asked_to_stop):
                 metrics = evaluate(whole_model(model))
         except EvaluationStopped:
-            _restore_random_states(before)
+            restore_random_states(before, self.device)
             raise
         self.accelerator.wait_for_everyone()
         return metrics
@@ -206,11 +333,12 @@ class Engine:
         with self.result() as model:
             state = whole_state_dict(model) if self.is_sharded else None  # Every process has to ask for it.
             if self.accelerator.is_main_process:
-                if self.args.lora is None:
-                    model.save_pretrained(folder, state_dict=state)
-                else:
-                    save_adapted(model, folder, self.args.lora_save)
-                processor.save_pretrained(folder)
+                with replacing_model(folder) as unfinished:
+                    if self.args.lora is None:
+                        model.save_pretrained(unfinished, state_dict=state)
+                    else:
+                        save_adapted(model, unfinished, self.args.lora_save)
+                    processor.save_pretrained(unfinished)
 
     @contextmanager
     def result(self) -> Iterator[Any]:
@@ -223,19 +351,24 @@ class Engine:
             yield model
 
 
-def _random_states() -> tuple[Any, ...]:
-    """The states of the generators that an evaluation may draw from."""
-    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), of_gpus
+def check_pickles(folder: Path) -> None:
+    """Refuse a folder of DeepSpeed's files if reading them could execute something, because DeepSpeed does not check.
 
+    Torch's reader of weights interprets the same bytes, and knows nothing but tensors, plain values and four classes.
 
-def _restore_random_states(states: tuple[Any, ...]) -> None:
-    of_python, of_numpy, of_torch, of_gpus = states
-    random.setstate(of_python)
-    np.random.set_state(of_numpy)
-    torch.set_rng_state(of_torch)
-    if of_gpus:
-        torch.cuda.set_rng_state_all(of_gpus)
+    Raises:
+        ValueError: naming the file.
+    """
+    known = [
+        getattr(importlib.import_module(module), name) for module, names in _OF_DEEPSPEED.items() for name in names
+    ]
+    with torch.serialization.safe_globals(known):
+        for file in sorted(path for path in folder.rglob("*") if path.suffix in (".pt", ".bin", ".pth", ".pkl")):
+            try:
+                torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except (pickle.UnpicklingError, *STATE_ERRORS) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(f"{file} holds more than tensors and plain values ({reason})") from error
 
 
 # Sharding by FSDP2

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.configuration_tcl import MAX_TEMPERATURE, MIN_TEMPERATURE
+from .states import take_over
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Monitor:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Take over the state that a checkpoint has kept."""
-        vars(self).update(state)
+        take_over(self, state)
 
     def watch(self, line: dict[str, float]) -> list[str]:
         """Log a warning for everything that looks wrong in a line of the log, and return the warnings."""

@@ -33,7 +33,7 @@ class RunLoader:
 
     Attributes:
         steps_per_epoch: optimizer steps in an epoch.
-        state: the objects that belong to a checkpoint.
+        state: the objects that belong to a checkpoint, by name.
 
     Raises:
         TrainingError: if the arguments do not suit a stream.
@@ -47,7 +47,7 @@ class RunLoader:
         self.collator = collator.for_run(skipped) if hasattr(collator, "for_run") else collator
         self.workers = Workers()
         self.pin_memory = torch.cuda.is_available()
-        self.state: list[Any] = []
+        self.state: dict[str, Any] = {}
         if isinstance(dataset, IterableDataset):
             self._read_stream(dataset)
         else:
@@ -99,7 +99,7 @@ class RunLoader:
             pin_memory=self.pin_memory,
             workers=self.workers,
         )
-        self.state = [self.loader]
+        self.state = {"stream": self.loader}
         self.visits_per_batch, self.steps_per_epoch = 1, args.max_steps  # A stream counts batches itself.
 
     def batches(self, epoch: int, start: int) -> Iterator[dict[str, Tensor]]:

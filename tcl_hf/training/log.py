@@ -1,6 +1,7 @@
 """The log of a run: `metrics.jsonl`, trackers, and the means between two of its lines."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -11,7 +12,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..models.whole_files import replace_file
 from .health import batch_statistics
+from .states import take_over
+
+logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 
@@ -28,20 +33,42 @@ class MetricsLog:
         self.path, self.accelerator = path, accelerator
         if accelerator.is_main_process:
             kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            replace_file(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: dict[str, float]) -> None:
         """Append a line, which has a `step`, by the main process."""
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")  # It reaches the file in one piece, when it is closed.
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=int(line["step"]))
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`; an empty list if the file does not exist."""
+    """The lines of a `metrics.jsonl`; an empty list if the file does not exist.
+
+    Lines that were cut, by a full disk or a lost machine, or that are not of a log are passed over with a warning.
+    """
     path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines, damaged = [], []
+    for number, text in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        line = _line_of(text)
+        if line is None:
+            damaged.append(number)
+        else:
+            lines.append(line)
+    if damaged:
+        logger.warning("%s: %d damaged lines are passed over, the first is line %d.", path, len(damaged), damaged[0])
+    return lines
+
+
+def _line_of(text: bytes) -> dict[str, float] | None:
+    """A line of the log: numbers by name, a whole `step` among them; None if it is not one."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_line = isinstance(line, dict) and type(line.get("step")) is int
+    return line if is_line and all(type(value) in (int, float) for value in line.values()) else None
 
 
 class Meter:
@@ -70,8 +97,15 @@ class Meter:
         return {name: getattr(self, name) for name in ("sums", "forwards", "pairs", "seconds", "norms")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over sums."""
-        vars(self).update(state)
+        """Take over sums.
+
+        Raises:
+            ValueError: if they are not those of a meter.
+        """
+        take_over(self, state)
+        for value in (*self.sums.values(), *self.norms):
+            if not isinstance(value, Tensor) or value.ndim:
+                raise ValueError(f"a sum of Meter is {value!r}")
 
     def add(self, output: Any, loss_names: Sequence[str], num_pairs: int, gradient_norm: Tensor | None) -> None:
         """Add a forward.

@@ -4,6 +4,7 @@
 the model (`models/modeling_tcl.py`).
 """
 
+import copy
 import logging
 import math
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from .adapters import check_output_dir
 from .arguments import TCLTrainingArguments, TrainingError
 from .checkpoints import (
     CHECKPOINTS,
+    FORMAT,
     CheckpointPusher,
     newest_checkpoint,
     newest_whole_checkpoint,
@@ -34,16 +36,16 @@ from .checkpoints import (
 from .engine import Engine
 from .guard import UpdateGuard
 from .health import Monitor
+from .identity import check_identity, identity_of_run, start_anew
 from .interruption import PREEMPTED, Preempted, StopSignal
 from .loaders import Collator, RunLoader
 from .log import METRICS, Meter, MetricsLog
 from .optimization import learning_rate
 from .ownership import owned
 from .progress import Progress
+from .run_folder import SKIPPED, check_new, clear
 
 logger = logging.getLogger(__name__)
-
-SKIPPED = "skipped.jsonl"
 
 Evaluator = Callable[[nn.Module], dict[str, float]]
 
@@ -62,6 +64,7 @@ class TrainingRun:
         push_checkpoint: takes every checkpoint that is written; only the main process needs one.
         stop_signal: notes whether the run was asked to stop. At its end, it may have been too late to do so.
         is_followed: whether the same processes train another run afterwards.
+        recipe: further arguments by name, see `identity.settings_of`; a resumed run is compared with them.
     """
 
     model: PreTrainedModel
@@ -73,6 +76,7 @@ class TrainingRun:
     push_checkpoint: CheckpointPusher | None = None
     stop_signal: StopSignal = field(default_factory=StopSignal)
     is_followed: bool = False
+    recipe: dict[str, Any] = field(default_factory=dict)
 
     def train(self) -> dict[str, float]:
         """Train to the end, and return the last line of `metrics.jsonl`.
@@ -111,11 +115,14 @@ class TrainingRun:
                 "out."
             )
         set_seed(args.seed, device_specific=True)  # Each process has its own dropout masks and negatives.
+        self.identity = identity_of_run(
+            args, self.recipe, self.model, self.processor, self.dataset, self.engine.describe()
+        )
         self.engine.prepare(self.model)
         self.loader = RunLoader(self.dataset, self.collator, args, self.engine, self.skipped)
         self.held.callback(self.loader.close)
         self.progress, self.meter, self.monitor = Progress(self.skipped), Meter(), Monitor()
-        self.accelerator.register_for_checkpointing(*self.loader.state, self.progress, self.meter, self.monitor)
+        self.states = {"progress": self.progress, "meter": self.meter, "monitor": self.monitor, **self.loader.state}
         if args.report_to:
             self.accelerator.init_trackers("tcl_hf", config={name: str(value) for name, value in vars(args).items()})
         self.num_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * self.loader.steps_per_epoch
@@ -137,12 +144,11 @@ class TrainingRun:
         check_output_dir(self.output_dir, self.args)
         if self.args.resume:
             return
-        if newest_checkpoint(self.output_dir) is not None:
-            raise TrainingError(
-                f"{self.output_dir} holds checkpoints of an earlier run: go on with --resume, or choose another "
-                "output_dir."
-            )
-        (self.output_dir / SKIPPED).unlink(missing_ok=True)
+        check_new(self.output_dir, self.args.overwrite_output_dir)
+        self.accelerator.wait_for_everyone()  # until all processes have looked
+        if self.accelerator.is_main_process:
+            clear(self.output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint that is whole."""
@@ -154,17 +160,23 @@ class TrainingRun:
                 f"There is no whole checkpoint to resume from in {self.output_dir / CHECKPOINTS}: {remedy}."
             )
         manifest = read_manifest(checkpoint)
-        self._check_order(checkpoint, manifest.get("order", {}))
+        if manifest["format"] != FORMAT:
+            raise TrainingError(
+                f"{checkpoint} was written by another version of tcl_hf, as format {manifest['format']} and not "
+                f"{FORMAT}: finish the run with that version, or put its model.safetensors beside the config.json and "
+                f"the processor of such a model, and {start_anew(checkpoint)}."
+            )
         writers = manifest["num_processes"]
         if writers != self.accelerator.num_processes:
             raise TrainingError(
                 f"{checkpoint} was written by {writers} processes, and this run has {self.accelerator.num_processes}: "
                 f"each had its own random numbers and share of the data. Start {writers}."
             )
+        check_identity(checkpoint, manifest["identity"], self.identity)
         if self.accelerator.is_main_process:
             self.skipped.mend_list()
         self.accelerator.wait_for_everyone()
-        self.engine.load_state(checkpoint)
+        self.engine.load_state(checkpoint, self.states)
         self.accelerator.wait_for_everyone()  # before any process adds to the list of skipped samples
         if self.progress.step >= self.num_steps + self.progress.evaluation_due:
             raise TrainingError(
@@ -172,32 +184,6 @@ class TrainingRun:
                 "raise num_train_epochs or max_steps."
             )
         logger.info("Resumed from %s at step %d.", checkpoint, self.progress.step)
-
-    @property
-    def order(self) -> dict[str, Any]:
-        """The facts that the order of the samples follows from: a run that goes on must have the same."""
-        names = (
-            *("seed", "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy"),
-            "dataloader_drop_last",
-        )
-        facts = {name: getattr(self.args, name) for name in names if hasattr(self.args, name)}
-        return facts | ({"samples": len(self.dataset)} if hasattr(self.dataset, "__len__") else {})
-
-    def _check_order(self, checkpoint: Path, order: dict[str, Any]) -> None:
-        """Refuse to go on with samples in another order: some would be missed, and others seen twice.
-
-        Raises:
-            TrainingError: naming what differs, and what to do.
-        """
-        for name, before in order.items():
-            now = self.order.get(name)
-            if now != before:
-                what = "the data has" if name == "samples" else f"{name} is"
-                unit = " samples" if name == "samples" else ""
-                raise TrainingError(
-                    f"{checkpoint} was written when {what} {before}{unit}, and now {what} {now}{unit}: the order of "
-                    "samples would not go on. Set it as it was, or start a new run from the weights with --model."
-                )
 
     @property
     def is_done(self) -> bool:
@@ -351,13 +337,30 @@ class TrainingRun:
         step, limit, pusher = self.progress.step, self.args.save_total_limit, self.push_checkpoint
         spared = pusher.on_its_way if pusher else None
         checkpoint = save_checkpoint(
-            self.accelerator, self.output_dir, step, limit, self.engine.agreement, spared, self.order
+            self.accelerator,
+            self.output_dir,
+            step,
+            limit,
+            self.engine.agreement,
+            self.save_state,
+            spared,
+            self.identity,
         )
         self.has_saved = True
         if pusher:
             pusher.start(checkpoint)
         self.meter.restart_clock()
         return checkpoint
+
+    def save_state(self, folder: Path) -> None:
+        """Write the files of a checkpoint; where weights are not in parts, the folder also opens as a model."""
+        self.engine.save_state(folder, self.states)
+        if self.accelerator.is_main_process:
+            self.processor.save_pretrained(folder)
+            if self.args.lora is None and not self.engine.is_sharded:
+                config = copy.deepcopy(self.model.config)
+                config.architectures = [type(self.model).__name__]
+                config.save_pretrained(folder)
 
     def stop(self) -> NoReturn:
         """Save a checkpoint and end the run, which was asked to stop.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.skipped import SkippedSamples
+from .states import take_over
 
 
 @dataclass
@@ -33,7 +34,10 @@ class Progress:
         return numbers | {"samples": self.skipped.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        numbers = dict(state)
-        self.skipped.load_state_dict(numbers.pop("samples"))
-        vars(self).update(numbers)
+        """Go on from there.
+
+        Raises:
+            ValueError: if a number is missing or is not one.
+        """
+        take_over(self, state)
+        self.skipped.load_state_dict(vars(self).pop("samples"))

@@ -292,8 +292,27 @@ def test_a_run_does_not_overwrite_the_phases_of_another(data, tmp_path, left):
     folder = tmp_path / "run" / "phase-1"
     place = folder / FINISHED if left == "a finished phase" else folder / "checkpoints" / "step-00000001"
     place.mkdir(parents=True)
-    with pytest.raises(SystemExit, match=r"holds phases of an earlier run: go on with --resume, or choose another"):
+    with pytest.raises(SystemExit, match=r"holds phases of an earlier run: go on with --resume, choose another"):
         run(tmp_path, data)
+
+
+def test_phases_of_an_earlier_run_are_replaced_if_that_is_asked_for(whole, data, tmp_path):
+    folder = tmp_path / "run"
+    for place in (folder / "phase-1", folder):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / FINISHED).write_text("{}")
+        (place / "metrics.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
+    (folder / "phase-2" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert_equal(run(tmp_path, data, "--overwrite_output_dir", "true"), whole)
+    assert losses(folder) == losses(whole)
+
+
+def test_a_run_does_not_replace_the_model_or_the_encoders_that_it_starts_from(data, tmp_path):
+    (tmp_path / "run" / "encoder").mkdir(parents=True)
+    for name, source in (("model", tmp_path / "run"), ("vision_model", tmp_path / "run" / "encoder")):
+        argv = ["--recipe", write_recipe(tmp_path, data, None), f"--{name}", str(source)]
+        with pytest.raises(SystemExit, match=r"of the model that the run starts from, .*which would be lost"):
+            pretrain.main([*argv, "--output_dir", str(tmp_path / "run"), "--overwrite_output_dir", "true"])
 
 
 def test_checkpoints_of_a_phase_whose_start_is_not_finished_are_refused(data, tmp_path):

@@ -1,6 +1,7 @@
 """Models that are pushed open elsewhere with the same outputs: the Hub's real client against a server on loopback."""
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -31,10 +32,10 @@ from tcl_hf.recipes.arguments import FinetuningDataArguments
 from tcl_hf.recipes.model_folder import write_task
 from tcl_hf.sharing.cards import plain_card
 from tcl_hf.sharing.convert import open_saved
-from tcl_hf.sharing.hub import CODE, HubError, export, pull, push
-from tcl_hf.training.adapters import add_lora, config_of, open_checkpoint, save_adapted
+from tcl_hf.sharing.hub import CODE, BackgroundPush, HubError, export, pull, push
+from tcl_hf.training.adapters import ADAPTER_CONFIG, add_lora, config_of, open_checkpoint, save_adapted
 from tcl_hf.training.arguments import TCLTrainingArguments
-from tcl_hf.training.checkpoints import newest_checkpoint
+from tcl_hf.training.checkpoints import FORMAT, MANIFEST, newest_checkpoint
 
 CLASSES = [
     TCLModel,
@@ -103,9 +104,17 @@ def save(model_class, folder: Path, processor, **fields):
     (folder / "README.md").write_text(CARD)
     (folder / "training.png").write_bytes(b"\x89PNG\0")
     (folder / "notes.txt").write_text("mine")
-    (folder / "checkpoints/step-00000001").mkdir(parents=True)
-    (folder / "checkpoints/step-00000001/optimizer.bin").write_bytes(b"\0" * 1000)
+    save_state(folder / "checkpoints/step-00000001")
     return model
+
+
+def save_state(checkpoint: Path) -> None:
+    """A checkpoint with one file, and a manifest of it."""
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "optimizer.safetensors").write_bytes(b"\0" * 1000)
+    listed = {"optimizer.safetensors": [1000, hashlib.sha256(b"\0" * 1000).hexdigest()]}
+    manifest = {"format": FORMAT, "step": 1, "num_processes": 1, "identity": {}, "files": listed}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
 
 
 def features(model) -> dict[str, torch.Tensor]:
@@ -163,7 +172,7 @@ def test_training_state_is_pulled_as_it_was_pushed(hub, repo, processor, tmp_pat
     opened = open_saved(tmp_path / "other")
     for name, value in model.state_dict().items():
         assert torch.equal(opened.state_dict()[name], value), name
-    state = "checkpoints/step-00000001/optimizer.bin"
+    state = "checkpoints/step-00000001/optimizer.safetensors"
     assert (tmp_path / "other" / state).read_bytes() == (tmp_path / "run" / state).read_bytes()
 
 
@@ -367,16 +376,65 @@ def test_a_model_on_the_hub_is_evaluated_by_its_name_and_brings_task_and_answers
         assert not (folder / "vqa_results.json").exists()
 
 
-def test_links_to_files_outside_of_the_folder_are_not_followed(processor, tmp_path):
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_listed_files_are_shared_and_no_link_leaves_the_folder(processor, tmp_path):
     save(TCLForPreTraining, tmp_path / "run", processor)
     (tmp_path / "secret").write_text("token")
-    (tmp_path / "run/leak.png").symlink_to(tmp_path / "secret")
-    (tmp_path / "run/LICENSE").symlink_to(tmp_path / "secret")
-    (tmp_path / "run/checkpoints/step-00000001/more.bin").symlink_to(tmp_path / "secret")
+    checkpoint = tmp_path / "run/checkpoints/step-00000001"
+    for link in ("leak.png", "LICENSE", "checkpoints/step-00000001/more.bin"):
+        (tmp_path / "run" / link).symlink_to(tmp_path / "secret")
+    for name in (".env", ".hidden.png", "checkpoints/.cache", "checkpoints/step-00000001/.env"):
+        (tmp_path / "run" / name).write_text("token")
+    (checkpoint / "notes.txt").write_text("mine")
     export(tmp_path / "run", tmp_path / "out", training_state=True, with_code=True)
-    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert "training.png" in files and "checkpoints/step-00000001/optimizer.bin" in files
-    assert not {"leak.png", "LICENSE", "checkpoints/step-00000001/more.bin", "notes.txt"} & files
+    files = files_below(tmp_path / "out")
+    assert {name for name in files if "checkpoints" in name} == {
+        f"checkpoints/step-00000001/{name}" for name in ("optimizer.safetensors", MANIFEST)
+    }
+    assert "training.png" in files
+    assert not {"leak.png", "LICENSE", "notes.txt", ".env", ".hidden.png"} & files
+
+
+def test_the_newest_whole_checkpoint_is_shared_and_not_a_damaged_newer_one(processor, tmp_path, caplog):
+    save(TCLForPreTraining, tmp_path / "run", processor)
+    newer = tmp_path / "run/checkpoints/step-00000002"
+    save_state(newer)
+    (newer / "optimizer.safetensors").write_bytes(b"cut")
+    link = tmp_path / "run/checkpoints/step-00000003"
+    save_state(link)
+    (link / "optimizer.safetensors").rename(tmp_path / "moved")
+    (link / "optimizer.safetensors").symlink_to(tmp_path / "moved")
+    export(tmp_path / "run", tmp_path / "out", training_state=True)
+    assert {path.name for path in (tmp_path / "out/checkpoints").iterdir()} == {"step-00000001"}
+    assert "step-00000002 is passed over: its file optimizer.safetensors is not what was saved" in caplog.text
+    assert "step-00000003 is passed over: its file optimizer.safetensors is a link out of it" in caplog.text
+
+
+def test_adapters_that_are_links_out_of_their_folder_are_not_shared(adapted, tmp_path):
+    _, folder, _ = adapted
+    (folder / ADAPTER_CONFIG).rename(tmp_path / "secret")
+    (folder / ADAPTER_CONFIG).symlink_to(tmp_path / "secret")
+    with pytest.raises(HubError, match=r"adapter_config\.json cannot be shared: it is missing, or a link to a file"):
+        export(folder, tmp_path / "out", base_model="user/base")
+
+
+def test_a_push_in_the_background_sends_the_files_of_the_manifest_alone(hub, repo, tmp_path, caplog):
+    checkpoint = tmp_path / "checkpoints/step-00000001"
+    save_state(checkpoint)
+    for name in (".env", "notes.txt"):
+        (checkpoint / name).write_text("token")
+    push = BackgroundPush(repo)
+    push.start(checkpoint)
+    push.finish()
+    sent = {name for name in hub.repos[repo].find("main").files if name.startswith("checkpoints/")}
+    assert sent == {f"checkpoints/step-00000001/{name}" for name in ("optimizer.safetensors", MANIFEST)}
+    (checkpoint / "optimizer.safetensors").write_bytes(b"cut")
+    push.start(checkpoint)
+    push.finish()
+    assert f"{checkpoint} was not pushed: it is damaged: its file optimizer.safetensors" in caplog.text
 
 
 def test_a_file_damaged_on_the_way_is_refused(hub, repo, processor, tmp_path):

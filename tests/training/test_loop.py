@@ -144,6 +144,37 @@ def test_a_folder_with_checkpoints_of_another_run_is_refused(tmp_path):
         tiny_run(tmp_path, save_steps=4)
 
 
+def test_a_finished_run_is_replaced_only_if_that_is_asked_for(tmp_path):
+    tiny_run(tmp_path, max_steps=3)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(TrainingError, match=r"holds a model, which a new run would replace: .*--overwrite_output_dir"):
+        tiny_run(tmp_path, max_steps=2)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    tiny_run(tmp_path, max_steps=2, overwrite_output_dir=True)
+    assert len(losses(tmp_path)) == 2
+    tiny_run(tmp_path, max_steps=3, save_steps=2, overwrite_output_dir=True)
+    tiny_run(tmp_path, max_steps=1, overwrite_output_dir=True)
+    assert newest_checkpoint(tmp_path) is None and len(losses(tmp_path)) == 1
+
+
+def test_the_best_model_is_whole_until_a_better_one_is_written(tmp_path, monkeypatch):
+    """A kill while a model is saved leaves the former one."""
+    tiny_run(tmp_path, max_steps=1)
+    former = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    save = TCLForPreTraining.save_pretrained
+
+    def cut(self, folder, **options):
+        save(self, folder, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TCLForPreTraining, "save_pretrained", cut)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path, max_steps=1, learning_rate=1.0, overwrite_output_dir=True)
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert left.keys() == former.keys()
+    assert all(left[name] == former[name] for name in former if name != "metrics.jsonl")
+
+
 def test_resuming_a_run_that_is_done_is_refused(tmp_path):
     tiny_run(tmp_path, save_steps=4)
     with pytest.raises(TrainingError, match="is at step 4, and the run is to end at 3"):
@@ -226,8 +257,8 @@ def test_clipping_limits_the_gradient(reference, tmp_path):
 
 def test_a_stream_trains_for_max_steps(tmp_path):
     stream = Dataset.from_list(tiny_records(12)).to_iterable_dataset(num_shards=2)
-    tiny_run(tmp_path, pairs=stream, max_steps=5)
-    assert len(losses(tmp_path)) == 5
+    tiny_run(tmp_path / "run", pairs=stream, max_steps=5)
+    assert len(losses(tmp_path / "run")) == 5
     with pytest.raises(ValueError, match="max_steps"):
         tiny_run(tmp_path, pairs=stream)
     with pytest.raises(
@@ -341,7 +372,7 @@ def test_a_new_run_starts_a_new_list_of_skipped_samples(tmp_path):
     records = tiny_records(12)
     records[3]["image"] = None
     for _ in range(2):
-        tiny_run(tmp_path, records=records, num_train_epochs=1, max_bad_share=1.0)
+        tiny_run(tmp_path, records=records, num_train_epochs=1, max_bad_share=1.0, overwrite_output_dir=True)
         assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
 
 

@@ -27,6 +27,7 @@ from tcl_hf.recipes.build import open_model
 from tcl_hf.training.adapters import add_lora, config_of, is_adapter, merged_state_dict, open_checkpoint
 from tcl_hf.training.arguments import TCLTrainingArguments, TrainingError
 from tcl_hf.training.log import read_metrics
+from tcl_hf.training.states import read_state
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
@@ -189,7 +190,7 @@ def test_locked_layers_get_no_adapters_and_stay_the_teachers_too(base):
 
 
 def test_rates_by_part_and_averaged_weights_know_adapters(base, tmp_path):
-    run(tmp_path, base, max_steps=2, part_learning_rates={"vision": 1e-4}, layer_decay=0.5)
+    run(tmp_path / "run", base, max_steps=2, part_learning_rates={"vision": 1e-4}, layer_decay=0.5)
     with pytest.raises(TrainingError, match="average_weights does not work with adapters"):
         run(tmp_path, base, average_weights=True)
 
@@ -278,7 +279,7 @@ def test_a_run_changes_only_what_is_trained_and_gives_the_optimizer_only_that(ba
     assert changed == CONTRAST | ITM | WORDS
     moved = [name for name, parameter in model.named_parameters() if ".lora_B." in name and parameter.any()]
     assert len(moved) == len(trained(model)[0])
-    state = torch.load(tmp_path / "checkpoints/step-00000004/optimizer.bin", weights_only=True)
+    state = read_state(tmp_path / "checkpoints/step-00000004/optimizer.safetensors")
     assert len(state["state"]) == sum(parameter.requires_grad for parameter in model.parameters())
 
 

@@ -271,6 +271,39 @@ def test_the_training_loop_under_fsdp2_of_accelerate_equals_ddp(tmp_path, precis
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=4e-4)  # at most the four steps of AdamW
 
 
+def train_sharded_and_kill(rank: int, folder: Path) -> None:
+    step = TrainingRun.after_step
+
+    def stop(self):
+        step(self)
+        if self.progress.step == 3:
+            raise KeyboardInterrupt
+
+    TrainingRun.after_step = stop
+    with pytest.raises(KeyboardInterrupt):
+        train_with_accelerate(rank, folder, True, "no", {"save_steps": 2})
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_bit_for_bit_from_files_that_nothing_executes(tmp_path):
+    in_two_processes(train_with_accelerate, tmp_path / "whole", True, "no", {})
+    in_two_processes(train_sharded_and_kill, tmp_path / "killed")
+    in_two_processes(train_with_accelerate, tmp_path / "killed", True, "no", {"resume": True})
+    names = {path.name for path in (tmp_path / "killed/checkpoints/step-00000002").iterdir()}
+    states = {"model", "optimizer", "random-states"}
+    assert {f"{state}-0000{rank}.safetensors" for state in states for rank in (0, 1)} | {"run.safetensors"} == {
+        name for name in names if name.endswith(".safetensors")
+    }
+    assert not any(name.endswith((".bin", ".pkl", ".pt", ".metadata", ".distcp")) for name in names)
+    whole, killed = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
+    for one, other in zip(whole, killed, strict=True):
+        assert {k: v for k, v in one.items() if "seconds" not in k and "per_second" not in k} == {
+            k: v for k, v in other.items() if "seconds" not in k and "per_second" not in k
+        }
+    ours, theirs = (TCLForPreTraining.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "killed"))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_reads_our_config_files(path):
     config = load_config_from_file(str(path))

@@ -59,7 +59,7 @@ ON_RESUME = (
     )),
     Rule(LOGGED, "memory for time, with equal numbers up to rounding", ("gradient_checkpointing",)),
     Rule(LOGGED, "where its data and its start are: the samples are compared, and the start is not read again", (
-        "data", "annotations", "image_root", "model", "vision_model", "text_model", "tokenizer",
+        "data", "annotations", "image_root", "allow_outside_root", "model", "vision_model", "text_model", "tokenizer",
     )),
     Rule(REFUSED, "the order of samples and the random numbers", (
         "seed", "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy",

@@ -284,7 +284,7 @@ def json_object(text: str, name: str = "config") -> dict[str, Any]:
     """
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RecipeError(f"--{name} is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise RecipeError(f"--{name} is not an object, but {text}: give fields of {OBJECTS[name]} by name.")

@@ -59,7 +59,7 @@ def read_task(model: str, names_data: bool) -> dict[str, Any]:
         unknown = content.keys() - {"task", *_OF_MODEL, *_OF_DATA}
         if content["task"] not in TASKS or unknown:
             raise ValueError(f"unknown: {', '.join(unknown) or content['task']}")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise RecipeError(f"{file} cannot be read ({error}): name --task, or write the file anew.") from error
     return {name: value for name, value in content.items() if not (names_data and name in _OF_DATA)}
 

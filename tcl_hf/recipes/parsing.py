@@ -7,8 +7,9 @@ ignored silently; only a recipe for training may also be given to commands that 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from .model_folder import TASK, read_task
 from .tasks import TASKS, ignored_options, readers_of
 
 RECIPES = Path(__file__).parent
+MAX_VALUES = 100_000  # in a recipe; a few anchors can stand for billions
 PHASES = "phases"  # the argument of a recipe that lists what its phases change
 
 
@@ -234,11 +236,21 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         names = ", ".join(recipe_names())
         raise RecipeError(f"There is no recipe {path}: name a YAML file, or one of {names}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise RecipeError(f"{path} could not be read as YAML: {error}") from error
+    if sum(1 for _ in islice(_values_in(values), MAX_VALUES + 1)) > MAX_VALUES:
+        raise RecipeError(f"{path} has more than {MAX_VALUES:,} values, those of its anchors among them: shorten it.")
     if not isinstance(values, dict):
         raise RecipeError(f"{path} is not a list of `name: value`.")
     return {str(name): value for name, value in values.items()}
+
+
+def _values_in(content: Any) -> Iterator[Any]:
+    """Every value inside lists and dictionaries; one that anchors repeat is counted as often as it stands there."""
+    yield content
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    for part in parts:
+        yield from _values_in(part)
 
 
 def _filled(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,16 @@ def test_a_model_for_no_evaluated_task_asks_for_one(tmp_path):
         read_task(str(tmp_path), names_data=True)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"task": "captioning"}', '{"task": "retrieval", "output_dir": "/"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"task": "captioning"}',
+        '{"task": "retrieval", "output_dir": "/"}',
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
 def test_a_damaged_file_is_refused_in_a_sentence(content, tmp_path):
     (tmp_path / "task.json").write_text(content)
     with pytest.raises(RecipeError, match=r"task\.json cannot be read \(.*\): name --task, or write the file anew"):

@@ -194,6 +194,10 @@ def test_a_task_on_the_command_line_alone_takes_nothing_from_the_default_recipe(
     assert data.add_words
 
 
+# Each list stands for ten of the list before it.
+MANY_ANCHORS = "\n".join(["a0: &a0 [1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))])
+
+
 @pytest.mark.parametrize(
     ("text", "argv", "message"),
     [
@@ -212,11 +216,14 @@ def test_a_task_on_the_command_line_alone_takes_nothing_from_the_default_recipe(
         ("color_jitter: perhaps", [], "color_jitter.*: Truthy value expected: got perhaps"),
         ("[1, 2]", [], "is not a list of `name: value`"),
         ("a: [", [], "could not be read as YAML"),
+        pytest.param(f"a: {'[' * 5000}{']' * 5000}", [], "could not be read as YAML", id="deep nesting"),
+        pytest.param(MANY_ANCHORS, [], r"has more than 100,000 values, those of its anchors among them", id="anchors"),
         ("", ["--batchsize", "7"], r"no option --batchsize \(did you mean 'per_device_train_batch_size'\?\)"),
         ("", ["--learning", "7"], r"no option --learning \(did you mean"),
         ("", ["learning_rate", "7"], "'learning_rate' does not belong to any option: write options as --name value"),
         ("", ["--recipe", "nowhere.yaml"], r"no recipe nowhere\.yaml: name a YAML file, or one of daquar"),
         ("", ["--config", "{"], "--config is not JSON"),
+        pytest.param("", ["--config", "[" * 100_000], "--config is not JSON", id="deep JSON"),
         ("", ["--config"], "Argument --config: expected one argument"),
         ("", ["--config", "[]"], "--config is not an object"),
         ("lora: 16", [], "--lora is not an object, but 16: give fields of LoRA by name"),

@@ -22,7 +22,7 @@ from ..models.distributed import is_distributed
 from .encoding import AHEAD, Committer, Decoded, any_left, decode, encode_rows, facts_of, gathered, in_threads
 from .pictures import Folder, Picture, captions_beside, file_picture, pictures_in, pictures_of
 from .ranking import NUM_READERS, SearchModel
-from .storage import About, SearchError, Storage, quoted, schema_of
+from .storage import About, SearchError, Storage, plain_errors, quoted, schema_of
 
 logger = logging.getLogger(__name__)
 
@@ -320,7 +320,8 @@ class Indexing:
         self.reasons = gathered(self.reasons)
         if self.rank == 0:
             self.changes.skipped = len(self.reasons)
-            self._list_skipped()
+            with plain_errors(self.storage.uri):
+                self._list_skipped()
             self.storage.tidy(len(self.gone))
         if is_distributed():
             changes = [self.changes]

@@ -34,7 +34,7 @@ WRITER = "writer.lock"
 # Columns that a person can name in `where`.
 FACTS = ("image_id", "path", "name", "source", "caption", "size", "modified", "width", "height", "hash")
 _ABOUT = b"tcl_hf"
-_FRAGMENTS = 64  # more of them are merged, because each search opens all
+_FRAGMENTS = 32  # more of them are merged, because each search reads all
 _DELETED = 0.25  # share of deleted rows from which on their place is freed
 _KEPT_VERSIONS = timedelta(minutes=10)  # for readers in other processes that have not seen the newest one yet
 
@@ -237,6 +237,10 @@ class Storage:
         Args:
             num_deleted: rows that were deleted since the last call.
         """
+        with plain_errors(self.uri):
+            self._tidy(num_deleted)
+
+    def _tidy(self, num_deleted: int) -> None:
         number = self.table.count_rows()
         indexed = next((index for index in self.table.list_indices() if "vector" in index.columns), None)
         if indexed is None and number >= EXACT_BELOW:

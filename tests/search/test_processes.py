@@ -52,6 +52,7 @@ def index_in_a_process(rank: int, index: Path, folder: Path) -> None:
     assert vars(made.sync(folder, progress=False))["moved"] == 1, rank
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_index_of_one(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()

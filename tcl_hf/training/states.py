@@ -158,6 +158,9 @@ def restore_optimizer(optimizer: Any, state: Any) -> None:
     Raises:
         ValueError: if it has other groups of parameters, or tensors of other shapes.
     """
+    sizes = [[len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise ValueError("the optimizer has another number or other sizes of parameter groups")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, values in state["state"].items():
         parameter = parameters[number]

@@ -60,14 +60,14 @@ def test_the_report_shows_the_saved_model_where_weights_are_averaged(tmp_path, m
     reported = []
     monkeypatch.setattr(recipe, "load_pretraining_data", lambda args: ([], tiny_records(2)))
     monkeypatch.setattr(recipe, "captions_of", list)
-    monkeypatch.setattr(recipe, "build_model", lambda args, captions: (trained, processor))
+    monkeypatch.setattr(recipe, "build_model", lambda *args: (trained, processor))
     monkeypatch.setattr(recipe, "train_task", lambda *args, **options: {})
     monkeypatch.setattr(recipe, "write_pretraining_report", lambda run, model, *rest: reported.append(model))
     for average in ("false", "true"):
         recipe.main(
             [
                 *("--recipe", "openmoji_scratch", "--output_dir", str(tmp_path), "--data", "some.json"),
-                *("--average_weights", average),
+                *("--average_weights", average, "--overwrite_output_dir", "true"),
             ]
         )
     assert reported[0] is trained

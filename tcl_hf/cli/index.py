@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Bring pictures into an index, and print what has changed."""
     args = parser().parse_args(argv)
     accelerator = Accelerator()  # so that several processes know each other
-    index = open_index(args, accelerator.device)
+    options = {"device": accelerator.device, "max_states_bytes": args.max_states_bytes}
+    index = open_index(args.index, args.model, is_filled=bool(args.source), **options)
     if args.remove is not None and accelerator.is_main_process:
         number = index.remove(folder=args.remove)
         print(f"{number:,} pictures of {args.remove} were removed")
@@ -71,9 +72,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.index}: {stats.rows:,} pictures, {stats.search} search, model {stats.model}{size}")
 
 
-def open_index(args: argparse.Namespace, device: torch.device) -> ImageIndex:
-    """The index that the options name; a new one if there are pictures to bring into it."""
-    if is_index(args.index) or not args.source:
-        return ImageIndex.open(args.index, args.model, device=device)
-    model = args.model or default_model()
-    return ImageIndex.create(args.index, model, device=device, max_states_bytes=args.max_states_bytes)
+def open_index(
+    place: str,
+    model: str | None,
+    device: torch.device,
+    is_filled: bool,
+    max_states_bytes: int = MAX_STATES_BYTES,
+) -> ImageIndex:
+    """The index at a place.
+
+    Args:
+        place: its folder or address.
+        model: checkpoint; that of the index, or for a new one the newest of the demo, if None.
+        device: device to compute on.
+        is_filled: whether pictures will be brought into it, so that it is made if it is not there.
+        max_states_bytes: bytes of states that a new one keeps.
+    """
+    if is_index(place) or not is_filled:
+        return ImageIndex.open(place, model, device=device)
+    return ImageIndex.create(place, model or default_model(), device=device, max_states_bytes=max_states_bytes)

@@ -59,6 +59,21 @@ def test_index_search_and_filter_one_after_another(place, capsys, monkeypatch):
     assert run(capsys, "index", "--remove", "pictures").startswith("6 pictures of pictures were removed\n")
 
 
+def test_one_command_indexes_a_folder_and_searches_it_alone(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "others").mkdir()
+    for number in range(3):
+        photo(seed=10 + number).save(place / "others" / f"{number}.jpg")
+    run(capsys, "index", "pictures", "--index", "both")
+    out = run(capsys, "search", "a dog", "--folder", "others", "--index", "both")
+    assert out.startswith("others: 3 new\n") and out.count("others/") == 3 and "pictures/" not in out
+    hits = json.loads(
+        run(capsys, "search", "a dog", "--folder", "others", "--index", "both", "--where", "width > 3", "--json")
+    )
+    assert sorted(hit["name"] for hit in hits) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert run(capsys, "search", "a dog", "--folder", "others", "--index", "new").startswith("others: 3 new\n")
+
+
 def test_their_errors_are_one_sentence(place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     run(capsys, "index", "pictures")

@@ -146,7 +146,11 @@ def test_arrays_are_images_with_their_channels_first_or_last():
         ("http://127.0.0.1:9/a.png", "a dog", r"^The image 'http://127.0.0.1:9/a.png' cannot be opened: "),
         (b"no picture", "a dog", r"^The image b'no picture' cannot be opened: cannot identify image file"),
         (png(0)[:60], "a dog", "^The image b.* cannot be opened: "),
-        (torch.linspace(-2, 2, 192).view(3, 8, 8), "a dog", r"(?s)^The image tensor.* cannot be opened: .* outside the range \[0, 1\]"),
+        (
+            torch.linspace(-2, 2, 192).view(3, 8, 8),
+            "a dog",
+            r"(?s)^The image tensor.* cannot be opened: .* outside the range \[0, 1\]",
+        ),
         ({"path": None, "bytes": None}, "a dog", "^The image .* cannot be opened: it is of type dict"),
         (KeyDataset(DATA, "image"), None, "of type PngImageFile is not a record: pass {'image': ..., 'text': ...}"),
         (DATA["image"], ["a dog"] * 2, "^3 images and 2 texts cannot be paired"),

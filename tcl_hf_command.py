@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "recipes": "list the recipes of the package, or print one",
     "plan": "memory, disk and time of a pre-training run, before it starts",
     "convert": "convert a checkpoint of the original code, or back",
+    "app": "search, look and ask in a browser",
     "serve": "answer over HTTP: embeddings, matching, search, grounding, answers",
     "push": "share a model or a run on the Hub",
     "completion": "print a script that completes commands and options in your shell",

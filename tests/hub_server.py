@@ -10,8 +10,10 @@ Answers, headers and error codes are those of the Hub. So are its traps: a new r
 `.gitattributes`; a commit is made even when it changes nothing (the client leaves unchanged files out); large files
 are stored under another host name, to which no token may be sent; a private repository looks absent to strangers.
 
-Left out are datasets and Spaces, discussions, Xet (the client needs HF_HUB_DISABLE_XET=1), uploads in parts, paging,
-`.gitignore`, the metadata of cards, deleting refs, and everything that is not about files.
+A Space has the name "spaces/user/name" in `repos`.
+
+Left out are datasets, the state of Spaces, discussions, Xet (the client needs HF_HUB_DISABLE_XET=1), uploads in parts,
+paging, `.gitignore`, the metadata of cards, deleting refs, and everything that is not about files.
 """
 
 import base64
@@ -246,6 +248,8 @@ class Handler(BaseHTTPRequestHandler):
             if match and self.command in methods.split():
                 # The slashes of a revision arrive quoted, so parts are unquoted after the path was split.
                 groups = {name: unquote(value or "") for name, value in match.groupdict().items()}
+                if groups.pop("kind", "models") == "spaces":
+                    groups["repo_id"] = f"spaces/{groups['repo_id']}"
                 with self.server.lock:
                     return handle(self, **groups)
         raise HubError(404, f"This test server has no {self.command} {path}")
@@ -273,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def repo(self, repo_id: str, write: bool = False) -> Repo:
         """The repository, if the user may read (or write) it. A private one looks absent to strangers."""
-        user, owner = self.user(required=write), repo_id.split("/")[0]
+        user, owner = self.user(required=write), repo_id.removeprefix("spaces/").split("/")[0]
         repo = self.server.repos.get(repo_id)
         if repo is None or (repo.private and user != owner):
             # Like the Hub, do not answer 404 without a token, because the repository might be private.
@@ -297,7 +301,7 @@ class Handler(BaseHTTPRequestHandler):
         namespace = wanted.get("organization") or self.user()
         if namespace != self.user():
             raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
-        return f"{namespace}/{wanted['name']}"
+        return f"{'spaces/' * (wanted.get('type') == 'space')}{namespace}/{wanted['name']}"
 
     def create_repo(self) -> Answer:
         wanted = json.loads(self.body)
@@ -504,8 +508,8 @@ def apply_change(files: dict[str, Blob], kind: str, change: dict[str, Any], obje
             del files[name]
 
 
-REPO, REVISION = r"(?P<repo_id>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
-MODEL = f"/api/models/{REPO}"
+REPO, REVISION = r"(?P<repo_id>(?:spaces/)?[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+MODEL = f"/api/(?P<kind>models|spaces)/{REPO}"
 ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),

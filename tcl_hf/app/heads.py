@@ -1,4 +1,4 @@
-"""The models behind a service or an app, by what they can do: embed, match, ground, answer, judge.
+"""The models behind a service or an app, by what they can do: embed, match, ground, answer, judge one picture or two.
 
 A model is opened once and used by all that it can do. The pipelines of `inference` prepare an input and finish its
 output, so that a service returns what they return; between the two, several inputs are stacked into one batch.
@@ -41,13 +41,15 @@ VERBS: dict[str, str] = {
     "match": "TCLForImageTextRetrieval or TCLForPreTraining with itm_weight above 0",
     "ground": "TCLForImageTextRetrieval or TCLForPreTraining with itm_weight above 0",
     "answer": "TCLForQuestionAnswering",
-    "judge": "TCLForVisualEntailment or TCLForVisualReasoning",
+    "judge": "TCLForVisualEntailment",
+    "judge_two": "TCLForVisualReasoning",
 }
 _PIPELINES = {
     "match": "image-text-matching",
     "ground": "visual-grounding",
     "answer": "visual-question-answering",
-    "judge": "visual-entailment",  # also about two pictures
+    "judge": "visual-entailment",
+    "judge_two": "visual-reasoning",
 }
 
 
@@ -92,8 +94,10 @@ class OpenedModel:
             found += ["match", "ground"]
         if isinstance(model, TCLForQuestionAnswering):
             found.append("answer")
-        if isinstance(model, TCLForVisualEntailment | TCLForVisualReasoning):
+        if isinstance(model, TCLForVisualEntailment):
             found.append("judge")
+        if isinstance(model, TCLForVisualReasoning):
+            found.append("judge_two")
         return found
 
 
@@ -216,20 +220,25 @@ class Heads:
         if not names:
             raise RecipeError("There is no model: name one with --model.")
         self.opened = [OpenedModel.open(name, device) for name in names]
-        self.embedder: Embedder | None = None
+        self.embedders: list[Embedder] = []
         self.by_verb: dict[str, Head] = {}
         for opened in self.opened:
             logger.info("%s: %s", opened.name, ", ".join(opened.verbs) or "no head to serve")
             for verb in opened.verbs:
                 if verb == "embed":
-                    self.embedder = self.embedder or Embedder(opened)
+                    self.embedders.append(Embedder(opened))
                 elif verb not in self.by_verb:
                     self.by_verb[verb] = Head(verb, opened)
+
+    @property
+    def embedder(self) -> Embedder | None:
+        """The first model that embeds."""
+        return self.embedders[0] if self.embedders else None
 
     def why_absent(self, verb: str) -> str:
         """A sentence about a verb for which there is no head."""
         names = ", ".join(f"{one.name} is a {type(one.model).__name__}" for one in self.opened)
-        return f"Nothing here can {verb}: {names}; add --model with a {VERBS[verb]}."
+        return f"Nothing here can {verb.replace('_', ' ')}: {names}; add --model with a {VERBS[verb]}."
 
 
 def open_index(path: str, heads: Heads) -> ImageIndex:

@@ -84,7 +84,9 @@ class Service:
         """Whether requests of this kind can be answered."""
         if verb == "search":
             return self.index is not None
-        return self.heads.embedder is not None if verb == "embed" else verb in self.heads.by_verb
+        if verb == "embed":
+            return self.heads.embedder is not None
+        return any(name in self.heads.by_verb for name in ((verb, "judge_two") if verb == "judge" else (verb,)))
 
     def why_absent(self, verb: str) -> str:
         """A sentence about a kind of request that cannot be answered."""
@@ -239,9 +241,15 @@ class Service:
 
     async def judge(self, request: JudgeRequest) -> JudgeResponse:
         """Whether a statement about one picture, or about two, is true."""
-        head = self.heads.by_verb["judge"]
-        self._check([request.text], head.opened.processor, "text")
         given = [*([] if request.image is None else [request.image]), *request.images]
+        verb = "judge_two" if len(given) == 2 else "judge"
+        if len(given) not in (1, 2) or verb not in self.heads.by_verb:
+            number = " or ".join(
+                one for one, name in (("1", "judge"), ("2", "judge_two")) if name in self.heads.by_verb
+            )
+            raise RequestError(422, f"images: a statement here is about {number} pictures, but got {len(given)}.")
+        head = self.heads.by_verb[verb]
+        self._check([request.text], head.opened.processor, "text")
         with self.batcher.arriving():
             pictures = await self.pictures(given)
         results = await self._run(head, {"images": pictures, "text": request.text})

@@ -54,7 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise RecipeError(f"The service needs the package '{error.name}': pip install 'tcl_hf[serve]'.") from error
     from ..app.heads import Heads, open_index
 
-    _check_positive(args)
+    check_positive(args)
+    if args.max_wait_ms < 0:
+        raise RecipeError(f"--max_wait_ms must be at least 0, got {args.max_wait_ms:g}.")
+    if args.max_queue < max(args.max_texts, args.max_images):
+        raise RecipeError(
+            f"--max_queue {args.max_queue} is less than --max_texts or --max_images, so that such a request would "
+            "always be refused: raise it, or lower those."
+        )
     token = args.token or os.environ.get(TOKEN) or None
     if not is_loopback(args.host) and token is None:
         logger.warning(
@@ -77,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     serve(create_app(service, token, hosts_of(args.host)), listener, args.timeout)
 
 
-def _check_positive(args: argparse.Namespace) -> None:
+def check_positive(args: argparse.Namespace) -> None:
     """Refuse limits of nothing.
 
     Raises:
@@ -87,10 +94,3 @@ def _check_positive(args: argparse.Namespace) -> None:
         is_limit = (name.startswith("max_") and name != "max_wait_ms") or name == "timeout"
         if is_limit and value <= 0:
             raise RecipeError(f"--{name} must be above 0, got {value:g}.")
-    if args.max_wait_ms < 0:
-        raise RecipeError(f"--max_wait_ms must be at least 0, got {args.max_wait_ms:g}.")
-    if args.max_queue < max(args.max_texts, args.max_images):
-        raise RecipeError(
-            f"--max_queue {args.max_queue} is less than --max_texts or --max_images, so that such a request would "
-            "always be refused: raise it, or lower those."
-        )

@@ -49,6 +49,7 @@ _OF_EARLIER_PUSHES += [ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG]
 
 # The code that models and processors need where the package is not installed: all of `models/`.
 CODE = sorted(path for path in Path(models.__file__).parent.glob("*.py") if path.stem != "__init__")
+HANDLER = Path(__file__).with_name("handler.py")  # with that code, for Inference Endpoints
 # The Auto classes that open a repository with that code. Of the heads that share `AutoModelForSequenceClassification`,
 # each repository names its own, see `TCLPreTrainedModel.auto_model`.
 AUTO_MAP: dict[str, Any] = {
@@ -88,7 +89,7 @@ def export(
         training_state: include teacher, queues and the newest checkpoint, so that the run can be continued. Without it,
             only the weights for inference are copied, and their config has `use_momentum_teacher=False`.
         with_code: include the code, so that the model opens with `trust_remote_code=True` where `tcl_hf` is not
-            installed.
+            installed, and the handler of Inference Endpoints.
         max_shard_size: limit of the size of a file of weights.
         base_model: for adapters, the name on the Hub of the model that they belong to; the one that they were trained
             on if None.
@@ -172,7 +173,7 @@ def _copy_adapters(folder: Path, target: Path, base: str) -> None:
 
 def _add_code(target: Path, model_class: type[TCLPreTrainedModel]) -> None:
     """Add the modules, and in every config the Auto classes that open from them."""
-    for path in CODE:
+    for path in (*CODE, HANDLER):
         shutil.copyfile(path, target / path.name)
     auto_map = dict(AUTO_MAP)
     if model_class.auto_model is not None:
@@ -242,6 +243,27 @@ def push(
                 commit_message=commit_message or f"Push {Path(folder).resolve().name}",
                 delete_patterns=_OF_EARLIER_PUSHES,
             )
+
+
+def push_space(
+    folder: str | os.PathLike, repo_id: str, *, private: bool | None = None, token: str | None = None
+) -> CommitInfo:
+    """Push a folder as a Gradio Space, in one commit. Files of an earlier push that are not in it are removed.
+
+    Args:
+        repo_id: `user/name`; created if it does not exist.
+        private: whether a new Space is private; the account's default if None.
+        token: as for `push`.
+
+    Raises:
+        HubError: if the Hub refuses it or cannot be reached.
+    """
+    api = HfApi(token=token)
+    with _hub_errors(repo_id, None):
+        api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        message = "Push the app"
+        options: dict[str, Any] = {"repo_type": "space", "commit_message": message, "delete_patterns": "*"}
+        return api.upload_folder(repo_id=repo_id, folder_path=str(folder), **options)
 
 
 def pull(repo_id: str, folder: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> Path:

@@ -201,12 +201,12 @@ def listen(triggers: list[Any], function: Callable[..., Any], inputs: Any, outpu
     return gr.on(triggers, function, inputs, outputs, **MODEL)
 
 
-def examples(app: App, tab: gr.Tab, *outputs: Any) -> None:
+def examples(app: App, tab: gr.Tab, *outputs: Any, title: str = "Pictures to try") -> None:
     """A row of pictures of the library that are clicked to fill a picture and, if it is given, a text."""
     if app.library is None:
         return
     index = app.library.indexes[0]
-    shown = gallery("Pictures to try")
+    shown = gallery(title)
 
     def some() -> list[tuple[Image.Image, str]]:
         hits = index.search("an animal", k=8, rerank=0) if len(index) else []
@@ -309,9 +309,8 @@ def judge_tab(app: App, tab: gr.Tab, verb: str) -> None:
             button = gr.Button("Judge", variant="primary", elem_id=verb)
         verdict = gr.Label(label="Judgement", elem_id=f"{verb}_verdict")
     for name, picture in zip(names, pictures, strict=True):
-        if len(names) > 1:
-            gr.Markdown(f"{name}:")
-        examples(app, tab, picture)
+        title = f"Pictures to try as the {name.lower()}" if len(names) > 1 else "Pictures to try"
+        examples(app, tab, picture, title=title)
 
     def judge(given: str, *paths: str | None) -> dict[str, float]:
         images = [app.picture(path, name.lower()) for path, name in zip(paths, names, strict=True)]

@@ -94,7 +94,20 @@ class App:
     def search(
         self, index: ImageIndex, text: str | None, path: str | None, k: int, where: str | None, rerank: int
     ) -> list[Hit]:
-        """Hits of an index for a text, a picture, or both."""
+        """Hits of an index for a text, a picture, or both.
+
+        Args:
+            index: the index.
+            text: what the pictures show; None or empty for a picture alone.
+            path: file of an uploaded picture.
+            k: number of hits.
+            where: a filter, as for `ImageIndex.search`; empty for none.
+            rerank: number of candidates to rank anew.
+
+        Raises:
+            RequestError: if there is neither, or one of them is refused.
+            SearchError: if the text has no word, or the filter is wrong.
+        """
         words = self.text(text) if text and text.strip() else None
         if words is None and path is None:
             raise RequestError(422, "There is nothing to search for: write a text, or drop a picture.")
@@ -111,7 +124,11 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 
 def answered(app: App, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a tab: it runs alone, and an error of its input is shown as a sentence."""
+    """A function of a tab: it runs alone, and an error of its input is shown as a sentence.
+
+    Raises:
+        gradio.Error: with the sentence, when the function is called.
+    """
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:

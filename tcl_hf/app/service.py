@@ -240,7 +240,11 @@ class Service:
         return AnswerResponse(results=results)
 
     async def judge(self, request: JudgeRequest) -> JudgeResponse:
-        """Whether a statement about one picture, or about two, is true."""
+        """Whether a statement about one picture, or about two, is true.
+
+        Raises:
+            RequestError: if no model reads so many pictures.
+        """
         given = [*([] if request.image is None else [request.image]), *request.images]
         verb = "judge_two" if len(given) == 2 else "judge"
         if len(given) not in (1, 2) or verb not in self.heads.by_verb:
@@ -336,7 +340,7 @@ def _add_route(
             methods=["POST"],
             response_model=response_model,
             responses=error_examples(),
-            summary=(method.__doc__ or "").strip(),
+            summary=(method.__doc__ or "").strip().splitlines()[0],
             operation_id=verb,
             openapi_extra={"requestBody": _body_schema(request_model)},
         )

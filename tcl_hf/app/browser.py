@@ -214,12 +214,25 @@ MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api
 
 
 def listen(triggers: list[Any], function: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
-    """Run a function on events, one at a time for all tabs, because they share the model."""
+    """Run a function on events, one at a time for all tabs, because they share the model.
+
+    Args:
+        triggers: events of components.
+        function: called with the values of the inputs; it returns those of the outputs.
+        inputs, outputs: components.
+    """
     return gr.on(triggers, function, inputs, outputs, **MODEL)
 
 
 def examples(app: App, tab: gr.Tab, *outputs: Any, title: str = "Pictures to try") -> None:
-    """A row of pictures of the library that are clicked to fill a picture and, if it is given, a text."""
+    """A row of pictures of the library that are clicked to fill a picture and, if it is given, a text.
+
+    Args:
+        app: the app; without a library it shows none.
+        tab: the tab, which reads the pictures when it is chosen.
+        outputs: the place of the picture and, perhaps, that of its caption.
+        title: stands above the row.
+    """
     if app.library is None:
         return
     index = app.library.indexes[0]

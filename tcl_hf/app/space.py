@@ -98,6 +98,11 @@ def requirements() -> list[str]:
 def push_space_of(repo_id: str, folder: str | None, models: list[str], token: str | None = None) -> str:
     """Push the app as a Space, which is created if it does not exist, and return its address.
 
+    Args:
+        repo_id: `user/name`.
+        folder, models: as for `write_space`.
+        token: token of the account; the one saved by `hf auth login` if None.
+
     Raises:
         HubError: if the Hub refuses it or cannot be reached.
         SearchError: see `write_space`.

@@ -1,11 +1,9 @@
 """Configurations of TCL: sizes from the paper, one weight for each pre-training objective."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-
-from .compatibility import make_sub_configs, specs_of
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # the paper's code keeps tau in this range
 # Sizes far beyond those of any model are mistakes or attacks: 100,000 layers take hours to build.
@@ -230,8 +228,7 @@ class TCLConfig(PreTrainedConfig):
     """
 
     model_type = "tcl"
-    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": TCLVisionConfig, "text_config": TCLTextConfig}
-    sub_configs_defaults = specs_of(sub_configs)
+    sub_configs_defaults = {"vision_config": TCLVisionConfig, "text_config": TCLTextConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -283,16 +280,16 @@ class TCLConfig(PreTrainedConfig):
             vision_config = dict(config_dict["vision_config"]) | {"image_size": image_size}
             config_dict = config_dict | {"vision_config": vision_config}
         # transformers would set them on the finished config, unchecked and without their effect on the encoders'.
-        names = cls.__annotations__.keys() & kwargs.keys() - cls.sub_configs.keys()
+        names = cls.__annotations__.keys() & kwargs.keys() - cls.sub_configs_defaults.keys()
         config_dict = config_dict | {name: kwargs.pop(name) for name in names}
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
-        for name, config_class in self.sub_configs.items():
+        parts: dict[str, Any] = {"vision_config": TCLVisionConfig, "text_config": TCLTextConfig}
+        for name, config_class in parts.items():
             given: Any = getattr(self, name)
             found = given.get("model_type") if isinstance(given, dict) else getattr(given, "model_type", None)
             _check_model_type(name, found, config_class.model_type)
-        make_sub_configs(self)
         super().__post_init__(**kwargs)
         self.text_config.encoder_hidden_size = self.vision_config.hidden_size
         for name in ("image_pooling", "text_pooling"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
@@ -27,6 +28,7 @@ PACKAGES = {  # in the order of imports: a package imports from those above it
 }
 _CODE = re.compile(r"(```.*?```|~~~.*?~~~|`[^`\n]*`)", flags=re.DOTALL)
 _BLOCK = re.compile(r"\$\$(.+?)\$\$", flags=re.DOTALL)
+_PAGE_LINK = re.compile(r'href="(?![a-z]+:)([^"#]+)\.(?:md|ipynb)(?=["#])')
 _INLINE = re.compile(r"(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\w)")
 
 
@@ -75,6 +77,11 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     parts = _CODE.split(markdown)  # Odd ones are code.
     parts[::2] = [_with_formulas(part) for part in parts[::2]]
     return "".join(parts)
+
+
+def on_page_content(html: str, page: Page, **_: object) -> str:
+    """Let the links of notebooks lead to pages; MkDocs sees to those of Markdown alone."""
+    return _PAGE_LINK.sub(r'href="\1.html', html) if page.file.src_uri.endswith(".ipynb") else html
 
 
 def _with_formulas(text: str) -> str:

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -42,6 +43,16 @@ def test_every_page_is_in_the_navigation():
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     found = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.suffix in (".md", ".ipynb")}
     assert pages_of(config["nav"]) == found | site.reference().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "becomes"), [("notebooks/train.ipynb", "../data.html#rows"), ("page.md", "../data.md#rows")]
+)
+def test_links_of_notebooks_lead_to_pages(name, becomes):
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=name))
+    foreign = '<a href="https://example.org/data.md">'
+    html = site.on_page_content(f'<a href="../data.md#rows">{foreign}', page=page)
+    assert html == f'<a href="{becomes}">{foreign}'
 
 
 def test_the_readme_is_short():

@@ -84,7 +84,9 @@ RIDDLES = (
 
 def prose_files() -> list[Path]:
     folders = [ROOT / name for name in ("tcl_hf", "scripts", "benchmarks", "docs", "tests", "model_cards")]
-    files = [path for folder in folders for end in ("py", "md", "yaml") for path in sorted(folder.rglob(f"*.{end}"))]
+    files = [
+        path for folder in folders for end in ("py", "md", "yaml", "ipynb") for path in sorted(folder.rglob(f"*.{end}"))
+    ]
     files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
     return [path for path in files if path != Path(__file__) and "fixtures" not in path.parts]
 

@@ -79,4 +79,9 @@ def test_the_demo_is_the_recipe_of_the_embedded_data(monkeypatch):
     given = []
     monkeypatch.setattr(pretrain, "main", given.append)
     demo.main(["--max_steps", "3"])
-    assert given == [["--recipe", "openmoji", "--max_steps", "3"]]
+    demo.main(["--output_dir", "mine"])
+    replaced = ["--overwrite_output_dir", "true"]  # its own folder only, so that the command can be typed twice
+    assert given == [
+        ["--recipe", "openmoji", *replaced, "--max_steps", "3"],
+        ["--recipe", "openmoji", "--output_dir", "mine"],
+    ]

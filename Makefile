@@ -11,7 +11,7 @@ help: ## list the commands
 
 demo: $(VENV)/.weights ## train on embedded pictures from embedded encoders (about four minutes on two cores), evaluate, and write runs/openmoji
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/accelerate launch --cpu --num_processes 1 \
-		--num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2 scripts/pretrain.py
+		--num_machines 1 --mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2 scripts/pretrain.py --overwrite_output_dir true
 
 test: $(VENV)/.test ## run the tests, offline, in two processes
 	$(BIN)/python -m pytest --numprocesses 2

@@ -81,10 +81,18 @@ class SkippedSamples:
             for text in file:
                 try:
                     line = json.loads(text)
-                except ValueError:  # The line is incomplete, for instance because the disk was full.
+                    epoch, index = line.get("visit", (None, None))
+                    visited = (str(line["image_id"]), epoch, index)
+                    if epoch is not None:
+                        self._listed[visited] = file.tell() <= state.get("list_bytes", 0)
+                except (
+                    ValueError,
+                    TypeError,
+                    KeyError,
+                    AttributeError,
+                    RecursionError,
+                ):  # It was cut, or is not of a list.
                     continue
-                if "visit" in line:
-                    self._listed[line["image_id"], *line["visit"]] = file.tell() <= state.get("list_bytes", 0)
 
     def mend_list(self) -> None:
         """Remove the last line if it is incomplete because the run was killed.

@@ -393,7 +393,9 @@ def _check_finished(phases: list[Phase]) -> None:
     file = phases[-1].folder / FINISHED
     try:
         finished = json.loads(file.read_text(encoding="utf-8"))["phases"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(finished, list) or not all(isinstance(one, dict) for one in finished):
+            raise ValueError("it does not hold a list of phases")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainingError(f"{file} cannot be read ({error}): choose another output_dir.") from error
     if len(finished) != len(phases):
         raise TrainingError(

@@ -151,7 +151,12 @@ def _base_on_hub(folder: Path, base_model: str | None, with_code: bool) -> str |
         return None
     if with_code:
         raise HubError(f"{folder} holds adapters, which open with the code of their base model: leave out with_code.")
-    base = base_model or json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    try:
+        base = base_model or json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise HubError(
+            f"{folder / ADAPTER_CONFIG} cannot be read ({error}): write it anew, or name base_model."
+        ) from error
     if not base or Path(base).exists():
         raise HubError(
             f"{folder} holds adapters of {base}, a folder of this machine: push that model first, and name its "

@@ -175,7 +175,7 @@ class FolderLock:
             content: dict[str, Any] = json.loads(self.file.read_text())
             owner = Owner(**content)
             return Owner(str(owner.host), int(owner.pid), float(owner.started), str(owner.since))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     def _is_left(self, owner: Owner | None) -> bool:

@@ -372,9 +372,10 @@ def test_damaged_files_of_a_run_are_refused_in_a_sentence_or_passed_over(saved, 
 
 
 @pytest.mark.slow
-def test_two_thousand_damaged_files_of_a_run(saved, tmp_path, resume):
-    found = fuzz(saved, tmp_path / "run", resume, 2_000, seed=1)
-    assert sum(found.values()) == 2_000 and min(found.values()) > 200
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_two_thousand_damaged_files_of_a_run(saved, tmp_path, resume, seed):
+    found = fuzz(saved, tmp_path / "run", resume, 250, seed)
+    assert sum(found.values()) == 250 and min(found.values()) > 25
 
 
 def test_cut_lines_of_the_log_are_passed_over_and_no_whole_line_is_lost(saved, tmp_path, resume, caplog):

@@ -316,7 +316,7 @@ def open_model(
         raise RecipeError("There is no checkpoint to start from: name one with --model.")
     try:
         config = config_of_checkpoint(args, to_train)  # first, because it names a model that is not a TCL
-        processor = TCLProcessor.from_pretrained(args.model)
+        processor = _processor_of(args.model)
         processor.tokenizer = processor.tokenizer if tokenizer is None else tokenizer
         config.text_config.bos_token_id = processor.tokenizer.cls_token_id
         config.text_config.eos_token_id = processor.tokenizer.sep_token_id
@@ -324,6 +324,18 @@ def open_model(
         return open_checkpoint(args.model, model_class, config), processor
     except (*_DAMAGE, ValueError, TypeError, OSError, RuntimeError) as error:
         raise RecipeError(f"{args.model} cannot be opened: {error or type(error).__name__}") from error
+
+
+def _processor_of(model: str) -> TCLProcessor:
+    """The processor of a model.
+
+    Raises:
+        ValueError: if it cannot be opened; the readers of tokenizers raise any kind of error.
+    """
+    try:
+        return TCLProcessor.from_pretrained(model)
+    except Exception as error:
+        raise ValueError(f"its processor cannot be read ({error or type(error).__name__})") from error
 
 
 def build_model(

@@ -4,6 +4,7 @@ import json
 import warnings
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from helpers import GOLDEN, tiny_config, tiny_processor
@@ -68,6 +69,7 @@ def test_tokenizer_survives_saving(add_sep_token, tmp_path):
         assert set(loaded("dog")) == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 resizes in another way")
 @pytest.mark.parametrize("size", [32, 48])
 @pytest.mark.parametrize("number", range(4))
 def test_pixels_of_the_pil_backend_equal_the_original_exactly(number, size):

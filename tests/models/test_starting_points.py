@@ -330,7 +330,7 @@ CASED_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "der", "Hund", "hun
 
 @pytest.mark.parametrize("lower_case", [True, False], ids=["uncased", "cased"])
 def test_the_processor_has_the_text_models_words_and_the_vision_models_normalisation(lower_case, tmp_path):
-    """A multilingual BERT keeps accents and splits Chinese characters; its cased form reads texts in lower case."""
+    """A multilingual BERT keeps accents and splits Chinese characters; its cased form keeps capitals too."""
     dict(vision_families())["dinov2"].save_pretrained(tmp_path / "dinov2")
     (tmp_path / "bert").mkdir()
     (tmp_path / "vocab.txt").write_text("\n".join(CASED_WORDS))
@@ -342,10 +342,10 @@ def test_the_processor_has_the_text_models_words_and_the_vision_models_normalisa
     assert processor.image_processor.size == {"height": 28, "width": 28} and processor.image_size == 28
     assert list(processor.image_processor.image_mean) == [0.485, 0.456, 0.406]
     text = "Der Hund läuft: 犬e!"
-    expected = bert_tokenizer("der hund läuft 犬e", add_special_tokens=False)["input_ids"]
+    expected = bert_tokenizer("Der Hund läuft 犬e", add_special_tokens=False)["input_ids"]
     cls = bert_tokenizer.cls_token_id
     assert processor(text=text)["input_ids"] == [cls, *expected]
-    assert bert_tokenizer.unk_token_id not in expected
+    assert (bert_tokenizer.unk_token_id in expected) is not lower_case  # "Der" is not among the words
 
 
 def test_real_weights_keep_their_features():

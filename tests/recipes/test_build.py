@@ -183,7 +183,7 @@ def test_held_out_samples_that_cannot_be_used_are_named_and_left_out(tmp_path, c
     file = write_pairs(tmp_path, rows)
     _, records = load_pretraining_data(PretrainingDataArguments(data=[file], validation_data=[file]))
     assert len(records) == 1
-    assert "Not evaluated: 1.png (UnidentifiedImageError" in caplog.text
+    assert "Not evaluated: 1.png (OSError: a file in none of the formats" in caplog.text
     assert "Not evaluated: x (no caption)" in caplog.text
 
 

@@ -177,10 +177,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(reference, tmp_path, sma
 
 
 def test_a_worker_that_dies_while_a_checkpoint_is_saved_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
-    def save(accelerator, folder):
+    def save(engine, folder, states):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
-    monkeypatch.setattr("accelerate.Accelerator.save_state", save)
+    monkeypatch.setattr("tcl_hf.training.engine.Engine.save_state", save)
     with pytest.raises(DataError, match="A worker of the loader died"):
         tiny_run(tmp_path, save_steps=2)
 

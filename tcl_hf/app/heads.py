@@ -236,7 +236,7 @@ class Heads:
         return self.embedders[0] if self.embedders else None
 
     def why_absent(self, verb: str) -> str:
-        """A sentence about a verb for which there is no head."""
+        """Why no head can do this, with the remedy, in a sentence."""
         names = ", ".join(f"{one.name} is a {type(one.model).__name__}" for one in self.opened)
         return f"Nothing here can {verb.replace('_', ' ')}: {names}; add --model with a {VERBS[verb]}."
 

@@ -80,7 +80,7 @@ def _traits_of_images(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
     if "path" in fields:
         paths = pc.struct_field(column, "path").cast("string")
         names = pc.replace_substring_regex(paths, r"^.*[/\\]", "")
-        # Of each name 8 bytes of a hash, because rows are selected by number afterwards.
+        # A name becomes 8 bytes of its hash, because rows are selected by number afterwards.
         yield np.array([_number(name) for name in names.to_pylist()], dtype=np.uint64)
 
 

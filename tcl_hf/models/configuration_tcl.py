@@ -1,6 +1,6 @@
 """Configurations of TCL: sizes from the paper, one weight for each pre-training objective."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -32,8 +32,24 @@ def _check_model_type(where: str, found: str | None, expected: str) -> None:
         )
 
 
+class _OfOneType:
+    """A config of an encoder, which is made of the dictionary of its own model type alone."""
+
+    model_type: ClassVar[str]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Make a config of its dictionary, as transformers does.
+
+        Raises:
+            ValueError: for the dictionary of another model.
+        """
+        _check_model_type(config_dict.get("_name_or_path") or "It", config_dict.get("model_type"), cls.model_type)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+
 @strict
-class TCLVisionConfig(PreTrainedConfig):
+class TCLVisionConfig(_OfOneType, PreTrainedConfig):
     """Sizes of the vision encoder; the defaults are ViT-B/16 at 256 pixels, as in the paper.
 
     The first four arguments are for encoders to start from, which have such parts; the paper's has none of them.
@@ -90,16 +106,6 @@ class TCLVisionConfig(PreTrainedConfig):
         _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
 
-    @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
-        """Make a config of its dictionary, as transformers does.
-
-        Raises:
-            ValueError: for the dictionary of another model.
-        """
-        _check_model_type(config_dict.get("_name_or_path") or "It", config_dict.get("model_type"), cls.model_type)
-        return super().from_dict(config_dict, **kwargs)
-
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Patches along the height and the width of images of a size in pixels."""
         return height // self.patch_size, width // self.patch_size
@@ -110,7 +116,7 @@ class TCLVisionConfig(PreTrainedConfig):
 
 
 @strict
-class TCLTextConfig(PreTrainedConfig):
+class TCLTextConfig(_OfOneType, PreTrainedConfig):
     """Sizes of the text model; the defaults are BERT-base, its last six layers fusing text with the image.
 
     The first `fusion_layer` layers are the text encoder, the others the fusion encoder, whose
@@ -163,16 +169,6 @@ class TCLTextConfig(PreTrainedConfig):
         _check_sizes("text_config", self)
         _check_heads("text_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
-        """Make a config of its dictionary, as transformers does.
-
-        Raises:
-            ValueError: for the dictionary of another model.
-        """
-        _check_model_type(config_dict.get("_name_or_path") or "It", config_dict.get("model_type"), cls.model_type)
-        return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_fusion_layers(self) -> int:
